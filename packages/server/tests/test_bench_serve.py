@@ -21,7 +21,7 @@ from candle_vllm.core.config import demo_model
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
 from candle_vllm.server.bench import offline, serve
 from candle_vllm.server.bench.client import EventClient, Target, WholeClient
-from candle_vllm.server.bench.datasets import LocalWords, Sample, Shape, make_samples
+from candle_vllm.server.bench.datasets import DataOptions, LocalWords, Sample, make_samples
 from candle_vllm.server.bench.figures import Seen, read_goals, read_metrics, read_percentiles, summary, table
 from candle_vllm.server.cli import main
 from candle_vllm.server.settings.options import UsageError
@@ -422,7 +422,7 @@ def test_a_tokenizer_of_this_machine_counts() -> None:
     words = LocalWords(path)
     text = "Once upon a time"
     assert words.decode(words.encode(text)) == text
-    [sample] = make_samples("random", None, 1, Shape(input_len=40), lambda: words, 0)
+    [sample] = make_samples(DataOptions(num_prompts=1, input_len=40), lambda: words)
     assert len(words.encode(sample.prompt)) == sample.prompt_len == pytest.approx(40, abs=2)
 
 
@@ -458,18 +458,19 @@ def test_what_is_asked_of_the_figures() -> None:
 # ---- data sets -------------------------------------------------------------------------------------------------------
 
 
-def make(name: str, path: Path | None = None, count: int = 20, seed: int = 0, **shape: Any) -> list[Sample]:
-    return make_samples(name, path, count, Shape(**shape), Letters, seed)
+def make(name: str, path: Path | None = None, count: int = 20, seed: int = 0, **more: Any) -> list[Sample]:
+    options = DataOptions(dataset_name=name, dataset_path=path, num_prompts=count, seed=seed, **more)
+    return make_samples(options, Letters)
 
 
 def test_random_prompts_have_their_length_and_come_again_with_the_seed() -> None:
-    made = make("random", input_len=50, output_len=10, prefix_len=8)
+    made = make("random", input_len=50, output_len=10, random_prefix_len=8)
     assert {(each.prompt_len, each.output_len) for each in made} == {(58, 10)}
     assert len({each.prompt[:8] for each in made}) == 1
     assert len({each.prompt for each in made}) == 20
-    assert make("random", input_len=50, output_len=10, prefix_len=8) == made
-    assert make("random", input_len=50, output_len=10, prefix_len=8, seed=1) != made
-    ranged = make("random", count=300, input_len=100, output_len=10, range_ratio=0.5)
+    assert make("random", input_len=50, output_len=10, random_prefix_len=8) == made
+    assert make("random", input_len=50, output_len=10, random_prefix_len=8, seed=1) != made
+    ranged = make("random", count=300, input_len=100, output_len=10, random_range_ratio=0.5)
     lengths = {each.prompt_len for each in ranged}
     assert (min(lengths), max(lengths)) == (pytest.approx(50, abs=3), pytest.approx(150, abs=3))
 

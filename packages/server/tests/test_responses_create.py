@@ -324,7 +324,7 @@ def test_an_mcp_server_at_a_url(start: Start, clock: tuple[str, list[str]]) -> N
     with pytest.raises(openai.BadRequestError) as refusal:
         client.responses.create(**ASK, tools=[tool])
     assert refusal.value.param == "tools.0.server_label"  # there is no such feature until the operator allows it
-    running.server.config.app.state.responders.servers = McpServers(ToolRegistry(), allowed_urls=(url,))
+    running.server.config.app.state.response_servers = McpServers(ToolRegistry(), allowed_urls=(url,))
     with client.responses.stream(**ASK, tools=[tool]) as stream:
         types = [event.type for event in stream]
     made = client.responses.create(**ASK, tools=[tool])

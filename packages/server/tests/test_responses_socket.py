@@ -232,7 +232,7 @@ def test_a_failure_of_the_server_is_logged_and_one_of_the_client_is_not(
     with opened(server) as socket:
         assert refused(socket, temperature="hot")["status"] == 400
         assert not caplog.messages
-        monkeypatch.setattr(responses_socket.Responders, "of", lambda *_: 1 // 0)
+        monkeypatch.setattr(responses_socket, "responder_of", lambda *_: 1 // 0)
         assert refused(socket)["status"] == 500
     [record] = caplog.records
     assert record.exc_info is not None

@@ -395,5 +395,5 @@ def test_ids_of_other_forms_are_not_found(running: Running, client: openai.OpenA
 def test_the_default_is_shown_and_a_url_is_not(tmp_path: Path, url: str | None, shown: str) -> None:
     variables = {} if url is None else {"CANDLE_VLLM_RESPONSES_STORE": url}
     configuration = load_configuration(SettingsSource("the command line"), variables, folder=tmp_path, home=tmp_path)
-    values = {each.option.name: each.value for each in effective(configuration)}
+    values = {name: each.value for name, each in effective(configuration).items()}
     assert values["responses_store"] == shown

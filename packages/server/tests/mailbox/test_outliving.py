@@ -325,7 +325,7 @@ async def test_the_end_of_the_server_waits_for_no_client() -> None:
     async def chunks() -> AsyncIterator[str]:
         yield "a"
 
-    notes, metrics = Notes(), SimpleNamespace(answer_stored=lambda _: None)
+    notes, metrics = Notes(), SimpleNamespace(count=lambda *_: None)
     entry, form = SimpleNamespace(names=["m"]), StoredForm("chatcmpl-", lambda chunks: cast("Any", "".join(chunks)))
     turn = SimpleNamespace(model=SimpleNamespace(entry=entry), release=lambda: None)
     writer = MailboxWriter(cast("Any", notes), cast("Any", metrics))
@@ -365,10 +365,10 @@ async def test_a_whole_answer_is_delivered_when_its_last_byte_was_taken(leaves: 
     answer = _answer(notes)
     await answer.take("a")
     finishing = asyncio.create_task(answer.finish(None))
-    response = await answer.response(lambda made: json.dumps(made).encode())
+    response = await answer.response()
     assert not finishing.done()
     await response({"type": "http"}, receive, send)
-    assert b"".join(message.get("body", b"") for message in sent) == b'{"all": "a"}'
+    assert b"".join(message.get("body", b"") for message in sent) == b'{"all":"a"}'
     assert [message.get("more_body") for message in sent] == [None, True, False]
     await finishing
     assert notes.kept == [leaves]

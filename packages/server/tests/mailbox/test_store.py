@@ -127,8 +127,8 @@ async def test_only_what_was_begun_is_dropped(opener) -> None:
     store = await opener()
     await store.put(_entry(store, "begun", status=Status.STREAMING, response=None))
     await store.put(_entry(store, "done"))
-    await store.drop("a", "begun")
-    await store.drop("a", "done")
+    await store.remove("a", "begun", Status.STREAMING)
+    await store.remove("a", "done", Status.STREAMING)
     assert await _ids(store) == ["done"]
 
 

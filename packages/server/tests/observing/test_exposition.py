@@ -27,6 +27,7 @@ from candle_vllm.core.engine.requests import LoRARequest
 from candle_vllm.core.engine.stats import EngineStats, Histogram, ReplicaStats, Stat, combined, forms
 from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.server.observing import exposition
+from candle_vllm.server.observing import series as metric_table
 from candle_vllm.server.observing.exposition import render
 from candle_vllm.server.observing.metrics import Metrics, Outcome, Rejection
 from candle_vllm.server.observing.model_metrics import EngineWatcher
@@ -49,16 +50,16 @@ def all_events(metrics: Metrics) -> None:
     for reason in Rejection:
         metrics.refused("scripted", reason)
     metrics.rate_limited("alice", "tokens")
-    metrics.model_loaded("scripted", 2.0)
-    metrics.model_failed("scripted")
-    metrics.model_unloaded("scripted")
-    metrics.model_waited_for("scripted", 3.0)
+    metrics.count(metric_table.UNLOADS, "scripted")
+    metrics.observe(metric_table.LOAD_SECONDS, 2.0, "scripted")
+    metrics.observe(metric_table.WAIT_SECONDS, 3.0, "scripted")
     for outcome in Outcome:
-        metrics.answer_stored(outcome)
-        metrics.webhook_sent(outcome)
-        metrics.adapter_looked_for("hf", "found")
-    metrics.image_fetched("fetched")
-    metrics.tool_called("time", "completed")
+        metrics.count(metric_table.LOADS, "scripted", outcome)
+        metrics.count(metric_table.ANSWERS_KEPT, outcome)
+        metrics.count(metric_table.WEBHOOKS, outcome)
+        metrics.count(metric_table.ADAPTER_LOOKS, "hf", "found")
+    metrics.count(metric_table.IMAGE_FETCHES, "fetched")
+    metrics.count(metric_table.TOOL_CALLS, "time", "completed")
 
 
 async def _ask_an_adapter(setup: Any) -> None:
@@ -180,7 +181,7 @@ def _lines(data: bytes) -> list[str]:
 
 def test_two_applications_share_nothing() -> None:
     first, second = Metrics(), Metrics()
-    first.model_unloaded("m")
+    first.count(metric_table.UNLOADS, "m")
     assert second.registry.get_sample_value("candle_vllm:model_unloads_total", {"model_name": "m"}) is None
 
 

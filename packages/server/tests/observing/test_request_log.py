@@ -18,6 +18,7 @@ import pytest
 from candle_vllm.core.engine.requests import LoRARequest
 from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.core.shown import LOG_STYLES, MAX_MESSAGE, LogFormatter, escaped, json_line, key_values, log_style
+from candle_vllm.server.observing import request_log
 from candle_vllm.server.observing.request_log import LogFile, RequestLog
 from packages.server.tests.server_fakes import PacedEngine, whole_answer
 
@@ -60,9 +61,10 @@ async def test_a_line_has_the_numbers_and_names_of_its_request(noted: Any, log: 
 
 @pytest.mark.parametrize("log_format", LOG_STYLES)
 async def test_prompts_are_written_on_request_cut_and_escaped(
-    noted: Any, log: pytest.LogCaptureFixture, log_format: str
+    noted: Any, log: pytest.LogCaptureFixture, log_format: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    setup = noted(None, RequestLog(log_prompts=True, max_prompt=len(HOSTILE.encode()) + 6))
+    monkeypatch.setattr(request_log, "MAX_PROMPT", len(HOSTILE.encode()) + 6)
+    setup = noted(None, RequestLog(log_prompts=True))
     await _ask(setup, HOSTILE + "x" * 500)
     line = LogFormatter(log_format).format(log.records[0])
     assert line.isprintable()

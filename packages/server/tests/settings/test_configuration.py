@@ -140,7 +140,7 @@ def test_no_setting_shows_the_secrets_of_an_address() -> None:
                 assert "h.example" in told or HIDDEN in told
                 entry = ModelEntry(source_name(settings, None), settings)
                 rows = effective(Configuration(settings, settings, Catalogue([entry]), ()))
-                said = told + repr(settings) + repr(entry) + "".join(str(row.value) for row in rows)
+                said = told + repr(settings) + repr(entry) + "".join(str(row.value) for row in rows.values())
             assert "SECRET" not in said, (option.name, text)
     assert taken > {"model", "lora_resolver", "lora_modules", "otlp_endpoint", "mailbox", "speculative_config"}
 

@@ -40,7 +40,7 @@ def test_each_is_the_setting_that_means_the_same_and_config_says_whence(load: Lo
     assert (settings.address.host, settings.address.port, settings.api_key) == ("0.0.0.0", 8080, ("a,b",))
     assert (settings.download_dir, settings.offline) == (Path("/cache/hub"), True)
     assert (settings.hf_token, settings.log_level) == ("plain", "debug")
-    told = {each.option.name: each.source for each in effective(made)}
+    told = {name: each.source for name, each in effective(made).items()}
     for name, variable in (
         ("model", "MODEL_ID"), ("served_model_name", "MODEL_NAME"), ("port", "PORT"), ("api_key", "API_KEY"),
         ("download_dir", "HF_HOME"), ("hf_token", "HF_TOKEN"), ("log_level", "RUST_LOG"),
@@ -234,7 +234,7 @@ def test_the_names_of_a_service_of_adapters_boot_as_they_are(load: Load) -> None
     )
     assert (settings.download_dir, settings.allow_runtime_lora) == (Path("/cache"), True)
     assert engine_config(settings).max_cpu_loras == 5
-    told = {each.option.name: each.source for each in effective(made)}
+    told = {name: each.source for name, each in effective(made).items()}
     assert told["enable_lora"] == "the environment (MAX_LORAS)"
     off = load("--no-enable-lora", **SERVICE).settings
     assert (off.enable_lora, off.max_loras) == (False, None)

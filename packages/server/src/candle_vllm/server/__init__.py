@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from candle_vllm.server.settings.configuration import load_settings
 
 __all__ = ["Settings", "create_app", "load_settings"]
+_MODULES = {"Settings": "settings", "create_app": "app", "load_settings": "settings.configuration"}
 
 # Read when huggingface_hub is imported, which would otherwise ask the hub which coding agents there are.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -24,18 +25,10 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 if not TYPE_CHECKING:  # with `__getattr__`, a type checker would accept every name
 
     def __getattr__(name: str) -> Any:
-        if name == "create_app":
-            from candle_vllm.server.app import create_app
+        if name in __all__:
+            from importlib import import_module
 
-            return create_app
-        if name == "load_settings":
-            from candle_vllm.server.settings.configuration import load_settings
-
-            return load_settings
-        if name == "Settings":
-            from candle_vllm.server.settings import Settings
-
-            return Settings
+            return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
         from candle_vllm.core.arguments import missing_name
 
         raise missing_name(__name__, name, __all__)

@@ -33,7 +33,7 @@ from candle_vllm.server.http.routing import caller_of
 from candle_vllm.server.http.sse import EventStream, StreamForm, data_event
 from candle_vllm.server.mailbox.policy import refuse_headers
 from candle_vllm.server.models.manager import ModelManager, Turn, take_turn
-from candle_vllm.server.models.slot import Lease, ServedModel
+from candle_vllm.server.models.slot import ServedModel
 from candle_vllm.server.outliving import NOT_HERE, MailboxWriter, StoredForm
 from candle_vllm.server.settings.table import RequestOptions
 
@@ -128,9 +128,7 @@ async def answer_parsed(request: Request, api: GenerationApi, wire: Any, deadlin
         outliving = writer.keep(wish, chunks, api.stored, turn, deadline)
         if streams:
             return EventStream(outliving, api.form, deadline=deadline)
-        return await unless_disconnected(
-            outliving.response(to_json_bytes), request.receive, lambda _: outliving.aclose()
-        )
+        return await unless_disconnected(outliving.response(), request.receive, lambda _: outliving.aclose())
 
 
 def _permit_mix(request: Request, wire: Any) -> None:
@@ -189,7 +187,9 @@ async def answer_parsed_with(
         if queued:
             turn = await take_turn(request.scope, wire.model, sequences=texts_of(wire), priority=_priority(wire))
         else:
-            turn = await _unqueued(request, wire.model)
+            manager: ModelManager = request.app.state.manager
+            await manager.reach(wire.model, caller_of(request.scope))
+            turn = await manager.acquire(wire.model)
         try:
             return await method(turn.model, wire)
         finally:
@@ -212,12 +212,6 @@ async def answer_about(request: Request, describe: Callable[[ServedModel], Any])
 
     named = SimpleNamespace(model=request.query_params.get("model") or None)
     return await answer_parsed_with(request, named, described, deadline_of(request), queued=False)
-
-
-async def _unqueued(request: Request, name: str | None) -> Lease:
-    manager: ModelManager = request.app.state.manager
-    await manager.reach(name, caller_of(request.scope))
-    return await manager.acquire(name)
 
 
 def deadline_of(request: Request) -> float:

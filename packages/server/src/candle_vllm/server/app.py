@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 from collections.abc import AsyncIterator, Mapping
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,7 @@ from candle_vllm.server.http.limits import RateLimitMiddleware, RateLimits
 from candle_vllm.server.http.routing import GreetingMiddleware, HeadMiddleware, PrefixMiddleware, UnversionedMiddleware
 from candle_vllm.server.models.loader import serve_engine
 from candle_vllm.server.models.manager import ModelManager
+from candle_vllm.server.observing import series
 from candle_vllm.server.observing.metrics import Observation, Outcome
 from candle_vllm.server.observing.middleware import ObservingMiddleware
 from candle_vllm.server.observing.model_metrics import ServedEngine
@@ -113,18 +115,17 @@ def create_app(
     app.state.manager.rates = app.state.limits = RateLimits(settings.rates, app.state.metrics.rate_limited)
     app.state.mailbox = mailbox
     if mailbox is not None:
-        sent = app.state.metrics.webhook_sent
-        mailbox.pushed = lambda delivered: sent(Outcome.OK if delivered else Outcome.FAILED)
+        count = app.state.metrics.count
+        mailbox.pushed = lambda delivered: count(series.WEBHOOKS, Outcome.OK if delivered else Outcome.FAILED)
     options = store_options(settings)
     app.state.response_store = None if options is None else ResponseStore(options)
     app.state.batches = None if options is None else _batches(app, options.url, settings)
     app.state.background = None if app.state.response_store is None else Background(app.state.response_store)
     app.state.mcp = mcp
     if mcp is not None:
-        mcp.called = app.state.metrics.tool_called
+        mcp.called = functools.partial(app.state.metrics.count, series.TOOL_CALLS)
         app.state.metrics.watch_mcp_servers(mcp.states)
-    servers = responses.response_servers(mcp, settings, keys=settings.has_api_keys)
-    app.state.responders = responses.Responders(app.state.response_store, servers)
+    app.state.response_servers = responses.response_servers(mcp, settings, keys=settings.has_api_keys)
     app.state.mailbox_writer = None if mailbox is None else MailboxWriter(mailbox, app.state.metrics)
     app.state.pulls = ollama_library.pulls_of(app.state.manager, settings)
     app.state.stopping = lambda: False
@@ -148,42 +149,34 @@ def manager_of(engine: ServedEngine, settings: Settings) -> ModelManager:
     names = settings.served_model_name or (engine.model_info.name,)
     entry = ModelEntry(names[0], settings, names)
     metrics = Observation(settings).metrics
-    known = open_adapters(settings, settings, metrics.adapter_looked_for)
+    known = open_adapters(settings, settings, functools.partial(metrics.count, series.ADAPTER_LOOKS))
     return ModelManager.of_loaded(serve_engine(engine, entry, metrics, known), metrics, known)
 
 
 @contextlib.asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[Mapping[str, Any]]:
     """Yield the server's state: `busy()` returns whether a drain must wait for work for disconnected clients."""
-    mailbox: Mailbox | None = app.state.mailbox
-    store: ResponseStore | None = app.state.response_store
-    background: Background | None = app.state.background
-    writer: MailboxWriter | None = app.state.mailbox_writer
-    mcp: McpService | None = app.state.mcp
-    batch_service: Batches | None = app.state.batches
-    watch = asyncio.create_task(app.state.keys.watch(), name="key-files")
+    state = app.state
+    watch = asyncio.create_task(state.keys.watch(), name="key-files")
     try:
-        for each in (mailbox, store, batch_service):
+        for each in (state.mailbox, state.response_store, state.batches, state.mcp):
             if each is not None:
-                await _start(app, each)
-        if mcp is not None:
-            await mcp.start()
-        yield {"busy": lambda: any(each is not None and each.busy for each in (writer, background))}
+                try:
+                    await each.start()
+                except Exception as failure:
+                    state.failure = failure
+                    raise
+        working = [each for each in (state.mailbox_writer, state.background) if each is not None]
+        yield {"busy": lambda: any(each.busy for each in working)}
     finally:
         watch.cancel()
-        if batch_service is not None:
-            await batch_service.close()
-        if writer is not None:
-            await writer.close()
-        if background is not None:
-            await background.close()
-        if store is not None:
-            await store.close()
-        if mcp is not None:
-            await mcp.close()
-        await app.state.manager.close()
-        if mailbox is not None:
-            await mailbox.close()
+        # Each is closed before those that it uses.
+        for each in (
+            state.batches, state.mailbox_writer, state.background, state.response_store, state.mcp, state.manager,
+            state.mailbox,
+        ):  # fmt: skip
+            if each is not None:
+                await each.close()
 
 
 def _batches(app: FastAPI, url: str, settings: Settings) -> Batches:
@@ -202,14 +195,6 @@ def _batches(app: FastAPI, url: str, settings: Settings) -> Batches:
         return max(loaded, default=settings.max_num_seqs or SETTINGS["max_num_seqs"].default or 1)
 
     return Batches(options, app.state.keys.callers, settings.max_body_mb << 20, places, app)
-
-
-async def _start(app: FastAPI, store: Mailbox | ResponseStore | Batches) -> None:
-    try:
-        await store.start()
-    except Exception as failure:
-        app.state.failure = failure
-        raise
 
 
 def _add_layers(app: FastAPI, settings: Settings) -> None:

@@ -22,6 +22,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from candle_vllm.core.errors import RequestAbortedError
+from candle_vllm.openai.json_body import to_json_bytes
 from candle_vllm.openai.protocol.generation import StreamOptions
 from candle_vllm.responses.api.outliving import Chunks, Failure, Work
 from candle_vllm.server.http.body import disconnected
@@ -29,6 +30,7 @@ from candle_vllm.server.http.routing import caller_of
 from candle_vllm.server.mailbox.policy import DeliveryPolicy, Mode, read_policy
 from candle_vllm.server.models.manager import Turn
 from candle_vllm.server.observing.metrics import Metrics, Outcome
+from candle_vllm.server.observing.series import ANSWERS_KEPT
 
 if TYPE_CHECKING:
     from candle_vllm.server.mailbox.service import Mailbox
@@ -104,7 +106,7 @@ class MailboxWriter:
             turn.release()
             stored = await answer.finish(failure)
             if stored is not None:
-                self._metrics.answer_stored(Outcome.OK if stored else Outcome.FAILED)
+                self._metrics.count(ANSWERS_KEPT, Outcome.OK if stored else Outcome.FAILED)
 
         work = Work(chunks, max(0.0, deadline - time.monotonic()), answer.take, end)
         self._works[work] = answer
@@ -151,16 +153,18 @@ class OutlivingAnswer:
 
     async def __anext__(self) -> Any:
         while True:
-            chunk = self._as_asked(await anext(self._reader))
-            if chunk is not None:
+            chunk = await anext(self._reader)
+            if not self._wish.usage_hidden:
                 return chunk
+            if chunk.choices:  # else it has only the token counts, which the client did not ask for
+                return msgspec.structs.replace(chunk, usage=UNSET)
 
-    async def response(self, encode: Callable[[Any], bytes]) -> Response:
+    async def response(self) -> Response:
         """Return the whole answer as JSON, for a client that wants no stream; raises the exception of a failed answer.
 
         Cancel the coroutine when the client disconnects.
         """
-        return _WholeResponse(encode(await self._whole()), self)
+        return _WholeResponse(to_json_bytes(await self._whole()), self)
 
     def delivered(self) -> None:
         """Record that the client was sent the last byte."""
@@ -224,12 +228,6 @@ class OutlivingAnswer:
             self.delivered()
             raise made
         return made
-
-    def _as_asked(self, chunk: Any) -> Any:
-        """Return the chunk for the client, without token counts if the client did not ask for them."""
-        if not self._wish.usage_hidden:
-            return chunk
-        return msgspec.structs.replace(chunk, usage=UNSET) if chunk.choices else None
 
     async def _note(self) -> None:
         """List the answer in the mailbox as being generated, as soon as it is certain that it will be stored."""

@@ -96,8 +96,7 @@ class Reloader:
         async with self._lock:
             remarks: list[str] = []
             entry = await asyncio.to_thread(_entry, self._configuration, section, remarks)
-            before = self._manager.catalogue
-            self._manager.adopt(Catalogue([*before.entries, entry], before.default.name))
+            self._manager.change(None, entry)
         for remark in remarks:
             logger.warning("%s", remark)
         logger.info("the model %s was added", entry.name)
@@ -111,12 +110,11 @@ class Reloader:
             UsageError: it is the default or the active model.
         """
         async with self._lock:
-            before, found = self._manager.catalogue, self._manager.find(name, exact=True).entry.name
-            if found in (before.default.name, self._manager.active):
-                raise UsageError(f"the model {found!r} is the default model, which cannot be removed")
-            rest = [entry for entry in before.entries if entry.name != found]
-            changes = self._manager.adopt(Catalogue(rest, before.default.name))
-        logger.info("the model %s was removed", found)
+            entry = self._manager.find(name, exact=True).entry
+            if entry.name in (self._manager.catalogue.default.name, self._manager.active):
+                raise UsageError(f"the model {entry.name!r} is the default model, which cannot be removed")
+            changes = self._manager.change(entry, None)
+        logger.info("the model %s was removed", entry.name)
         return changes
 
     def listen(self, stop: Callable[[], object]) -> None:

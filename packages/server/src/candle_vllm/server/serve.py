@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import datetime
 import errno
+import functools
 import gc
 import signal
 import socket
@@ -39,11 +40,11 @@ from candle_vllm.server.drain import DrainingServer
 from candle_vllm.server.http.protocol import WebSocketProtocol, http_protocol
 from candle_vllm.server.http.tls import refresh, tls_context
 from candle_vllm.server.interrupts import say_stopped
-from candle_vllm.server.mailbox.options import MailboxOptions
 from candle_vllm.server.models.loader import ModelLoader
 from candle_vllm.server.models.manager import ModelManager
 from candle_vllm.server.models.slot import ModelSlot
 from candle_vllm.server.models.switcher import Load, ManagerLimits
+from candle_vllm.server.observing import series
 from candle_vllm.server.observing.metrics import Observation
 from candle_vllm.server.observing.model_metrics import ServedEngine
 from candle_vllm.server.reloading import Reloader, warn_of_missing
@@ -94,7 +95,12 @@ def serve(configuration: Configuration, load: Load | None = None) -> int:
     sys.setswitchinterval(SWITCH_SECONDS)
     try:
         manager, observation = open_manager(with_fetched(configuration), settings, load)
-        app = create_app(manager, settings, mailbox=open_mailbox(configuration.mailbox), mcp=mcp)
+        mailbox = None
+        if configuration.mailbox is not None:
+            from candle_vllm.server.mailbox.service import Mailbox  # imports SQLAlchemy
+
+            mailbox = Mailbox(configuration.mailbox)
+        app = create_app(manager, settings, mailbox=mailbox, mcp=mcp)
         app.state.page_key = new_page_key(settings, mcp is not None)
         app.state.pulls = pulls_of(manager, configuration.unlisted)
         server = make_server(app, settings, tls)
@@ -143,15 +149,6 @@ def bind_second(settings: Settings, first: socket.socket) -> list[socket.socket]
         raise
 
 
-def open_mailbox(options: MailboxOptions | None) -> Mailbox | None:
-    """Return the mailbox, if it is configured; only then is SQLAlchemy imported."""
-    if options is None:
-        return None
-    from candle_vllm.server.mailbox.service import Mailbox
-
-    return Mailbox(options)
-
-
 def open_mcp(settings: Settings) -> McpService | None:
     """Return the service of the MCP servers, if some are configured; only then is the MCP SDK imported."""
     from candle_vllm.server.mcp.options import mcp_options
@@ -173,8 +170,9 @@ def open_manager(
         ConfigError: a source of adapters or images is invalid, or OpenTelemetry is not installed.
     """
     observation = Observation(settings)
-    adapters = open_adapters(settings, settings, observation.metrics.adapter_looked_for)
-    images = image_sources(settings, stored_image, observation.metrics.image_fetched)
+    count = observation.metrics.count
+    adapters = open_adapters(settings, settings, functools.partial(count, series.ADAPTER_LOOKS))
+    images = image_sources(settings, stored_image, functools.partial(count, series.IMAGE_FETCHES))
     limits = ManagerLimits(
         max_loaded=settings.max_loaded_models,
         max_waiting=settings.queue_size,

@@ -6,11 +6,10 @@ Step 1 of a request's life; nothing is generated here.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
 
 from fastapi import Request
-from starlette.responses import Response
 
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.openai import to_json_bytes
@@ -97,19 +96,6 @@ def limit_and_after(query: Mapping[str, str], default: int, most: int) -> tuple[
     if after is not None and not entries.is_id(after):
         raise InvalidParameterError(f"after must be an id, not {after!r:.80}", "after")
     return limit, after
-
-
-class _Listed(Protocol):
-    @property
-    def id(self) -> str: ...
-
-
-def page_of(kind: Callable[..., Any], found: Sequence[_Listed], limit: int) -> Response:
-    """Return the response with a page of a list: at most `limit` of the found entries, and whether there are more."""
-    some = found[:limit]
-    ends = {"first_id": some[0].id if some else None, "last_id": some[-1].id if some else None}
-    page = kind(data=some, **ends, has_more=len(found) > limit)
-    return Response(to_json_bytes(page), media_type="application/json")
 
 
 def number_of(name: str, text: str, low: int, high: int) -> int:

@@ -13,6 +13,7 @@ import tarfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, cast
 from urllib.parse import quote, urlsplit
@@ -24,7 +25,7 @@ from candle_vllm.server.adapters.fetching import FetchedSource, Pinned, cut_off,
 
 MAX_MEMBERS = 64
 MAX_RATIO = 200  # maximum ratio of unpacked to fetched bytes; weights hardly compress
-_SLACK = 16 << 20  # unpacked bytes that are allowed beyond this ratio, for the padding of small archives
+SLACK = 16 << 20  # unpacked bytes that are allowed beyond this ratio, for the padding of small archives
 _MAX_HEAD = 64 << 10  # maximum bytes of a header with a long name or with extended attributes
 _PIECE = 1 << 20
 _GZIP = b"\x1f\x8b"
@@ -35,7 +36,7 @@ UNREADABLE = (tarfile.TarError, zlib.error, EOFError, OSError, ValueError, Arith
 _KEPT = (sources.CONFIG, sources.WEIGHTS)
 _HTTP_SECONDS = 10.0  # timeout of connecting and of each read
 _MAX_SUM = 4096  # maximum bytes of a checksum file
-_SUM = re.compile(r"[0-9a-f]{64}")
+SUM = re.compile(r"[0-9a-f]{64}")
 _NOTHING = (403, 404, 410)  # S3 answers 403 for a missing key if the client may not list keys
 
 
@@ -54,7 +55,7 @@ class TarSource(FetchedSource):
         self.pins = "{revision}" not in address
 
     def _may_have(self, name: sources.AdapterName) -> bool:
-        return name.revision is None or "{revision}" in self._address or _SUM.fullmatch(name.revision) is not None
+        return name.revision is None or "{revision}" in self._address or SUM.fullmatch(name.revision) is not None
 
     def _pin(self, name: sources.AdapterName, budget: sources.Budget) -> Pinned | None:
         wanted = name.revision if name.revision and "{revision}" not in self._address else None
@@ -67,7 +68,7 @@ class TarSource(FetchedSource):
             return None
         except sources.Refused:  # longer than a checksum file
             told = ""
-        if not _SUM.fullmatch(told):
+        if not SUM.fullmatch(told):
             raise sources.Unavailable(f"the checksum of {shown} does not begin with a SHA-256")
         if wanted is not None and told != wanted:
             return None
@@ -150,7 +151,7 @@ def unpack(archive: Path, folder: Path, budget: sources.Budget) -> str | None:
         Unavailable: no time or no space in the cache is left.
         OSError: a file cannot be read or written.
     """
-    most = min(archive.stat().st_size * MAX_RATIO, budget.limits.max_bytes) + _SLACK
+    most = min(archive.stat().st_size * MAX_RATIO, budget.limits.max_bytes) + SLACK
     try:
         with opened_tar(archive, most) as (tar, _):
             return _unpack(tar, folder, budget)
@@ -202,7 +203,9 @@ def _unpack(tar: tarfile.TarFile, folder: Path, budget: sources.Budget) -> str |
         if path.name == sources.CONFIG:
             base = _config(content, member.size, folder, budget)
         else:
-            _copy(content, folder / path.name, member.size, budget)
+            budget.check(member.size)
+            with (folder / path.name).open("xb") as out:
+                write_all(iter(partial(content.read, _PIECE), b""), out, budget)
     if len(seen) != len(_KEPT):
         raise sources.Refused(f"its archive has no {next(name for name in _KEPT if name not in seen)}")
     return base
@@ -216,12 +219,6 @@ def _config(content: IO[bytes], size: int, folder: Path, budget: sources.Budget)
     base = sources.check_config(text, budget.limits)
     (folder / sources.CONFIG).write_bytes(text)
     return base
-
-
-def _copy(content: IO[bytes], path: Path, size: int, budget: sources.Budget) -> None:
-    budget.check(size)
-    with path.open("xb") as out:
-        write_all(iter(lambda: content.read(_PIECE), b""), out, budget)
 
 
 class BoundedStream:

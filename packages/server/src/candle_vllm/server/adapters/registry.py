@@ -244,7 +244,10 @@ class Adapters:
         adapter = now if now.plain or base is not None else replace(now, plain=True)
         if self._known.get((entry, name)) is not adapter:
             self._set(adapter)
-            self._forget_some()
+            many = len(self._known) - MAX_KNOWN
+            loose = (key for key, each in self._known.items() if not each.stays and not self._used[key])
+            for key in list(islice(loose, max(0, many))):
+                self._drop(key)
         return adapter
 
     async def fetch(self, text: str, name: str, base: str) -> Adapter | None:
@@ -295,14 +298,6 @@ class Adapters:
         if adapter is not None and adapter.number is not None:
             del self._numbered[adapter.base][adapter.number]
             self._kept.pop(key)()
-
-    def _forget_some(self) -> None:
-        """Drop the least recently used adapters beyond `MAX_KNOWN`, except adapters in use and the operator's."""
-        many = len(self._known) - MAX_KNOWN
-        if many > 0:
-            loose = (key for key, each in self._known.items() if not each.stays and not self._used[key])
-            for key in list(islice(loose, many)):
-                self._drop(key)
 
     def _held(self, adapter: Adapter) -> Callable[[], None]:
         """Protect an adapter's files from eviction until the returned function is called."""

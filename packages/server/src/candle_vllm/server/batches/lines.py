@@ -12,7 +12,7 @@ import codecs
 import json
 import secrets
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -176,7 +176,8 @@ class Application:
             died = died or problem.code == "engine_dead"  # the line may be the cause, so it is sent only once more
             if stopped is not None and (reason := await stopped()) is not None:
                 return failed(line.custom_id, *reason)
-            await asyncio.sleep(_pause(answer.headers))
+            after = answer.headers.get("retry-after", "1")
+            await asyncio.sleep(min(float(after) if after.isdigit() else 1.0, LONGEST_PAUSE))
         response = Answered(
             status_code=answer.status_code,
             request_id=answer.headers.get("x-request-id", ""),
@@ -236,11 +237,6 @@ def problem_of(body: bytes) -> Problem:
         return Problem(code=str(error.get("code") or error.get("type") or "error"), message=str(error["message"]))
     except (msgspec.DecodeError, KeyError, TypeError, AttributeError):
         return Problem(code="error", message="The request failed.")
-
-
-def _pause(headers: Mapping[str, str]) -> float:
-    text = headers.get("retry-after", "1")
-    return min(float(text) if text.isdigit() else 1.0, LONGEST_PAUSE)
 
 
 def _new_id() -> str:

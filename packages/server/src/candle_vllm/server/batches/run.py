@@ -227,7 +227,10 @@ class BatchRun:
                         continue
                     stopped = stopped or await self._stopped()
                     if stopped is not None:
-                        await self._collect(working)
+                        if working:  # a cancelled line fails at once, an expired one before it would be sent again
+                            await asyncio.wait(working)
+                        self._unwritten += [(number, task.result()) for task, number in working.items()]
+                        working.clear()
                         line = await application.read(data)
                         self._unwritten.append((number, failed(line.custom_id, *stopped)))
                         continue
@@ -263,13 +266,6 @@ class BatchRun:
             wish.cancel()
             answer.cancel()
             await asyncio.gather(wish, answer, return_exceptions=True)
-
-    async def _collect(self, working: dict[asyncio.Task[Result], int]) -> None:
-        """Wait for the running lines; a cancelled one fails at once, an expired one before it would be sent again."""
-        if working:
-            await asyncio.wait(working)
-        self._unwritten += [(number, task.result()) for task, number in working.items()]
-        working.clear()
 
     async def _stopped(self) -> tuple[str, str] | None:
         """Return why no further line is answered, as code and message; EngineDeadError if no model can answer here."""

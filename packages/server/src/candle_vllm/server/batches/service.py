@@ -153,7 +153,6 @@ class Batches:
                 del self._uploads[owner]
 
     def _several(self) -> bool:
-        """Whether the API keys have several owners."""
         return are_several(self._callers())
 
     async def _look(self) -> None:

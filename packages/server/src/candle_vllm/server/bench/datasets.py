@@ -64,31 +64,37 @@ class Sample:
     output_len: int | None
 
 
-@dataclass(frozen=True)
-class Shape:
-    """Lengths of prompts and answers.
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """The options by which a command chooses its requests.
 
     Attributes:
+        dataset_name, dataset_path: name and file of the data set.
+        num_prompts: number of requests.
         input_len, output_len: lengths in tokens; None means those of the data set. Files ignore `input_len`.
-        prefix_len: number of tokens that all random prompts share at the start.
-        range_ratio: random lengths are between (1 - ratio) and (1 + ratio) times `input_len` and `output_len`.
+        random_prefix_len: number of tokens that all random prompts share at the start.
+        random_range_ratio: random lengths are between (1 - ratio) and (1 + ratio) times `input_len` and `output_len`.
+        seed: the same seed gives the same requests.
     """
 
+    dataset_name: str = "random"
+    dataset_path: Path | None = None
+    num_prompts: int = 1000
     input_len: int | None = None
     output_len: int | None = None
-    prefix_len: int = 0
-    range_ratio: float = 0.0
+    random_prefix_len: int = 0
+    random_range_ratio: float = 0.0
+    seed: int = 0
 
 
-def make_samples(
-    name: str, path: Path | None, count: int, shape: Shape, words: Callable[[], Words], seed: int
-) -> list[Sample]:
-    """Return `count` requests of a data set; the same `seed` gives the same requests.
+def make_samples(options: DataOptions, words: Callable[[], Words]) -> list[Sample]:
+    """Return the requests of a data set.
 
     UsageError if the name, the path or the file's content is invalid, OSError if the file cannot be read. `words`
     returns the tokenizer; it is called after these checks.
     """
-    chance = random.Random(seed)  # noqa: S311 - no secret
+    name, path, count = options.dataset_name, options.dataset_path, options.num_prompts
+    chance = random.Random(options.seed)  # noqa: S311 - no secret
     if name == "hf":
         raise UsageError(
             "--dataset-name hf: data sets are not downloaded; mt_bench, spec_bench, speed_bench and custom read one "
@@ -101,7 +107,7 @@ def make_samples(
                          else f"--dataset-name {name} needs --dataset-path FILE")  # fmt: skip
     if path is None:
         make = _random if name == "random" else _sonnet
-        return make(words(), count, shape, chance)
+        return make(words(), options, chance)
     if name == "speed_bench" and path.is_dir():
         path /= "qualitative.jsonl"  # the part that vLLM uses, too
     found = list(_sharegpt(path) if name == "sharegpt" else _lines(path, name))
@@ -110,11 +116,11 @@ def make_samples(
     chance.shuffle(found)
     counted = words()
     chosen = [found[index % len(found)] for index in range(count)]
-    return [_counted(prompt, answer, shape, counted) for prompt, answer in chosen]
+    return [_counted(prompt, answer, options, counted) for prompt, answer in chosen]
 
 
-def _counted(prompt: str, answer: str | int | None, shape: Shape, words: Words) -> Sample:
-    length = shape.output_len
+def _counted(prompt: str, answer: str | int | None, options: DataOptions, words: Words) -> Sample:
+    length = options.output_len
     if length is None and answer is not None:
         length = answer if isinstance(answer, int) else max(1, len(words.encode(answer)))
     return Sample(prompt, len(words.encode(prompt)), length)
@@ -124,13 +130,13 @@ def _between(length: int, ratio: float, chance: random.Random) -> int:
     return max(1, chance.randint(round(length * (1 - ratio)), round(length * (1 + ratio))))
 
 
-def _random(words: Words, count: int, shape: Shape, chance: random.Random) -> list[Sample]:
+def _random(words: Words, options: DataOptions, chance: random.Random) -> list[Sample]:
     """Return prompts of random tokens, as texts that have the wanted number of tokens if the vocabulary allows it."""
-    prefix = words.draw(shape.prefix_len, chance)
+    prefix = words.draw(options.random_prefix_len, chance)
     made = []
-    for _ in range(count):
-        length = _between(shape.input_len or 1024, shape.range_ratio, chance)
-        output = _between(shape.output_len or 128, shape.range_ratio, chance)
+    for _ in range(options.num_prompts):
+        length = _between(options.input_len or 1024, options.random_range_ratio, chance)
+        output = _between(options.output_len or 128, options.random_range_ratio, chance)
         made.append(Sample(*_random_text(words, prefix, length, chance), output))
     return made
 
@@ -147,12 +153,12 @@ def _random_text(words: Words, prefix: list[int], length: int, chance: random.Ra
     return text, len(words.encode(text))
 
 
-def _sonnet(words: Words, count: int, shape: Shape, chance: random.Random) -> list[Sample]:
+def _sonnet(words: Words, options: DataOptions, chance: random.Random) -> list[Sample]:
     """Return prompts of `_PREFACE` and random lines of a poem, as many as the wanted length allows."""
-    wanted = shape.input_len or 550
+    wanted = options.input_len or 550
     sizes = [len(words.encode(line + "\n")) for line in _LINES]
     made = []
-    for _ in range(count):
+    for _ in range(options.num_prompts):
         lines, size = [], len(words.encode(_PREFACE))
         while True:
             index = chance.randrange(len(_LINES))
@@ -161,7 +167,7 @@ def _sonnet(words: Words, count: int, shape: Shape, chance: random.Random) -> li
             lines.append(_LINES[index] + "\n")
             size += sizes[index]
         text = _PREFACE + "".join(lines)
-        made.append(Sample(text, len(words.encode(text)), shape.output_len or 150))
+        made.append(Sample(text, len(words.encode(text)), options.output_len or 150))
     return made
 
 

@@ -22,7 +22,7 @@ import numpy as np
 
 from candle_vllm.core import CandleVllmError, EngineConfig, InferenceEngine, SamplingParams
 from candle_vllm.core.engine.outputs import GenerationOutput
-from candle_vllm.server.bench.datasets import Shape, make_samples
+from candle_vllm.server.bench.datasets import DataOptions, make_samples
 from candle_vllm.server.settings.derived import load_engine
 from candle_vllm.server.settings.options import UsageError
 from candle_vllm.server.settings.table import ModelOptions
@@ -52,24 +52,12 @@ class EngineWords:
         return self._engine.detokenize(ids)
 
 
-def bench_throughput(
-    settings: ModelOptions,
-    dataset_name: str = "random",
-    dataset_path: Path | None = None,
-    num_prompts: int = 1000,
-    input_len: int | None = None,
-    output_len: int | None = None,
-    random_prefix_len: int = 0,
-    random_range_ratio: float = 0.0,
-    n: int = 1,
-    seed: int = 0,
-    output_json: Path | None = None,
-) -> int:
-    """Answer a data set as fast as possible, and print requests and tokens per second."""
-    with load_engine(settings, max_queued_requests=_queue(num_prompts * n)) as engine:
-        shape = Shape(input_len, output_len, random_prefix_len, random_range_ratio)
+def bench_throughput(settings: ModelOptions, n: int = 1, output_json: Path | None = None, **data: Any) -> int:
+    """Answer a data set (`data`: `DataOptions`) as fast as possible, and print requests and tokens per second."""
+    options = DataOptions(**data)
+    with load_engine(settings, max_queued_requests=_queue(options.num_prompts * n)) as engine:
         words = EngineWords(engine)
-        samples = make_samples(dataset_name, dataset_path, num_prompts, shape, lambda: words, seed)
+        samples = make_samples(options, lambda: words)
         params = [_params(sample.output_len or 128, n) for sample in samples]
         began = time.perf_counter()
         outputs = engine.generate([sample.prompt for sample in samples], params, use_tqdm=sys.stderr.isatty())
@@ -131,18 +119,14 @@ def bench_latency(
 
 def bench_speculation(
     settings: ModelOptions,
-    dataset_name: str = "custom",
-    dataset_path: Path | None = None,
-    num_prompts: int = 10,
-    output_len: int | None = None,
-    seed: int = 0,
     pairs: int = 5,
     skip_chat_template: bool = False,
     output_json: Path | None = None,
+    **data: Any,
 ) -> int:
     """Answer each distinct prompt, one by one, alternately with and without draft tokens, and print the speedup.
 
-    Returns 1 if any answers differ, else 0.
+    `data` are `DataOptions`, by default 10 prompts of a custom file. Returns 1 if any answers differ, else 0.
     """
     drafts = settings.speculative_config or {"method": "suffix"}
     if drafts.get("method") == "none":
@@ -151,8 +135,8 @@ def bench_speculation(
         )
     with load_engine(settings, speculative_config=drafts) as engine:
         words = EngineWords(engine)
-        shape = Shape(output_len=output_len)
-        samples = make_samples(dataset_name, dataset_path, num_prompts, shape, lambda: words, seed)
+        usual: dict[str, Any] = {"dataset_name": "custom", "num_prompts": 10}
+        samples = make_samples(DataOptions(**usual | data), lambda: words)
         asked = [
             (_in_template(engine, sample.prompt, raw=skip_chat_template), sample.output_len or 256)
             for sample in dict.fromkeys(samples)

@@ -29,7 +29,7 @@ import httpx
 from candle_vllm.core import CandleVllmError
 from candle_vllm.core.shown import without_secrets
 from candle_vllm.server.bench.client import EventClient, Target, WholeClient
-from candle_vllm.server.bench.datasets import LocalWords, Sample, ServerWords, Shape, Words, make_samples
+from candle_vllm.server.bench.datasets import DataOptions, LocalWords, Sample, ServerWords, Words, make_samples
 from candle_vllm.server.bench.figures import Seen, detail, read_goals, read_metrics, read_percentiles, summary, table
 from candle_vllm.server.settings.options import UsageError
 
@@ -101,13 +101,6 @@ def bench_serve(
     api_key: str | None = None,
     header: tuple[str, ...] = (),
     insecure: bool = False,
-    dataset_name: str = "random",
-    dataset_path: Path | None = None,
-    num_prompts: int = 1000,
-    input_len: int | None = None,
-    output_len: int | None = None,
-    random_prefix_len: int = 0,
-    random_range_ratio: float = 0.0,
     request_rate: str = "inf",
     burstiness: float = 1.0,
     ramp_up_strategy: str | None = None,
@@ -120,7 +113,6 @@ def bench_serve(
     top_p: float | None = None,
     top_k: int | None = None,
     extra_body: str | None = None,
-    seed: int = 0,
     percentile_metrics: str | None = None,
     metric_percentiles: str = "99",
     goodput: tuple[str, ...] = (),
@@ -130,8 +122,13 @@ def bench_serve(
     result_dir: Path | None = None,
     result_filename: str | None = None,
     metadata: tuple[str, ...] = (),
+    **data: Any,
 ) -> int:
-    """Measure, and print a table; return the exit status, which is 1 if no request succeeded."""
+    """Measure, and print a table; return the exit status, which is 1 if no request succeeded.
+
+    `data` are `DataOptions`.
+    """
+    options = DataOptions(**data)
     if base_url is not None and (host is not None or port is not None):
         raise UsageError("--base-url has a host and a port of its own: leave --host and --port out")
     address = f"[{host}]" if host and ":" in host else host or "127.0.0.1"  # IPv6 addresses need brackets
@@ -143,20 +140,22 @@ def bench_serve(
     percentiles, goals = read_percentiles(metric_percentiles), read_goals(goodput)
     if backend == "openai-embeddings" and goals and set(goals) != {"e2el"}:
         raise UsageError(f"--goodput can only limit e2el with --backend {backend}, whose answers are not streamed")
-    headers = _headers(api_key, header)
+    headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
+    headers |= {name.lower(): value for name, value in _pairs("--header", header).items()}
     target = Target(base_url, headers, insecure)
-    extra = _extra(extra_body, ignore_eos, dataset_name, backend, temperature=temperature, top_p=top_p, top_k=top_k)
+    sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
+    extra = _extra(extra_body, ignore_eos, options.dataset_name, backend, **sampling)
     kept = _pairs("--metadata", metadata)
-    shape = Shape(input_len, output_len, random_prefix_len, random_range_ratio)
     with httpx.Client(
         base_url=target.base_url, headers=headers, timeout=60, verify=target.tls or True, trust_env=False
     ) as http:
         name = served_model_name or model or _first_model(http)
         words = functools.cache(lambda: ServerWords(http, name) if tokenizer is None else LocalWords(tokenizer))
-        samples = make_samples(dataset_name, dataset_path, num_prompts, shape, words, seed)
+        samples = make_samples(options, words)
         load = Load(
-            target, endpoint or ENDPOINTS[backend], backend, name, extra, rate, burstiness, max_concurrency, seed, ramp
-        )
+            target, endpoint or ENDPOINTS[backend], backend, name, extra, rate, burstiness, max_concurrency,
+            options.seed, ramp,
+        )  # fmt: skip
         sys.stderr.write(
             f"bench serve: {len(samples)} requests to {without_secrets(target.base_url)}{load.endpoint} for {name}\n"
         )
@@ -172,7 +171,7 @@ def bench_serve(
         told = rate if math.isfinite(rate) else "inf"
         about = {
             "date": now, "endpoint_type": backend, "backend": backend, "label": None, "model_id": name,
-            "tokenizer_id": None if tokenizer is None else str(tokenizer), "num_prompts": num_prompts, **kept,
+            "tokenizer_id": None if tokenizer is None else str(tokenizer), "num_prompts": options.num_prompts, **kept,
             "request_rate": told, "burstiness": burstiness, "max_concurrency": max_concurrency,
         }  # fmt: skip
         paced = f"{told}qps"
@@ -267,12 +266,6 @@ def _number(value: Any) -> int | None:
     return value if type(value) is int and value >= 0 else None
 
 
-def _headers(key: str | None, given: Sequence[str]) -> dict[str, str]:
-    return ({"authorization": f"Bearer {key}"} if key else {}) | {
-        name.lower(): value for name, value in _pairs("--header", given).items()
-    }
-
-
 def _pairs(flag: str, texts: Sequence[str]) -> dict[str, str]:
     wrong = next((text for text in texts if not _HEADER.fullmatch(text.replace("_", "-"))), None)
     if wrong is not None:
@@ -283,7 +276,6 @@ def _pairs(flag: str, texts: Sequence[str]) -> dict[str, str]:
 def _extra(
     text: str | None, ignore_eos: bool | None, dataset: str, backend: str, **sampling: float | None
 ) -> dict[str, Any]:
-    """Return the further fields of every request."""
     extra = {name: value for name, value in sampling.items() if value is not None}
     if ignore_eos or (ignore_eos is None and dataset == "random" and backend != "openai-embeddings"):
         extra["ignore_eos"] = True  # answers to random prompts have no natural end

@@ -24,21 +24,12 @@ from candle_vllm.core.engine.outputs import FinishReason
 from candle_vllm.core.errors import CandleVllmError, ConfigError
 from candle_vllm.openai import OpenAIAdapter, to_json_bytes
 from candle_vllm.responses import ConversationOptions, ResponsesSession
+from candle_vllm.responses.conversation import events
 from candle_vllm.responses.conversation.chat_model import ModelSource
-from candle_vllm.responses.conversation.events import (
-    ConversationFinished,
-    Event,
-    ReasoningDelta,
-    TextDelta,
-    ToolFinished,
-    ToolProgressed,
-    ToolStarted,
-    TurnFinished,
-)
 from candle_vllm.responses.mcp.config import load_mcp_config
 from candle_vllm.responses.tools.approval import Approval
 from candle_vllm.responses.tools.names import SEPARATOR, matches
-from candle_vllm.responses.tools.tool import ToolCall, ToolDefinition, ToolProgress
+from candle_vllm.responses.tools.tool import ToolCall, ToolDefinition
 from candle_vllm.server.commands.interactive import answer_display, has_colour
 from candle_vllm.server.commands.terminal import Said, conversation, read_stdin, unfinished
 from candle_vllm.server.settings.derived import in_flags, load_engine, thinking_settings
@@ -101,13 +92,14 @@ async def _carry_out(
         stack.callback(display.close)
         _introduce(session)
         try:
-            async with contextlib.aclosing(session.stream_conversation(messages, options)) as events:
-                async for event in events:
+            async with contextlib.aclosing(session.stream_conversation(messages, options)) as told:
+                async for event in told:
                     if as_json:
-                        _print_json(event)
+                        sys.stdout.write(to_json_bytes(event, str).decode() + "\n")
+                        sys.stdout.flush()
                     else:
                         display.show(event)
-                    if isinstance(event, ConversationFinished):
+                    if isinstance(event, events.ConversationFinished):
                         if event.result.completed and not event.result.final_message.strip():
                             note("not finished: the model's answer is empty")
                             return EXIT_UNFINISHED
@@ -132,11 +124,6 @@ def _introduce(session: ResponsesSession) -> None:
     for status in statuses:
         if status.error is not None:
             note(f"{status.name} is not available: {status.error}")
-
-
-def _print_json(event: Event) -> None:
-    sys.stdout.write(to_json_bytes(event, str).decode() + "\n")
-    sys.stdout.flush()
 
 
 QUESTION = "may it run? [y]es, [a]lways for this tool, [n]o: "
@@ -165,7 +152,9 @@ class TerminalApproval:
         self._read_line = read_line
 
     async def __call__(self, call: ToolCall, definition: ToolDefinition) -> Approval:
-        if self._is_approved(definition):
+        # A server chooses `original_name`, so it is not compared with full names.
+        full, own = definition.name, definition.original_name
+        if full in self._always or matches(self._full_names, full) or matches(self._own_names, own):
             return Approval.ALLOW
         is_terminal = sys.stdin is not None and sys.stdin.isatty()  # None if it is closed
         read_line = self._read_line or (read_terminal_line if is_terminal else None)
@@ -185,14 +174,6 @@ class TerminalApproval:
             if answer in ("n", "no"):
                 break
         return Approval.DENY
-
-    def _is_approved(self, definition: ToolDefinition) -> bool:
-        """Whether a tool is approved. A server chooses `original_name`, so it is not compared with full names."""
-        return (
-            definition.name in self._always
-            or matches(self._full_names, definition.name)
-            or matches(self._own_names, definition.original_name)
-        )
 
 
 async def read_terminal_line(question: str) -> str | None:
@@ -252,24 +233,26 @@ class AgentDisplay:
         self._line_open = False
         self._began = 0.0
 
-    def show(self, event: Event) -> None:
-        if isinstance(event, TextDelta):
+    def show(self, event: events.Event) -> None:
+        if isinstance(event, events.TextDelta):
             self._say(Said(event.text))
-        elif isinstance(event, ReasoningDelta):
+        elif isinstance(event, events.ReasoningDelta):
             self._say(Said(event.text, thought=True))
-        elif isinstance(event, TurnFinished):
+        elif isinstance(event, events.TurnFinished):
             if self._line_open:
                 self._text.tell_rate(event.usage.completion_tokens, time.perf_counter() - self._began)
             self._end_line()
-        elif isinstance(event, ToolStarted):
+        elif isinstance(event, events.ToolStarted):
             note(f"-> {event.call.name} {short(event.call.arguments)}")
-        elif isinstance(event, ToolProgressed):
-            note(f"   {_progress(event.progress)}")
-        elif isinstance(event, ToolFinished):
+        elif isinstance(event, events.ToolProgressed):
+            now = event.progress
+            of = "" if now.total is None else f" of {now.total:g}"
+            note(f"   {now.progress:g}{of} {short(now.message or '')}".rstrip())
+        elif isinstance(event, events.ToolFinished):
             result = event.result
             how = "" if result.status == "completed" else f" {result.status.replace('_', ' ')}:"
             note(f"<- {result.call.name}{how} {short(result.text)}")
-        elif isinstance(event, ConversationFinished):
+        elif isinstance(event, events.ConversationFinished):
             self._end_line()
             if not event.result.completed:
                 reason = event.result.stop_reason
@@ -310,11 +293,6 @@ def short(text: str, most: int = _MOST) -> str:
     if len(line) <= most and len(text) <= 2 * most:
         return line
     return f"{line[:most]} ... ({len(text)} characters in all)"
-
-
-def _progress(progress: ToolProgress) -> str:
-    of = "" if progress.total is None else f" of {progress.total:g}"
-    return f"{progress.progress:g}{of} {short(progress.message or '')}".rstrip()
 
 
 # ---- preview of the changes that a call would make -------------------------------------------------------------------

@@ -169,7 +169,10 @@ def round_figure(value: float | None) -> float | None:
 
 
 def _description(engine: InferenceEngine, shape: dict[str, int], repeat: int) -> dict[str, Any]:
-    info = engine.model_info
+    info, versions = engine.model_info, {"python": platform.python_version()}
+    for name in ("candle-vllm-core", "numba", "torch"):
+        with contextlib.suppress(PackageNotFoundError):  # it is not installed
+            versions[name] = version(name)
     return {
         **shape,
         "repeat": repeat,
@@ -181,14 +184,5 @@ def _description(engine: InferenceEngine, shape: dict[str, int], repeat: int) ->
         "weight_mb": round_figure(info.weight_bytes / (1 << 20)),
         "cpus": len(usable_cpus()),
         "machine": platform.machine(),
-        "versions": _versions("candle-vllm-core", "numba", "torch") | {"python": platform.python_version()},
+        "versions": versions,
     }
-
-
-def _versions(*names: str) -> dict[str, str]:
-    """Return the versions of the installed packages among these."""
-    found = {}
-    for name in names:
-        with contextlib.suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found

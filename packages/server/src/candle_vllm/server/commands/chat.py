@@ -187,7 +187,6 @@ class Chat:
         return True
 
     def _ask(self, text: str) -> None:
-        """Send a message to the model, after the attached images."""
         parts = [{"type": "image_url", "image_url": {"url": url}} for url in self._images]
         content = [*parts, {"type": "text", "text": text}] if parts else text
         self._turn([*self._messages, {"role": "user", "content": content}])
@@ -303,7 +302,6 @@ class Chat:
         self.say(f"{name} is {self._value(name)}")
 
     def _set_stop(self, text: str) -> None:
-        """Set the stop strings, which are split as a shell splits words."""
         if not text:
             raise UsageError(f"/set stop needs a text that ends the answer, or default; it is {self._shown_stop()}")
         wanted = f"/set stop takes 1 to {_MAX_STOPS} texts"
@@ -401,11 +399,7 @@ class Chat:
             raise UsageError(_NO_MODEL)
         if "image" not in self._engine.model_info.modalities:
             raise UsageError(f"{self.name} takes text only")
-        try:
-            with path.open("rb") as file:
-                data = file.read(LIMITS.max_image_bytes + 1)
-        except OSError as error:
-            raise UsageError(f"cannot read {path}: {error.strerror}") from None
+        data = _read(path, LIMITS.max_image_bytes + 1)
         picture = decode_picture(data, name=str(path))
         self._images.append(f"data:;base64,{base64.b64encode(data).decode()}")
         self.say(f"({path.name}, {picture.width} x {picture.height}: it is sent with the next message)")
@@ -457,11 +451,7 @@ def _text_of(content: Any) -> str:
 
 def read_saved(path: Path) -> list[Message]:
     """Read the messages of a file that /save wrote; UsageError if it is unreadable, or has another format."""
-    try:
-        with path.open("rb") as file:
-            data = file.read(_MAX_SAVED + 1)
-    except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}") from None
+    data = _read(path, _MAX_SAVED + 1)
     if len(data) > _MAX_SAVED:
         raise UsageError(f"{path} is larger than {_MAX_SAVED >> 20} MB")
     try:
@@ -475,6 +465,14 @@ def read_saved(path: Path) -> list[Message]:
         if not isinstance(message["content"], str) and not _are_parts(message["content"]):
             raise UsageError(f"{path}: message {number} must have a text as its content, or texts and images")
     return messages
+
+
+def _read(path: Path, most: int) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(most)
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}") from None
 
 
 def _are_parts(content: Any) -> bool:

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 
 from candle_vllm.core.assembly.draft import describe_draft
 from candle_vllm.core.assembly.encoder import is_encoder
-from candle_vllm.core.assembly.model import Described, describe_model
-from candle_vllm.core.assembly.opening import Opened, model_files, open_model
+from candle_vllm.core.assembly.model import describe_model
+from candle_vllm.core.assembly.opening import model_files, open_model
 from candle_vllm.core.assembly.placement import resolve_ranks
 from candle_vllm.core.assembly.tower import tower_memory
 from candle_vllm.core.config import EngineConfig
@@ -27,30 +27,27 @@ from candle_vllm.core.errors import ModelNotFoundError
 from candle_vllm.core.kernels.cpu_runtime.level import best_level
 from candle_vllm.core.kernels.cpu_runtime.numa import plan_ranks
 from candle_vllm.core.loading.source import HUB_ID, ModelFiles
-from candle_vllm.core.memory import CachePlan, cache_bytes, device_element_bytes
+from candle_vllm.core.memory import cache_bytes, device_element_bytes
 from candle_vllm.core.quantization.plain import ELEMENTS
-from candle_vllm.core.sampling.params import DEFAULT_SAMPLING, SamplingParams
-from candle_vllm.core.text.tokenizer import chat_conventions
 from candle_vllm.core.threads import default_threads
-from candle_vllm.openai.planning import AnswerPlanner
 from candle_vllm.server.http.keys import Keyring
 from candle_vllm.server.http.tls import tls_context
 from candle_vllm.server.mailbox.options import MailboxOptions
 from candle_vllm.server.mcp.options import mcp_options
+from candle_vllm.server.models.library import template_and_formats
 from candle_vllm.server.reloading import warn_of_missing
 from candle_vllm.server.routes.ollama_library import refuse_open_changes
 from candle_vllm.server.serve import open_manager
 from candle_vllm.server.settings.configuration import Configuration
 from candle_vllm.server.settings.derived import engine_config, refuse_wrong_settings, store_options
-from candle_vllm.server.settings.options import GROUPS, HIDDEN, Option, plain, shown
+from candle_vllm.server.settings.options import GROUPS, HIDDEN, SAMPLING, plain, shown
 from candle_vllm.server.settings.sources import origins
-from candle_vllm.server.settings.table import OPTIONS, ModelOptions
+from candle_vllm.server.settings.table import BY_NAME, OPTIONS, SAMPLED, ModelOptions
 
 DEFAULT = "default"
 
 
-@dataclasses.dataclass(frozen=True)
-class Effective:
+class Effective(NamedTuple):
     """The effective value of one setting.
 
     Attributes:
@@ -58,7 +55,6 @@ class Effective:
         source: the source of a set value; for an unset one, "default" or a text that explains the value.
     """
 
-    option: Option
     value: Any
     source: str
 
@@ -76,11 +72,23 @@ def config(configuration: Configuration, *, as_json: bool = False) -> int:
     models = [entry.names for entry in configuration.catalogue.entries]
     mailbox = None if configuration.mailbox is None else _mailbox(configuration.mailbox)
     if as_json:
-        values = {each.option.name: {"value": each.value, "from": each.source} for each in settings}
+        values = {name: {"value": each.value, "from": each.source} for name, each in settings.items()}
         content = {"settings": values, "models": [list(names) for names in models], "mailbox": mailbox}
         sys.stdout.write(json.dumps(content, indent=2) + "\n")
     else:
-        sys.stdout.write(_table(settings, models, configuration.models_file, mailbox))
+        names = "; ".join(map(", ".join, models))
+        lines, group = [f"models.yaml: {configuration.models_file or 'none'}", f"models: {names}"], ""
+        width = max(map(len, settings))
+        for name, each in settings.items():
+            if BY_NAME[name].group != group:
+                group = BY_NAME[name].group
+                lines += ["", f"{group}:"]
+            value = "-" if each.value in (None, []) else json.dumps(each.value, ensure_ascii=False)
+            lines.append(f"  {name:{width}}  {value:24}  {each.source}")
+        if mailbox is not None:
+            lines += ["", "mailbox, by flags and models.yaml:"]
+            lines += [f"  {name:{width}}  {json.dumps(value, ensure_ascii=False)}" for name, value in mailbox.items()]
+        sys.stdout.write("\n".join(lines) + "\n")
     return 0
 
 
@@ -100,18 +108,18 @@ def _mailbox(options: MailboxOptions) -> dict[str, Any]:
     return values
 
 
-def effective(configuration: Configuration, derived: Mapping[str, Derived] | None = None) -> list[Effective]:
-    """Return every setting in the order of the help, with derived values for those that are not set."""
+def effective(configuration: Configuration, derived: Mapping[str, Effective] = {}) -> dict[str, Effective]:
+    """Return every setting by its name, in the order of the help, with derived values for those that are not set."""
     deciding = origins(configuration.sources)
-    found = []
+    found: dict[str, Effective] = {}
     for option in sorted(OPTIONS, key=lambda option: GROUPS.index(option.group)):
         source = deciding.get(option.name)
-        if source is None and derived is not None and option.name in derived:
-            found.append(Effective(option, *derived[option.name]))
+        if source is None and option.name in derived:
+            found[option.name] = derived[option.name]
             continue
         spelled = "" if source is None else f" ({source.given_as.get(option.name, option.name)})"
         value = shown(option, getattr(configuration.settings, option.name))
-        found.append(Effective(option, value, DEFAULT if source is None else source.title + spelled))
+        found[option.name] = Effective(value, DEFAULT if source is None else source.title + spelled)
     return found
 
 
@@ -131,62 +139,55 @@ def check(configuration: Configuration) -> None:
     open_manager(configuration.catalogue, settings)[1].close()  # checks sources of adapters and images, and tracing
 
 
-class Derived(NamedTuple):
-    """Effective value of a setting that is not set, and the source of the value."""
-
-    value: Any
-    source: str
-
-
 _ELSEWHERE = ("cpu_experts", "cpu_offload_gb", "gpu_layers")  # settings about weights that are not on the GPU
 
 
-def derived(configuration: Configuration) -> dict[str, Derived]:
+def derived(configuration: Configuration) -> dict[str, Effective]:
     """Return the values of settings that are not set; some are unknown if the model is not on this machine."""
     settings, names = configuration.settings, configuration.catalogue.default.names
     config = resolve_ranks(engine_config(settings, fetch=False))
-    found = {option.name: Derived(option.unset, DEFAULT) for option in OPTIONS if option.unset}
+    found = {option.name: Effective(option.unset, DEFAULT) for option in OPTIONS if option.unset}
     for option in OPTIONS:
         if option.engine is not None and (value := getattr(config, option.engine)) is not None:
-            found[option.name] = Derived(plain(value), DEFAULT)
+            found[option.name] = Effective(plain(value), DEFAULT)
     device = choose_device(config.device)
     sequences, tokens = step_size(config, device)
-    ranks = Derived("not used", "default on cuda")
+    ranks = Effective("not used", "default on cuda")
     if device.type == "cpu":
         divided = plan_ranks(config.cpu_ranks, config.threads or default_threads())
         why = "one for each NUMA node that this process may use"
         if config.cpu_ranks is not None:
             why = "tensor_parallel_size, without a GPU"
-        ranks = Derived(1 if divided is None else len(divided.each), f"derived: {why}")
+        ranks = Effective(1 if divided is None else len(divided.each), f"derived: {why}")
     share = DEFAULTS[device.type].share
     found |= {
-        "model": Derived(config.model, "default: the demo model"),
-        "served_model_name": Derived(list(names), "derived: the model's name"),
-        "device": Derived(str(device), "derived: " + ("a GPU" if device.type == "cuda" else "no GPU can be used")),
-        "cpu_level": Derived(best_level().name, "derived: the best level of this CPU"),
-        "threads": Derived(default_threads(), "derived: one for each physical core, within the CPU quota"),
+        "model": Effective(config.model, "default: the demo model"),
+        "served_model_name": Effective(list(names), "derived: the model's name"),
+        "device": Effective(str(device), "derived: " + ("a GPU" if device.type == "cuda" else "no GPU can be used")),
+        "cpu_level": Effective(best_level().name, "derived: the best level of this CPU"),
+        "threads": Effective(default_threads(), "derived: one for each physical core, within the CPU quota"),
         "cpu_ranks": ranks,
-        "max_num_seqs": Derived(sequences, f"default on {device.type}"),
-        "prefill_chunk_size": Derived(tokens, f"default on {device.type}"),
-        "kv_fraction": Derived(share, f"default on {device.type}"),
-        "max_loras": Derived(sequences if device.type == "cpu" else 8, f"default on {device.type}"),
+        "max_num_seqs": Effective(sequences, f"default on {device.type}"),
+        "prefill_chunk_size": Effective(tokens, f"default on {device.type}"),
+        "kv_fraction": Effective(share, f"default on {device.type}"),
+        "max_loras": Effective(sequences if device.type == "cpu" else 8, f"default on {device.type}"),
     }
     if device.type == "cpu":
-        found |= dict.fromkeys(_ELSEWHERE, Derived("not used", "default on cpu: all weights are in main memory"))
-    sizes: dict[str, Derived] = {}
+        found |= dict.fromkeys(_ELSEWHERE, Effective("not used", "default on cpu: all weights are in main memory"))
+    sizes: dict[str, Effective] = {}
     if (size := config.kv_cache_memory) is not None:
-        unused = Derived("not used", "the KV cache's size is set")
+        unused = Effective("not used", "the KV cache's size is set")
         found |= dict.fromkeys(("kv_fraction", "gpu_memory_utilization"), unused)
-        sizes["mem"] = Derived(size >> 20, "MiB, derived from kv_cache_memory_bytes")
-        sizes["kv_cache_memory_bytes"] = Derived(size, "derived from mem")
+        sizes["mem"] = Effective(size >> 20, "MiB, derived from kv_cache_memory_bytes")
+        sizes["kv_cache_memory_bytes"] = Effective(size, "derived from mem")
     elif device.type == "cuda" and config.gpu_memory_utilization is not None:
-        found["kv_fraction"] = Derived("not used", "gpu_memory_utilization is set")
+        found["kv_fraction"] = Effective("not used", "gpu_memory_utilization is set")
     if config.download_dir is None:
         from huggingface_hub.constants import HF_HUB_CACHE
 
-        found["download_dir"] = Derived(HF_HUB_CACHE, "default: Hugging Face's own cache")
+        found["download_dir"] = Effective(HF_HUB_CACHE, "default: Hugging Face's own cache")
     if settings.max_num_seqs is not None and settings.prefill_chunk_size is None:
-        found["prefill_chunk_size"] = Derived(tokens, "derived: at least max_num_seqs")
+        found["prefill_chunk_size"] = Effective(tokens, "derived: at least max_num_seqs")
     try:
         files = model_files(dataclasses.replace(config, offline=True))
     except ModelNotFoundError:
@@ -194,68 +195,59 @@ def derived(configuration: Configuration) -> dict[str, Derived]:
         if settings.offline or not comes or Path(config.model).exists():
             raise
         here = f"candle-vllm show {config.model} compares its size with the memory, candle-vllm pull fetches it"
-        later = Derived("unknown", f"derived: the model is not on this machine yet; {here}")
+        later = Effective("unknown", f"derived: the model is not on this machine yet; {here}")
         return found | dict.fromkeys(_OF_MODEL, later) | sizes
     return found | sizes | _of_model(settings, config, files, device)
 
 
+_SAMPLING = {option.name: getattr(SAMPLED, option.name) for option in OPTIONS if option.group == SAMPLING}
 _OF_MODEL = (
     "dtype", "kv_cache_dtype", "key_cache_dtype", "value_cache_dtype", "max_model_len", "mem", "kv_cache_memory_bytes",
-    "tokenizer", "chat_template", "tool_parser", "reasoning_parser", "temperature", "top_p", "top_k", "min_p",
-    "frequency_penalty", "presence_penalty", "repetition_penalty",
+    "tokenizer", "chat_template", "tool_parser", "reasoning_parser", *_SAMPLING,
 )  # fmt: skip
 
 
-def _foreseen(config: EngineConfig, model: Described, opened: Opened) -> CachePlan:
-    """Return the cache sizes of a model on the CPU, with its draft model and its vision encoder in memory."""
-    placement, threads = model.placement, config.threads or default_threads()
-    tower = tower_memory(config, opened, model.config.hidden_size, placement, threads)
-    return foreseen_cache(config, model, describe_draft(config, model, placement.device), tower)
-
-
-def _of_model(settings: ModelOptions, config: EngineConfig, files: ModelFiles, device: Device) -> dict[str, Derived]:
+def _of_model(settings: ModelOptions, config: EngineConfig, files: ModelFiles, device: Device) -> dict[str, Effective]:
     """Return values from a model's files; the weights are not read."""
-    own = Derived("the model's own", f"derived from {files.name}")
+    own = Effective("the model's own", f"derived from {files.name}")
     if is_encoder(files):
-        none = Derived("none", f"derived: {files.name} is an encoder and generates no text")
+        none = Effective("none", f"derived: {files.name} is an encoder and generates no text")
         unused = (*_OF_MODEL, *_ELSEWHERE, "kv_fraction", "gpu_memory_utilization")
         return dict.fromkeys(unused, none) | {"tokenizer": own}
     opened = open_model(files, device, config.model_impl)
     with opened.checkpoint:
         model = describe_model(config, device, opened)
-        cache = _foreseen(config, model, opened) if device.type == "cpu" else None
-    template = None if model.template is None else model.template.source
-    choice = AnswerPlanner(
-        chat_conventions(model.tokenizer, template),
-        model.config.model_type,
-        tool_parser=settings.tool_parser,
-        reasoning_parser=settings.reasoning_parser,
-    ).choice
+        cache = None
+        if device.type == "cpu":  # foresee it, with the draft model and the vision encoder in memory
+            placement, threads = model.placement, config.threads or default_threads()
+            tower = tower_memory(config, opened, model.config.hidden_size, placement, threads)
+            cache = foreseen_cache(config, model, describe_draft(config, model, placement.device), tower)
+    template, choice = template_and_formats(model, settings)
     source = own.source
     found = {
-        "dtype": Derived(model.dtype, source),
+        "dtype": Effective(model.dtype, source),
         "tokenizer": own,
-        "chat_template": own if template is not None else Derived("none", source),
-        "tool_parser": Derived(choice.tools.name if choice.tools else "none", f"derived: {choice.tools_reason}"),
-        "reasoning_parser": Derived(
+        "chat_template": own if template is not None else Effective("none", source),
+        "tool_parser": Effective(choice.tools.name if choice.tools else "none", f"derived: {choice.tools_reason}"),
+        "reasoning_parser": Effective(
             choice.reasoning.name if choice.reasoning else "none", f"derived: {choice.reasoning_reason}"
         ),
-        "max_model_len": Derived(model.config.max_position, source),
+        "max_model_len": Effective(model.config.max_position, source),
     }
     for name, value in {**_SAMPLING, **model.default_sampling}.items():
-        found[name] = Derived(value, source if name in model.default_sampling else DEFAULT)
+        found[name] = Effective(value, source if name in model.default_sampling else DEFAULT)
     if device.type == "cuda":
         split, layers = model.split, model.config.num_layers
         why = "derived: the GPU holds the model, or no offloading was requested" if split is None else split.message
-        found["cpu_experts"] = Derived(0 if split is None else split.experts, why)
-        found["gpu_layers"] = Derived(layers if split is None else split.layers, why)
-        found["cpu_offload_gb"] = Derived(0 if split is None else round(split.bus_bytes / (1 << 30), 1), why)
+        found["cpu_experts"] = Effective(0 if split is None else split.experts, why)
+        found["gpu_layers"] = Effective(layers if split is None else split.layers, why)
+        found["cpu_offload_gb"] = Effective(0 if split is None else round(split.bus_bytes / (1 << 30), 1), why)
     if cache is None:
         element_bytes = device_element_bytes(config, ELEMENTS[model.placement.dtype].itemsize)
         token = cache_bytes(model.config.cache_specs, 1, element_bytes)
         limit = "times kv_fraction" if config.gpu_memory_utilization is None else "within gpu_memory_utilization"
         words = f"what is left of the GPU after loading, {limit}; a token takes {token:,} B"
-        left = Derived(words, "derived when the model is loaded")
+        left = Effective(words, "derived when the model is loaded")
         return found | ({} if config.kv_cache_memory else dict.fromkeys(("mem", "kv_cache_memory_bytes"), left))
     size, room = cache.num_bytes, cache.num_blocks * config.block_size
     states = cache.states
@@ -264,40 +256,14 @@ def _of_model(settings: ModelOptions, config: EngineConfig, files: ModelFiles, d
         kept += f", {(pool.pages - 1) * config.block_size:,} tokens in layers with a window of {pool.window:,}"
     words = f"derived: {room:,} tokens{kept}, taken as they fill"
     plain = "bf16" if model.placement.recorded else model.dtype
-    both = Derived(plain if config.kv_cache_dtype == "auto" else config.kv_cache_dtype, "derived from kv_cache_dtype")
+    both = Effective(plain if config.kv_cache_dtype == "auto" else config.kv_cache_dtype, "derived from kv_cache_dtype")
     found |= {
-        "kv_cache_dtype": Derived(plain, source),
+        "kv_cache_dtype": Effective(plain, source),
         "key_cache_dtype": both,
         "value_cache_dtype": both,
-        "kv_cache_memory_bytes": Derived(size, words),
-        "mem": Derived(size >> 20, f"MiB, {words}"),
+        "kv_cache_memory_bytes": Effective(size, words),
+        "mem": Effective(size >> 20, f"MiB, {words}"),
     }
     if cache.max_model_len < model.config.max_position:
-        found["max_model_len"] = Derived(cache.max_model_len, "derived: more tokens do not fit into the KV cache")
+        found["max_model_len"] = Effective(cache.max_model_len, "derived: more tokens do not fit into the KV cache")
     return found
-
-
-_SAMPLING = {name: getattr(SamplingParams().filled(DEFAULT_SAMPLING), name) for name in (
-    "temperature", "top_p", "top_k", "min_p", "frequency_penalty", "presence_penalty",
-    "repetition_penalty")}  # fmt: skip
-
-
-def _table(
-    settings: list[Effective],
-    models: list[tuple[str, ...]],
-    models_file: Path | None,
-    mailbox: dict[str, Any] | None,
-) -> str:
-    width = max(len(each.option.name) for each in settings)
-    lines = [f"models.yaml: {models_file or 'none'}", f"models: {'; '.join(', '.join(names) for names in models)}"]
-    group = ""
-    for each in settings:
-        if each.option.group != group:
-            group = each.option.group
-            lines += ["", f"{group}:"]
-        value = "-" if each.value in (None, []) else json.dumps(each.value, ensure_ascii=False)
-        lines.append(f"  {each.option.name:{width}}  {value:24}  {each.source}")
-    if mailbox is not None:
-        lines += ["", "mailbox, by flags and models.yaml:"]
-        lines += [f"  {name:{width}}  {json.dumps(value, ensure_ascii=False)}" for name, value in mailbox.items()]
-    return "\n".join(lines) + "\n"

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from prompt_toolkit.history import History
     from prompt_toolkit.input import Input
     from prompt_toolkit.output import Output
+    from rich.console import Console
 
 HISTORY_FILE = ".candle-vllm/chat_history"
 MAX_HISTORY = 1 << 20  # maximum bytes of the history file; of a larger file, the newest 512 KiB are left at startup
@@ -37,36 +38,35 @@ _PATIENCE = 0.15  # seconds before the spinner is shown; most answers begin earl
 ReadLine = Callable[[], str | None]
 
 
+def _console(stream: TextIO) -> Console | None:
+    """Return a console for a stream that is a capable terminal; otherwise None."""
+    if not stream.isatty():
+        return None
+    from candle_vllm.server.commands.markdown import colour_console
+
+    console = colour_console(stream)
+    return None if console.is_dumb_terminal else console
+
+
 def answer_display() -> Display:
     """Return the display of answers: Markdown on capable terminals, coloured unless NO_COLOR is set."""
-    if not sys.stdout.isatty():
+    if (console := _console(sys.stdout)) is None:
         return Display()
-    from candle_vllm.server.commands.markdown import MarkdownDisplay, colour_console
+    from candle_vllm.server.commands.markdown import MarkdownDisplay
 
-    console = colour_console(sys.stdout)
-    return Display() if console.is_dumb_terminal else MarkdownDisplay(console)
+    return MarkdownDisplay(console)
 
 
 def has_colour(stream: TextIO) -> bool:
     """Whether a stream is a terminal with colour and NO_COLOR is not set."""
-    if not stream.isatty():
-        return False
-    from candle_vllm.server.commands.markdown import colour_console
-
-    console = colour_console(stream)
-    return console.is_terminal and not console.no_color and not console.is_dumb_terminal
+    console = _console(stream)
+    return console is not None and console.is_terminal and not console.no_color
 
 
 @contextlib.contextmanager
 def sign_of_life() -> Iterator[Callable[[], None]]:
     """Context manager with a spinner, until the caller calls the yielded function because the answer begins."""
-    if not sys.stdout.isatty():
-        yield lambda: None
-        return
-    from candle_vllm.server.commands.markdown import colour_console
-
-    console = colour_console(sys.stdout)
-    if console.is_dumb_terminal:
+    if (console := _console(sys.stdout)) is None:
         yield lambda: None
         return
     status = console.status("reading", spinner="line" if console.options.ascii_only else "dots")

@@ -197,7 +197,6 @@ class MarkdownDisplay(Display):
         self._live.update(_LastLines(Group(Text(""), shown) if self._any else shown), refresh=True)
 
     def _finish(self) -> None:
-        """Print the rest of the text, and stop the live area."""
         self._print(self._block + self._line)
         self._line = self._fence = ""
         if self._live is not None:

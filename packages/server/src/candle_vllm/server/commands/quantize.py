@@ -53,7 +53,6 @@ def quantize(
 
 
 def _scaled(text: str) -> tuple[Path, float]:
-    """Parse the path and the scale of an adapter."""
     path, colon, scale = text.rpartition(":")
     if not colon or Path(text).exists():
         return Path(text), 1.0

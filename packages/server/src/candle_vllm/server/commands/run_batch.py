@@ -88,7 +88,6 @@ def run_batch(
 
 
 def _place(text: str) -> Path | httpx.URL:
-    """Parse a path or an HTTP URL."""
     if text == "-":
         raise UsageError("- is not a file here: name one, such as /dev/stdin or /dev/stdout")
     scheme, colon, _ = text.partition("://")

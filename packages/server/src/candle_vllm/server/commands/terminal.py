@@ -140,7 +140,6 @@ class Display:
         self._write_rate()
 
     def _write_rate(self) -> None:
-        """Print the token rate, and reset the display."""
         sys.stdout.write(self._rate)
         sys.stdout.flush()
         self._rate = ""

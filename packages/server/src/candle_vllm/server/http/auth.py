@@ -75,7 +75,7 @@ class ApiKeyMiddleware:
                 state.update({"stranger": True} if known is None else {"caller": known.caller})
             await self._app(scope, receive, send)
             return
-        page = _is_page(scope.get("method", ""), path)
+        page = scope.get("method") == "GET" and (path in PAGES or path.startswith("/docs/"))
         acting = acting_for.get()
         key = self._keys.find(_given(scope, page)) if acting is None else self._keys.find_caller(acting)
         if key is not None and key.is_valid and (key.manages if manages else key.uses):
@@ -109,7 +109,6 @@ class ApiKeyMiddleware:
 
 
 def _refused(key: Key | None, manages: bool) -> str:
-    """Return why a request is refused, for its sender."""
     if key is not None and not key.is_valid:
         return f"The API key {key.caller.label!r} has expired: ask this server's operator for another."
     if key is not None and not manages:
@@ -121,11 +120,6 @@ def _refused(key: Key | None, manages: bool) -> str:
     which = "management key" if manages else "key"
     header = "send the header `Authorization: Bearer <key>`"
     return f"Missing or wrong API key: {header} with a {which} of this server."
-
-
-def _is_page(method: str, path: str) -> bool:
-    """Whether a request is for one of the documentation pages or one of their files."""
-    return method == "GET" and (path in PAGES or path.startswith("/docs/"))
 
 
 def _given(scope: Scope, page: bool) -> bytes | None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import msgspec
-from starlette.responses import Response
 
 
 class HttpError(Exception):
@@ -43,11 +42,6 @@ class HttpError(Exception):
         kind = "invalid_request_error" if self.status < 500 else "server_error"
         error = {"message": str(self), "type": kind, "param": self.param, "code": self.code}
         return msgspec.json.encode({"error": error})
-
-    @property
-    def response(self) -> Response:
-        """The error as an ASGI response."""
-        return Response(self.body, self.status, self.headers, media_type="application/json")
 
 
 def took_too_long() -> HttpError:

@@ -15,13 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from candle_vllm.core.errors import (
-    CandleVllmError,
-    EngineDeadError,
-    EngineOverloadedError,
-    EngineSleepingError,
-    RequestAbortedError,
-)
+from candle_vllm.core import errors
 from candle_vllm.openai import to_error, to_json_bytes
 from candle_vllm.openai.anthropic import anthropic_error, to_anthropic_error
 from candle_vllm.openai.ollama.answers import Failure
@@ -58,13 +52,17 @@ class FailureMiddleware:
         def note(message: Message) -> Awaitable[None]:
             nonlocal begun
             begun = True
-            return send(_brief(scope, message) if message["type"] == "lifespan.startup.failed" else message)
+            if message["type"] == "lifespan.startup.failed":
+                failure = scope["app"].state.failure
+                if isinstance(failure, errors.CandleVllmError):  # its message suffices, without the traceback
+                    message = {**message, "message": str(failure)}
+            return send(message)
 
         try:
             try:
                 await self._app(scope, receive, note)
             except Exception as failure:
-                if scope["type"] == "http" and begun and isinstance(failure.__cause__, CandleVllmError):
+                if scope["type"] == "http" and begun and isinstance(failure.__cause__, errors.CandleVllmError):
                     what = f"{scope['method']} {scope['path'][:200]!r}"
                     logger.warning("the answer to %s ended before it was complete: %s", what, failure.__cause__)
                     return
@@ -79,12 +77,6 @@ class FailureMiddleware:
                 message = "The server was stopped before the answer was complete."
                 error = HttpError(503, message, "shutting_down", {"retry-after": "5"})
                 await refusal(scope, error)(scope, receive, send)
-
-
-def _brief(scope: Scope, message: Message) -> Message:
-    """Return the message of a failed start, without its traceback for a CandleVllmError, whose message suffices."""
-    failure = scope["app"].state.failure
-    return {**message, "message": str(failure)} if isinstance(failure, CandleVllmError) else message
 
 
 def store_refusal(failure: Exception) -> HttpError | None:
@@ -114,7 +106,7 @@ async def answer_failure(request: Request, failure: Exception) -> Response:
     failure = store_refusal(failure) or failure
     if isinstance(failure, HttpError):
         return refusal(request.scope, failure)
-    if isinstance(failure, CandleVllmError):
+    if isinstance(failure, errors.CandleVllmError):
         speak_in_flags(failure)
     log_failure(f"{request.method} {request.scope['path'][:200]!r} failed", failure)
     if speaks_anthropic(request.scope):
@@ -131,7 +123,7 @@ def refusal(scope: Scope, error: HttpError) -> Response:
         headers = {"x-error-code": error.code, **error.headers}  # Ollama's errors have no field for the code
         return _response(to_json_bytes(Failure(str(error))), error.status, headers)
     if not speaks_anthropic(scope):
-        return error.response
+        return _response(error.body, error.status, error.headers)
     status = 529 if error.code == "overloaded" else error.status
     theirs = anthropic_error(
         status, str(error), param=error.param, headers=error.headers, request_id=_request_id(scope)
@@ -169,9 +161,11 @@ def ollama_error_line(failure: Exception) -> bytes:
 
 def log_failure(what: str, failure: Exception) -> None:
     """Log a failure, unless the client, an abort or sleep caused it."""
-    if isinstance(failure, EngineDeadError | EngineOverloadedError | entries.StoreUnavailableError):
+    if isinstance(failure, errors.EngineDeadError | errors.EngineOverloadedError | entries.StoreUnavailableError):
         logger.error("%s: %s", what, failure)  # without a traceback: the cause is known, and ends many requests
-    elif to_error(failure).status >= 500 and not isinstance(failure, (RequestAbortedError, EngineSleepingError)):
+    elif to_error(failure).status >= 500 and not isinstance(
+        failure, (errors.RequestAbortedError, errors.EngineSleepingError)
+    ):
         logger.error("%s", what, exc_info=failure)
 
 

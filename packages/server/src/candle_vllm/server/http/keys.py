@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from candle_vllm.core.setting_kinds import Integer, Secret
 from candle_vllm.server.http.routing import NOBODY, Caller, Limits
 from candle_vllm.server.settings.options import Section, UsageError, known_keys, line_of, mapping
-from candle_vllm.server.settings.sources import read_yaml
+from candle_vllm.server.settings.sources import read_text, read_yaml
 from candle_vllm.server.settings.table import BY_NAME, RATES, AccessOptions
 
 MAX_KEYS = 10_000
@@ -168,11 +168,7 @@ def read_keys(path: Path) -> tuple[str, ...]:
     Raises:
         UsageError: the file cannot be read, has no key or more than `MAX_KEYS`, or has a line that cannot be a key.
     """
-    try:
-        lines = path.read_text("utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise UsageError(f"cannot read the API keys in {path}: {reason}") from None
+    lines = read_text(path, "the API keys in", "utf-8-sig").splitlines()
     stripped = [(number, line.strip()) for number, line in enumerate(lines, 1)]
     keys = [(number, line) for number, line in stripped if line and not line.startswith("#")]
     if not keys:

@@ -387,12 +387,9 @@ def http_protocol() -> type[asyncio.Protocol]:
             super().connection_lost(exc)
 
         def _watch(self) -> None:
-            if self not in self.connections:  # it became a WebSocket, whose protocol has its own limits
-                silent.pop(self, None)
-                self._unwatch()
-                return
+            upgraded = self not in self.connections  # to a WebSocket, whose protocol has its own limits
             answering = self.cycle is not None and not self.cycle.response_complete
-            if answering or self.timeout_keep_alive_task is not None or self.transport.is_closing():
+            if upgraded or answering or self.timeout_keep_alive_task is not None or self.transport.is_closing():
                 silent.pop(self, None)
                 self._unwatch()
                 return

@@ -79,9 +79,9 @@ class StreamForm:
     media_type: str = "text/event-stream"
 
 
-def lines_form(event: Callable[[Any], bytes], error: Callable[[Exception], bytes]) -> StreamForm:
+def lines_form(error: Callable[[Exception], bytes]) -> StreamForm:
     """Return the form of JSON lines. A space fills a silence, which readers of the next line skip."""
-    return StreamForm(event, error, b"", lambda: b" ", "application/x-ndjson")
+    return StreamForm(lambda line: to_json_bytes(line) + b"\n", error, b"", lambda: b" ", "application/x-ndjson")
 
 
 class EventStream(Response):

@@ -30,6 +30,9 @@ RESERVED_HEADERS = frozenset({
 
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]{0,127})\}", re.ASCII)
 _SIGNATURE_HEADERS = {"sha256": "X-Signature-256", "sha512": "X-Signature-512"}
+_AUTH: Mapping[str, Kind] = {
+    "header": Text(64), "algorithm": Choice(tuple(_SIGNATURE_HEADERS)), "signs": Choice(("timestamp", "body")),
+}  # fmt: skip
 _SECRETS = {"none": None, "bearer": "token", "api_key": "key", "hmac": "secret"}
 
 Value = TypeVar("Value")
@@ -85,7 +88,7 @@ def sign(auth: WebhookAuth, timestamp: str, body: bytes) -> str:
 def webhook_auth(section: Any, variables: Mapping[str, str]) -> WebhookAuth:
     """Read the `auth` section of a webhook; UsageError for an unknown key, a missing secret or an invalid value."""
     section = given(section, "webhook auth")
-    kind = checked("webhook auth type", lambda: Choice(tuple(_SECRETS)).check(section.get("type")))
+    kind = checked("webhook auth type", Choice(tuple(_SECRETS)).check, section.get("type"))
     secret = _SECRETS[kind]
     known = ["type"] + ([secret] if secret else [])
     known += {"api_key": ["header"], "hmac": ["algorithm", "header", "signs"]}.get(kind, [])
@@ -93,13 +96,9 @@ def webhook_auth(section: Any, variables: Mapping[str, str]) -> WebhookAuth:
     values: dict[str, Any] = {"type": kind}
     if secret and secret in section:
         values["secret"] = webhook_secret(f"auth {secret}", section[secret], variables)
-    if "header" in section:
-        values["header"] = checked("webhook auth header", lambda: Text(64).check(section["header"]))
-    if "algorithm" in section:
-        choice = Choice(tuple(_SIGNATURE_HEADERS))
-        values["algorithm"] = checked("webhook auth algorithm", lambda: choice.check(section["algorithm"]))
-    if "signs" in section:
-        values["signs"] = checked("webhook auth signs", lambda: Choice(("timestamp", "body")).check(section["signs"]))
+    for name, its_kind in _AUTH.items():
+        if name in section:
+            values[name] = checked(f"webhook auth {name}", its_kind.check, section[name])
     return WebhookAuth(**values)
 
 
@@ -113,14 +112,13 @@ def webhook_secret(name: str, value: Any, variables: Mapping[str, str]) -> str:
     missing = next((found for found in _VARIABLE.findall(value) if not variables.get(found)), None)
     if missing is not None:
         raise UsageError(f"webhook {name} names the variable {missing}, which is not set")
-    text = _VARIABLE.sub(lambda match: variables[match[1]], value)
-    return checked(f"webhook {name}", lambda: Secret().check(text))
+    return checked(f"webhook {name}", Secret().check, _VARIABLE.sub(lambda match: variables[match[1]], value))
 
 
-def checked(name: str, check: Callable[[], Value]) -> Value:
-    """Return the result of `check`; its ValueError becomes a UsageError that begins with the setting's name."""
+def checked(name: str, check: Callable[[Any], Value], value: Any) -> Value:
+    """Return `check(value)`; its ValueError becomes a UsageError that begins with the setting's name."""
     try:
-        return check()
+        return check(value)
     except ValueError as error:
         raise UsageError(f"{name} {error}") from None
 
@@ -153,7 +151,7 @@ class WebhookOptions:
 
     def __post_init__(self) -> None:
         if self.url is not None:
-            checked("webhook url", lambda: parse_target(self.url or ""))
+            checked("webhook url", parse_target, self.url)
         if self.signing_secret and self.auth.type == "hmac":
             raise UsageError("webhook: give signing_secret or auth of type hmac, not both")
         if len(self.headers) > MAX_HEADERS:
@@ -169,12 +167,7 @@ class WebhookOptions:
             if not HEADER_VALUE.fullmatch(value):
                 raise UsageError(f"webhook headers: the value of {name} must be printable ASCII, 1 to 1024 characters")
         for name, kind in _NUMBERS.items():
-            checked(f"webhook {name}", lambda kind=kind, name=name: kind.check(getattr(self, name)))
-
-    def own_headers(self, timestamp: str, body: bytes) -> dict[str, str]:
-        """Return the headers of the operator's pushes besides standard ones: configured, authentication, signature."""
-        signed = WebhookAuth("hmac", self.signing_secret).headers(timestamp, body) if self.signing_secret else {}
-        return {**self.headers, **self.auth.headers(timestamp, body), **signed}
+            checked(f"webhook {name}", kind.check, getattr(self, name))
 
 
 @dataclass(frozen=True)
@@ -207,11 +200,11 @@ class MailboxOptions:
 
     def __post_init__(self) -> None:
         for name, kind in _SIZES.items():
-            checked(f"mailbox {name}", lambda kind=kind, name=name: kind.check(getattr(self, name)))
+            checked(f"mailbox {name}", kind.check, getattr(self, name))
         if len(self.webhook_allowed_hosts) > 256:
             raise UsageError("webhook_allowed_hosts: at most 256 are allowed")
         for pattern in self.webhook_allowed_hosts:
-            checked("webhook_allowed_hosts", lambda pattern=pattern: check_pattern(pattern))
+            checked("webhook_allowed_hosts", check_pattern, pattern)
         for name in self.webhook_allowed_headers:
             if name != name.lower() or not HEADER_NAME.fullmatch(name) or name in RESERVED_HEADERS | {"authorization"}:
                 raise UsageError(f"webhook_allowed_headers: {name!r:.80} cannot be allowed")
@@ -248,7 +241,7 @@ def webhook_options(section: Any, variables: Mapping[str, str]) -> WebhookOption
     values: dict[str, Any] = {}
     for key, value in section.items():
         if key in _FIELDS:
-            values[key] = checked(f"webhook {key}", lambda kind=_FIELDS[key], value=value: kind.check(value))
+            values[key] = checked(f"webhook {key}", _FIELDS[key].check, value)
     if "${" in str(values.get("url", "")):
         raise UsageError("webhook url: ${NAME} may stand in secrets only")
     if "signing_secret" in section:

@@ -96,7 +96,10 @@ class Mailbox:
         listed, push = policy.mailbox.applies(disconnected), policy.webhook.applies(disconnected)
         if not listed and not push:
             if policy.mailbox is not Mode.NEVER:
-                await self._drop(owner, request_id)
+                try:
+                    await self.store.remove(owner, request_id, Status.STREAMING)
+                except StoreUnavailableError as error:
+                    logger.warning("a record could not be dropped: %s", error.__cause__ or error)
             return False
         status, data = settled(answer, self.options.max_record_bytes)
         expires = self.store.now + self.options.retention_secs * 1000
@@ -180,9 +183,3 @@ class Mailbox:
         if dropped:
             logger.warning("%d older records made room: the mailbox, or the key's part of it, was full", dropped)
         return True
-
-    async def _drop(self, owner: str, request_id: str) -> None:
-        try:
-            await self.store.drop(owner, request_id)
-        except StoreUnavailableError as error:
-            logger.warning("a record could not be dropped: %s", error.__cause__ or error)

@@ -113,13 +113,9 @@ class MailboxStore:
         found = await self.backend.page(ANSWER, owner, limit, after)
         return None if found is None else [_answer(entry).record for entry in found]
 
-    async def remove(self, owner: str, request_id: str) -> bool:
-        """Delete a listed answer and its pending push; return whether there was one."""
-        return await self.backend.delete(ANSWER, owner, request_id)
-
-    async def drop(self, owner: str, request_id: str) -> None:
-        """Delete a streaming answer that will not be completed."""
-        await self.backend.delete(ANSWER, owner, request_id, status=Status.STREAMING)
+    async def remove(self, owner: str, request_id: str, status: Status | None = None) -> bool:
+        """Delete a listed answer (of this status, if given) and its pending push; return whether there was one."""
+        return await self.backend.delete(ANSWER, owner, request_id, status=status)
 
     async def purge(self) -> list[StoredAnswer]:
         """Delete expired answers, and turn streaming answers past their deadline into errors.

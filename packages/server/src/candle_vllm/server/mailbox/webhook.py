@@ -26,7 +26,7 @@ import msgspec
 
 from candle_vllm.core.targets import ForbiddenTarget, Target, allowed_target, parse_target, resolve
 from candle_vllm.responses.store.entries import StoreUnavailableError
-from candle_vllm.server.mailbox.options import MailboxOptions, WebhookOptions
+from candle_vllm.server.mailbox.options import MailboxOptions, WebhookAuth, WebhookOptions
 from candle_vllm.server.mailbox.record import Record
 from candle_vllm.server.mailbox.store import MailboxStore, StoredAnswer
 
@@ -145,8 +145,12 @@ class Sender:
             extensions={"sni_hostname": target.host},
         )
         response = await self._client.send(request, stream=True)
+        size = 0
         try:
-            await _read_a_little(response)
+            async for piece in response.aiter_raw():
+                size += len(piece)
+                if size > MAX_ANSWER:
+                    break
         finally:
             await response.aclose()
         return response.status_code
@@ -163,18 +167,12 @@ class Sender:
         if message.bearer is not None:
             headers["Authorization"] = f"Bearer {message.bearer}"
         # Pushes to a client's own URL are not signed, because the client could replay them at the operator's receiver.
-        own = self._options.own_headers(now, body) if message.target.trusted else {}
-        headers |= own
+        if message.target.trusted:
+            options = self._options
+            signature = WebhookAuth("hmac", options.signing_secret) if options.signing_secret else WebhookAuth()
+            headers |= {**options.headers, **options.auth.headers(now, body), **signature.headers(now, body)}
         taken = {name.lower() for name in headers}
         return {name: value for name, value in message.headers.items() if name.lower() not in taken} | headers
-
-
-async def _read_a_little(response: httpx.Response) -> None:
-    size = 0
-    async for piece in response.aiter_raw():
-        size += len(piece)
-        if size > MAX_ANSWER:
-            return
 
 
 class Deliverer:
@@ -219,10 +217,17 @@ class Deliverer:
     async def _work(self) -> None:
         while True:
             self._due.clear()
-            wait = POLL_SECONDS
+            wait = POLL_SECONDS  # or less, when a running push ends
             try:
-                await self._claim_all()
-                wait = await self._seconds_to_next()
+                while len(self._running) < self._options.max_deliveries:
+                    push = await self._store.claim(self._lease_ms, self._busy_owners())
+                    if push is None:
+                        if (due := await self._store.next_push(self._busy_owners())) is not None:
+                            wait = min(max((due - self._store.now) / 1000, 0.001), POLL_SECONDS)
+                        break
+                    task = asyncio.create_task(self._push(push))
+                    self._running[task] = push.owner
+                    task.add_done_callback(self._ended)
             except StoreUnavailableError as error:
                 logger.warning("the mailbox's store does not answer: %s", error.__cause__ or error)
             except Exception:
@@ -232,23 +237,6 @@ class Deliverer:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(wait):
                     await self._due.wait()
-
-    async def _claim_all(self) -> None:
-        while len(self._running) < self._options.max_deliveries:
-            push = await self._store.claim(self._lease_ms, self._busy_owners())
-            if push is None:
-                return
-            task = asyncio.create_task(self._push(push))
-            self._running[task] = push.owner
-            task.add_done_callback(self._ended)
-
-    async def _seconds_to_next(self) -> float:
-        if len(self._running) >= self._options.max_deliveries:
-            return POLL_SECONDS  # or earlier, when a running push ends
-        due = await self._store.next_push(self._busy_owners())
-        if due is None:
-            return POLL_SECONDS
-        return min(max((due - self._store.now) / 1000, 0.001), POLL_SECONDS)
 
     def _busy_owners(self) -> list[str]:
         most = max(1, self._options.max_deliveries // 2)
@@ -272,8 +260,14 @@ class Deliverer:
             await self._store_outcome(push, attempt)
 
     async def _try(self, push: StoredAnswer) -> Attempt:
+        options = self._options
         try:
-            target = self._target(push.url)
+            if push.url is not None:  # checked again
+                target = allowed_target(push.url, options.webhook_allowed_hosts, options.webhook_allow_private)
+            elif options.webhook.url is not None:
+                target = parse_target(options.webhook.url)
+            else:
+                raise ForbiddenTarget("is missing: this server no longer has a webhook")
         except ForbiddenTarget as error:
             return Attempt(Outcome.FORBIDDEN, f"the webhook's URL {error}")
         return await self._sender.send(Message(push.record, push.delivery_id, target, push.bearer))
@@ -290,14 +284,6 @@ class Deliverer:
         if attempt.outcome is not Outcome.DELIVERED:
             logger.warning("pushes of %s are no longer attempted: %s", push.request_id, detail)
         self._pushed(attempt.outcome is Outcome.DELIVERED)
-
-    def _target(self, url: str | None) -> Target:
-        """Return the target: a client's URL, checked again, or the operator's webhook; raises `ForbiddenTarget`."""
-        if url is not None:
-            return allowed_target(url, self._options.webhook_allowed_hosts, self._options.webhook_allow_private)
-        if self._options.webhook.url is None:
-            raise ForbiddenTarget("is missing: this server no longer has a webhook")
-        return parse_target(self._options.webhook.url)
 
 
 def wait_ms(delay_ms: int, retry: int) -> int:

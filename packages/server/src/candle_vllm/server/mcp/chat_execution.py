@@ -26,31 +26,14 @@ from candle_vllm.openai.chat_answers import Told, told_of, wire_progress, wire_u
 from candle_vllm.openai.events import Begun, Ended, Head, Progress
 from candle_vllm.openai.events import Event as AnswerEvent
 from candle_vllm.openai.events import Usage as Counts
-from candle_vllm.openai.protocol.chat import (
-    ChatChoice,
-    ChatDelta,
-    ChatLogprobs,
-    ChatMessage,
-    ChunkChoice,
-    ServerToolCall,
-)
+from candle_vllm.openai.protocol import chat
 from candle_vllm.openai.protocol.tools import function_of, read_choice
 from candle_vllm.openai.protocol.usage import Usage
 from candle_vllm.openai.requests import read_chat
 from candle_vllm.openai.task import Task, images_of
 from candle_vllm.responses.api.turn_model import TokensSpentError, TurnModel
+from candle_vllm.responses.conversation import events as conversation_events
 from candle_vllm.responses.conversation.chat_model import ChatModel, InProcessModel, eyes_of
-from candle_vllm.responses.conversation.events import (
-    CallStarted,
-    ConversationFinished,
-    Event,
-    ReasoningDelta,
-    TextDelta,
-    ToolFinished,
-    TurnFinished,
-    TurnMeasured,
-    TurnStarted,
-)
 from candle_vllm.responses.conversation.loop import Ask, ConversationLoop
 from candle_vllm.responses.conversation.options import ConversationOptions, ConversationUsage
 from candle_vllm.responses.conversation.transcript import Transcript
@@ -122,7 +105,7 @@ class ExecutionState:
         self._registry = registry
         self._reasons, self._told = reasons, told
         self._usage = ConversationUsage()
-        self._calls: dict[str, ServerToolCall] = {}  # by id, in the model's order
+        self._calls: dict[str, chat.ServerToolCall] = {}  # by id, in the model's order
         self.finish_reason = ""
         self.limit: str | UnsetType = UNSET
         self.turns = 0
@@ -130,24 +113,27 @@ class ExecutionState:
         self.thoughts = ""
         self.logprobs: list[Any] = []
 
-    def add(self, event: Event) -> None:
+    def add(self, event: conversation_events.Event) -> None:
         """Update the state with an event."""
         match event:
-            case TurnStarted():
+            case conversation_events.TurnStarted():
                 self.text, self.thoughts, self.logprobs = "", "", []
-            case TextDelta():
+            case conversation_events.TextDelta():
                 self.text += event.text
                 self.logprobs += event.logprobs
-            case ReasoningDelta():
+            case conversation_events.ReasoningDelta():
                 self.thoughts += event.text
-            case TurnFinished():
+            case conversation_events.TurnFinished():
                 self.turns += 1
                 self._usage += event.usage
-                self._ask(event.message.get("tool_calls") or ())
-            case ToolFinished():
+                for call in event.message.get("tool_calls") or ():
+                    function = call["function"]
+                    asked = ToolCall(id=call["id"], name=function["name"], arguments=function["arguments"])
+                    self._note(asked, NOT_RUN)
+            case conversation_events.ToolFinished():
                 result = event.result
                 self._note(result.call, result.status, result.seconds, result.server)
-            case ConversationFinished():
+            case conversation_events.ConversationFinished():
                 if isinstance(reason := event.result.stop_reason, FinishReason):
                     self.end(reason)
                 else:
@@ -158,7 +144,7 @@ class ExecutionState:
         self.finish_reason, self.limit = reason.openai, limit
 
     @property
-    def calls(self) -> tuple[ServerToolCall, ...] | UnsetType:
+    def calls(self) -> tuple[chat.ServerToolCall, ...] | UnsetType:
         """All calls, for the answer; UNSET without calls."""
         return tuple(self._calls.values()) or UNSET
 
@@ -176,16 +162,11 @@ class ExecutionState:
         )
         return wire_usage(counts, self._told)
 
-    def _ask(self, calls: Sequence[dict[str, Any]]) -> None:
-        for call in calls:
-            function = call["function"]
-            self._note(ToolCall(id=call["id"], name=function["name"], arguments=function["arguments"]), NOT_RUN)
-
     def _note(self, call: ToolCall, status: str, seconds: float = 0.0, server: str | None = None) -> None:
         entry = self._registry.entry(call.name) if server is None else None
         if entry is not None:
             server = entry.definition.server
-        self._calls[call.id] = ServerToolCall(
+        self._calls[call.id] = chat.ServerToolCall(
             server=server, name=call.name, arguments=call.arguments, status=status, seconds=round(seconds, 3)
         )
 
@@ -226,7 +207,7 @@ class Execution:
         )
         transcript, ask = _asked(wire, model.entry.settings.default_sampling, limit)
         self._events = loop.converse(transcript, ask)
-        self._next: asyncio.Task[Event] | None = None
+        self._next: asyncio.Task[conversation_events.Event] | None = None
 
     async def start(self) -> None:
         """Wait until the engine has accepted the first turn; after a failure, close everything and raise it."""
@@ -247,7 +228,7 @@ class Execution:
     def __aiter__(self) -> Execution:
         return self
 
-    async def __anext__(self) -> Event:
+    async def __anext__(self) -> conversation_events.Event:
         pending, self._next = self._next, None
         try:
             event = await (_next(self._events) if pending is None else pending)
@@ -296,7 +277,7 @@ def _asked(wire: ChatCompletionRequest, defaults: Mapping[str, Any], limit: int 
     return transcript, ask
 
 
-async def _next(events: Any) -> Event:
+async def _next(events: Any) -> conversation_events.Event:
     return await anext(events)
 
 
@@ -309,14 +290,14 @@ async def executed(execution: Execution) -> ChatCompletion:
     state, head = execution.state, execution.turns.head
     assert head is not None
     content = None if not state.text and (state.thoughts or state.calls is not UNSET) else state.text
-    choice = ChatChoice(
+    choice = chat.ChatChoice(
         index=0,
-        message=ChatMessage(
+        message=chat.ChatMessage(
             content=content, reasoning_content=state.thoughts or UNSET, reasoning=state.thoughts or UNSET
         ),
         finish_reason=state.finish_reason,
         stop_reason=execution.turns.stop if state.limit is UNSET else None,
-        logprobs=ChatLogprobs(tuple(state.logprobs)) if state.logprobs else None,
+        logprobs=chat.ChatLogprobs(tuple(state.logprobs)) if state.logprobs else None,
         mcp_calls=state.calls,
         mcp_limit=state.limit,
     )
@@ -354,41 +335,42 @@ class ExecutedStream:
         self._ready.clear()
         await self._execution.aclose()
 
-    def _read(self, event: Event) -> None:
+    def _read(self, event: conversation_events.Event) -> None:
         match event:
-            case ReasoningDelta():
-                self._say(ChatDelta(reasoning_content=event.text, reasoning=event.text))
-            case TextDelta():
+            case conversation_events.ReasoningDelta():
+                self._say(chat.ChatDelta(reasoning_content=event.text, reasoning=event.text))
+            case conversation_events.TextDelta():
                 if event.text and self._spoke and not self._turn_spoke:
-                    self._say(ChatDelta(content=_BETWEEN_TURNS))
+                    self._say(chat.ChatDelta(content=_BETWEEN_TURNS))
                 self._turn_spoke = self._turn_spoke or bool(event.text)
-                self._say(ChatDelta(content=event.text), ChatLogprobs(event.logprobs) if event.logprobs else None)
-            case CallStarted():
+                logprobs = chat.ChatLogprobs(event.logprobs) if event.logprobs else None
+                self._say(chat.ChatDelta(content=event.text), logprobs)
+            case conversation_events.CallStarted():
                 self._begin()
-            case TurnMeasured(counts=Progress() as counts):
-                choice = ChunkChoice(index=0, delta=ChatDelta())
+            case conversation_events.TurnMeasured(counts=Progress() as counts):
+                choice = chat.ChunkChoice(index=0, delta=chat.ChatDelta())
                 self._ready.append(self._chunk((choice,), self._no_usage, prompt_progress=wire_progress(counts)))
-            case TurnFinished():
+            case conversation_events.TurnFinished():
                 self._spoke, self._turn_spoke = self._spoke or self._turn_spoke, False
 
     def _begin(self) -> None:
         if not self._begun:
             self._begun = True
-            role = ChunkChoice(index=0, delta=ChatDelta(role="assistant", content=""))
+            role = chat.ChunkChoice(index=0, delta=chat.ChatDelta(role="assistant", content=""))
             self._ready.append(self._chunk((role,), self._no_usage, **self._execution.labels))
 
-    def _say(self, delta: ChatDelta, logprobs: ChatLogprobs | None = None) -> None:
+    def _say(self, delta: chat.ChatDelta, logprobs: chat.ChatLogprobs | None = None) -> None:
         self._begin()
-        self._add(ChunkChoice(index=0, delta=delta, logprobs=logprobs))
+        self._add(chat.ChunkChoice(index=0, delta=delta, logprobs=logprobs))
 
     def _end(self) -> None:
         self._ended = True
         self._begin()
         state = self._execution.state
         self._add(
-            ChunkChoice(
+            chat.ChunkChoice(
                 index=0,
-                delta=ChatDelta(),
+                delta=chat.ChatDelta(),
                 finish_reason=state.finish_reason,
                 stop_reason=self._execution.turns.stop if state.limit is UNSET else None,
                 mcp_calls=state.calls,
@@ -398,10 +380,10 @@ class ExecutedStream:
         if self._include_usage:
             self._ready.append(self._chunk((), usage=state.usage))
 
-    def _add(self, choice: ChunkChoice) -> None:
+    def _add(self, choice: chat.ChunkChoice) -> None:
         self._ready.append(self._chunk((choice,), self._no_usage))
 
-    def _chunk(self, choices: tuple[ChunkChoice, ...], usage: Any, **more: Any) -> ChatCompletionChunk:
+    def _chunk(self, choices: tuple[chat.ChunkChoice, ...], usage: Any, **more: Any) -> ChatCompletionChunk:
         head = self._execution.turns.head
         assert head is not None
         return ChatCompletionChunk(**head._asdict(), **more, choices=choices, usage=usage)

@@ -8,9 +8,9 @@ leave them out. Calls are sent to the client like calls of its own tools, or run
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fastapi import Request
@@ -59,77 +59,55 @@ async def answer_with_tools(request: Request, service: McpService, api: Generati
 async def _answer(
     request: Request, service: McpService, api: GenerationApi, payload: dict[str, Any], offer: Offer, deadline: float
 ) -> Response:
-    with_tools = {**payload, "tools": list(offer.tools)}
-    wire = await _checked(with_tools, many=len(offer.tools) > _MANY)
-    chat = _Injected(offer, service)
+    wire = await _checked({**payload, "tools": list(offer.tools)}, many=len(offer.tools) > _MANY)
+    whole, streamed = api.whole, api.streamed
     if service.options.execute:
         refuse_headers(request.scope["headers"], None if request.app.state.mailbox is None else _NOT_TOGETHER)
-        chat = _Executed(offer, service)
+        whole, streamed = partial(_executed, service, offer), partial(_executed_stream, service, offer)
         api = replace(api, stored=None)
-    api = replace(api, whole=chat.whole(api.whole), streamed=chat.streamed(api.streamed))
+    api = replace(
+        api,
+        whole=_with_tools(service, offer, api.whole, whole),
+        streamed=_with_tools(service, offer, api.streamed, streamed),
+    )
     return await answer_parsed(request, api, wire, deadline)
 
 
 _Answer = Callable[[ServedModel, Any], Awaitable[Any]]  # makes the whole answer, or its stream
 
 
-class _Injected:
-    """A chat request to which tools were added; its calls are sent to the client."""
+def _with_tools(service: McpService, offer: Offer, plain: _Answer, with_tools: _Answer) -> _Answer:
+    """Return `with_tools` for models that get the tools; for others `plain`, with the request without the tools."""
 
-    def __init__(self, offer: Offer, service: McpService) -> None:
-        self._offer = offer
-        self._service = service
-
-    def whole(self, plain: _Answer) -> _Answer:
-        """Return the function that makes the whole answer; `plain` makes it for a request without added tools."""
-        return self._made(plain, plain)
-
-    def streamed(self, plain: _Answer) -> _Answer:
-        """Return the function that makes the stream; `plain` makes it for a request without added tools."""
-        return self._made(plain, plain)
-
-    def _made(self, plain: _Answer, with_tools: _Answer) -> _Answer:
-        async def answer(model: ServedModel, wire: ChatCompletionRequest) -> Any:
-            if not _fits(model, wire, self._service):
-                return await plain(model, wire.model_copy(update={"tools": None, "tool_choice": None}))
-            with self._told_of_tools():
-                return await with_tools(model, wire)
-
-        return answer
-
-    @contextmanager
-    def _told_of_tools(self) -> Iterator[None]:
-        """Mention the added tools in the error of a prompt that is too long, because the client did not send them."""
+    async def answer(model: ServedModel, wire: ChatCompletionRequest) -> Any:
+        if not _fits(model, wire, service):
+            return await plain(model, wire.model_copy(update={"tools": None, "tool_choice": None}))
         try:
-            yield
-        except PromptTooLongError as error:
-            count = len(self._offer.tools)
+            return await with_tools(model, wire)
+        except PromptTooLongError as error:  # the client did not send the tools
+            count = len(offer.tools)
             error.args = (f"{error} ({count} tools of MCP servers are part of the prompt: {_LEAVE_OUT})",)
             raise
 
+    return answer
 
-class _Executed(_Injected):
-    """A chat request to which tools were added; its calls run here."""
 
-    def whole(self, plain: _Answer) -> _Answer:
-        return self._made(plain, self._whole)
+async def _executed(service: McpService, offer: Offer, model: ServedModel, wire: ChatCompletionRequest) -> Any:
+    from candle_vllm.server.mcp.chat_execution import Execution, executed
 
-    def streamed(self, plain: _Answer) -> _Answer:
-        return self._made(plain, self._streamed)
+    _check_executable(wire)
+    return await executed(Execution(service, offer, model, wire))
 
-    async def _whole(self, model: ServedModel, wire: ChatCompletionRequest) -> Any:
-        from candle_vllm.server.mcp.chat_execution import Execution, executed
 
-        _check_executable(wire)
-        return await executed(Execution(self._service, self._offer, model, wire))
+async def _executed_stream(
+    service: McpService, offer: Offer, model: ServedModel, wire: ChatCompletionRequest
+) -> AsyncIterator[Any]:
+    from candle_vllm.server.mcp.chat_execution import ExecutedStream, Execution
 
-    async def _streamed(self, model: ServedModel, wire: ChatCompletionRequest) -> AsyncIterator[Any]:
-        from candle_vllm.server.mcp.chat_execution import ExecutedStream, Execution
-
-        _check_executable(wire)
-        execution = Execution(self._service, self._offer, model, wire)
-        await execution.start()
-        return ExecutedStream(execution, include_usage=wire.include_usage)
+    _check_executable(wire)
+    execution = Execution(service, offer, model, wire)
+    await execution.start()
+    return ExecutedStream(execution, include_usage=wire.include_usage)
 
 
 def _payload(body: bytes) -> dict[str, Any]:

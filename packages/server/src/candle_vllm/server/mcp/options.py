@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import shlex
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from candle_vllm.responses.mcp.config import load_mcp_config
@@ -41,7 +40,12 @@ class McpOptions:
 def mcp_options(settings: ToolOptions) -> McpOptions | None:
     """Return the options, or None without MCP servers; raises `ConfigError` if mcp.json or a setting is wrong."""
     config = load_mcp_config(settings.mcp_config)
-    servers = (*config.servers, *_command_server(settings))
+    servers = config.servers
+    if settings.mcp_command is not None:
+        arguments = () if settings.mcp_args is None else split_arguments(settings.mcp_args)
+        servers = (*servers, McpServerConfig(name=DEFAULT, command=settings.mcp_command, args=arguments))
+    elif settings.mcp_args is not None:
+        raise UsageError("mcp_args needs mcp_command: they are its arguments")
     if not servers:
         if settings.mcp_execute:
             raise UsageError("mcp_execute needs MCP servers: name a file with --mcp-config, or one by --mcp-command")
@@ -52,14 +56,6 @@ def mcp_options(settings: ToolOptions) -> McpOptions | None:
     if limit is not None:
         servers = tuple(replace(server, timeout=min(server.timeout, limit)) for server in servers)
     return McpOptions(servers, settings.mcp_execute, settings.mcp_max_turns, settings.mcp_max_tool_calls)
-
-
-def _command_server(settings: ToolOptions) -> Iterator[McpServerConfig]:
-    if settings.mcp_command is not None:
-        arguments = () if settings.mcp_args is None else split_arguments(settings.mcp_args)
-        yield McpServerConfig(name=DEFAULT, command=settings.mcp_command, args=arguments)
-    elif settings.mcp_args is not None:
-        raise UsageError("mcp_args needs mcp_command: they are its arguments")
 
 
 def split_arguments(text: str) -> tuple[str, ...]:

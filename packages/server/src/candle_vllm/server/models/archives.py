@@ -30,7 +30,7 @@ from candle_vllm.core.errors import HubUnreachableError, InvalidFileError, Model
 from candle_vllm.core.loading.gguf import split_names
 from candle_vllm.core.progress import tell
 from candle_vllm.core.shown import without_secrets
-from candle_vllm.server.adapters.archives import UNREADABLE, opened_tar
+from candle_vllm.server.adapters.archives import MAX_RATIO, SLACK, SUM, UNREADABLE, opened_tar
 from candle_vllm.server.adapters.fetching import steadily, sum_of
 from candle_vllm.server.adapters.sources import Refused
 
@@ -42,13 +42,10 @@ _AT_ONCE = 8
 _TRIES = 4
 _SECONDS = 30.0  # timeout of a single read
 _MAX_MEMBERS = 20_000
-_MAX_RATIO = 200  # maximum ratio of unpacked to fetched bytes
-_SLACK = 16 << 20  # unpacked bytes that are allowed beyond this ratio
 _MOST_PARTS = 32  # maximum path depth of a member, because each component may create a folder
 _COPIED = 1 << 20
 _ENDINGS = (".tar.gz", ".tgz", ".tar")
 _GGUF = ".gguf"
-_SUM = re.compile(r"[0-9a-f]{64}")
 
 
 class Archive(NamedTuple):
@@ -65,7 +62,7 @@ class Archive(NamedTuple):
         """
         address, mark, told = text.partition("#sha256=")
         sha256 = told.lower() if mark else None
-        if sha256 is not None and not _SUM.fullmatch(sha256):
+        if sha256 is not None and not SUM.fullmatch(sha256):
             shown = without_secrets(address, alone=True)
             raise InvalidFileError(f"the SHA-256 of {shown} must have 64 hexadecimal digits, not {sha256!r:.80}")
         try:
@@ -93,11 +90,6 @@ class Archive(NamedTuple):
     def source(self) -> str:
         """The URL without credentials and query, which may have a signature."""
         return without_secrets(self.address, alone=True)
-
-    @property
-    def is_gguf(self) -> bool:
-        """Whether the location is a GGUF file, not an archive."""
-        return urlsplit(self.address).path.lower().endswith(_GGUF)
 
     @property
     def _mark(self) -> str:
@@ -142,12 +134,20 @@ def fetch_archive(archive: Archive, root: Path) -> Path:
                 )
             partial = root / f".{folder.name}.partial"
             file = _download(archive, partial) if archive.is_remote else Path(archive.address)
-            sha256 = _checked(archive, file)
+            try:
+                sha256 = sum_of(file)
+            except OSError as error:
+                raise ModelNotFoundError(f"{archive.source} cannot be read: {error.strerror}") from None
+            if archive.sha256 not in (None, sha256):
+                if archive.is_remote:
+                    file.unlink()
+                    _pieces(file).unlink(missing_ok=True)
+                raise InvalidFileError(f"{archive.source} has the SHA-256 {sha256}, not {archive.sha256}")
             fresh = root / f".{folder.name}.unpacking"
             shutil.rmtree(fresh, ignore_errors=True)
             fresh.mkdir()
             try:
-                if archive.is_gguf:
+                if urlsplit(archive.address).path.lower().endswith(_GGUF):
                     _take_gguf(file, fresh / f"{archive.name}{_GGUF}")
                 else:
                     unpack(file, fresh)
@@ -227,19 +227,6 @@ def _alone(path: Path) -> Iterator[None]:
 
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-def _checked(archive: Archive, file: Path) -> str:
-    try:
-        found = sum_of(file)
-    except OSError as error:
-        raise ModelNotFoundError(f"{archive.source} cannot be read: {error.strerror}") from None
-    if archive.sha256 not in (None, found):
-        if archive.is_remote:
-            file.unlink()
-            _pieces(file).unlink(missing_ok=True)
-        raise InvalidFileError(f"{archive.source} has the SHA-256 {found}, not {archive.sha256}")
-    return found
 
 
 def folder_at(address: str, cache: Path) -> Path | None:
@@ -405,7 +392,7 @@ def unpack(archive: Path, folder: Path) -> None:
     Raises InvalidFileError if it is unreadable or exceeds a limit, has a path or link that leads out of it, or has a
     member that is no folder, link or plain file, or occurs twice.
     """
-    most = min(archive.stat().st_size * _MAX_RATIO + _SLACK, shutil.disk_usage(folder).free)
+    most = min(archive.stat().st_size * MAX_RATIO + SLACK, shutil.disk_usage(folder).free)
     try:
         with opened_tar(archive, most) as (tar, bounded):
             _unpack(tar, folder)

@@ -12,18 +12,9 @@ import msgspec
 from msgspec import UNSET, UnsetType
 from pydantic import model_validator
 
-from candle_vllm.core.errors import (
-    ConfigError,
-    EngineDeadError,
-    InvalidFileError,
-    ModelNotFoundError,
-    NoMemoryError,
-    UnsupportedModelError,
-    WeightsError,
-)
+from candle_vllm.core import errors
 from candle_vllm.openai import ModelCard
 from candle_vllm.openai.protocol.fields import Name, WireModel, invalid
-from candle_vllm.server.adapters.registry import Adapter
 from candle_vllm.server.http.routing import NOBODY, Caller
 from candle_vllm.server.loop_threads import in_thread
 from candle_vllm.server.models.manager import ModelManager
@@ -33,15 +24,15 @@ from candle_vllm.server.models.switcher import NoRoomError
 MAX_ERROR = 2000  # characters of an error text
 _FEW = 200  # more cards than this are made in a thread
 FAILURES: tuple[tuple[type[Exception], str], ...] = (  # the first match counts
-    (NoMemoryError, "memory"),
+    (errors.NoMemoryError, "memory"),
     (NoRoomError, "memory"),
     (MemoryError, "memory"),
-    (ModelNotFoundError, "not_found"),
-    (UnsupportedModelError, "unsupported"),
-    (InvalidFileError, "damaged"),
-    (WeightsError, "damaged"),
-    (ConfigError, "settings"),
-    (EngineDeadError, "died"),
+    (errors.ModelNotFoundError, "not_found"),
+    (errors.UnsupportedModelError, "unsupported"),
+    (errors.InvalidFileError, "damaged"),
+    (errors.WeightsError, "damaged"),
+    (errors.ConfigError, "settings"),
+    (errors.EngineDeadError, "died"),
     (Exception, "other"),
 )
 """Kinds of failure that clients see. Only operators see the text of an error, which may contain paths."""
@@ -189,7 +180,7 @@ class ManagerStatus(msgspec.Struct, frozen=True, kw_only=True):
     models: tuple[SlotStatus, ...]
 
 
-async def cards(manager: ModelManager, caller: Caller = NOBODY) -> list[Card]:
+async def visible_cards(manager: ModelManager, caller: Caller = NOBODY) -> list[Card]:
     """Return a card per name of the models and adapters that a caller may use: active model first, adapters last."""
     slots = sorted(manager.slots.values(), key=lambda slot: slot.entry.name != manager.active)
     shown = (slot for slot in slots if caller.may_use(*slot.entry.names))
@@ -198,26 +189,27 @@ async def cards(manager: ModelManager, caller: Caller = NOBODY) -> list[Card]:
 
     def of_adapters() -> list[Card]:
         mine = (each for each in adapters if caller.may_use(*each.names))
-        return [_adapter_card(each, manager.adapters.called(each), parents[each.base]) for each in mine]
+        return [
+            AdapterCard(
+                id=manager.adapters.called(each),
+                created=each.created,
+                root=each.root,
+                parent=parents[each.base].entry.names[0],
+                status=parents[each.base].state.value,
+                revision=each.revision or UNSET,
+                pinned=each.pinned,
+            )
+            for each in mine
+        ]
 
     made = of_adapters() if len(adapters) <= _FEW else await in_thread(of_adapters, "models")
     return [*found, *made]
 
 
-def _adapter_card(adapter: Adapter, name: str, slot: ModelSlot) -> AdapterCard:
-    return AdapterCard(
-        id=name,
-        created=adapter.created,
-        root=adapter.root,
-        parent=slot.entry.names[0],
-        status=slot.state.value,
-        revision=adapter.revision or UNSET,
-        pinned=adapter.pinned,
-    )
-
-
 def _cards(slot: ModelSlot, default: bool) -> list[LoadedCard | UnloadedCard]:
     if slot.model is None:
+        failed = slot.state is ModelState.FAILED
+        failure = next(kind for each, kind in FAILURES if isinstance(slot.error, each)) if failed else UNSET
         return [
             UnloadedCard(
                 id=name,
@@ -226,7 +218,7 @@ def _cards(slot: ModelSlot, default: bool) -> list[LoadedCard | UnloadedCard]:
                 status=slot.state.value,
                 default=default,
                 loading=load_progress(slot) or UNSET,
-                failure=failure_of(slot) or UNSET,
+                failure=failure,
             )
             for name in slot.entry.names
         ]
@@ -267,13 +259,6 @@ def load_progress(slot: ModelSlot) -> LoadProgress | None:
     """Progress of a model that is being loaded; None in other states."""
     progress = slot.progress if slot.state is ModelState.LOADING else None
     return None if progress is None else LoadProgress(what=str(progress), percent=progress.percent)
-
-
-def failure_of(slot: ModelSlot) -> str | None:
-    """Kind of a model's failure; None if it has not failed."""
-    if slot.state is not ModelState.FAILED:
-        return None
-    return next(kind for failure, kind in FAILURES if isinstance(slot.error, failure))
 
 
 class QueuedRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -335,13 +320,13 @@ def queues(slots: Iterable[ModelSlot]) -> Queues:
 def status(manager: ModelManager) -> ManagerStatus:
     slots = list(manager.slots.values())
     active = manager.slots[manager.active]
-    errors = [str(slot.error)[:MAX_ERROR] for slot in slots if slot.error]
+    failures = [str(slot.error)[:MAX_ERROR] for slot in slots if slot.error]
     words = {ModelState.UNLOADED: "Idle", ModelState.READY: "Ready", ModelState.FAILED: "Error"}
     word = "Switching" if manager.switch_requested_at is not None else words.get(active.state, "Loading")
     return ManagerStatus(
         active_model=active.entry.names[0],
         status=word,
-        last_error=errors[0] if errors else None,
+        last_error=failures[0] if failures else None,
         in_flight_requests=sum(slot.in_flight for slot in slots),
         switch_requested_at=manager.switch_requested_at,
         queue_lengths={slot.entry.names[0]: len(slot.waiters) for slot in slots},

@@ -7,12 +7,16 @@ The modules that read model files are imported inside the functions, because the
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from candle_vllm.server.settings.derived import engine_config
-from candle_vllm.server.settings.table import ModelOptions
+from candle_vllm.server.settings.table import FormatOptions, ModelOptions
+
+if TYPE_CHECKING:
+    from candle_vllm.core.assembly.model import Described
+    from candle_vllm.openai.formats.choice import Choice
 
 
 class Description(msgspec.Struct, frozen=True, kw_only=True):
@@ -64,6 +68,21 @@ def file_bytes(settings: ModelOptions) -> int:
         return 0
 
 
+def template_and_formats(model: Described, settings: FormatOptions) -> tuple[Any, Choice]:
+    """Return the source of a model's chat template, None without one, and the formats of its calls and reasoning."""
+    from candle_vllm.core.text.chat_conventions import chat_conventions
+    from candle_vllm.openai.planning import AnswerPlanner
+
+    template = None if model.template is None else model.template.source
+    planner = AnswerPlanner(
+        chat_conventions(model.tokenizer, template),
+        model.config.model_type,
+        tool_parser=settings.tool_parser,
+        reasoning_parser=settings.reasoning_parser,
+    )
+    return template, planner.choice
+
+
 def describe(settings: ModelOptions) -> Description:
     """Describe a model from its files; nothing is downloaded.
 
@@ -75,8 +94,6 @@ def describe(settings: ModelOptions) -> Description:
     from candle_vllm.core.assembly.opening import model_files, open_model
     from candle_vllm.core.devices import CPU
     from candle_vllm.core.fields import read_json
-    from candle_vllm.core.text.tokenizer import chat_conventions
-    from candle_vllm.openai.planning import AnswerPlanner
 
     config = engine_config(settings, offline=True)
     files = model_files(config)
@@ -89,13 +106,7 @@ def describe(settings: ModelOptions) -> Description:
                            file_bytes=size, tasks=("embed",))  # fmt: skip
     with opened.checkpoint:
         model = describe_model(config, CPU, opened)
-    template = None if model.template is None else model.template.source
-    choice = AnswerPlanner(
-        chat_conventions(model.tokenizer, template),
-        model.config.model_type,
-        tool_parser=settings.tool_parser,
-        reasoning_parser=settings.reasoning_parser,
-    ).choice
+    template, choice = template_and_formats(model, settings)
     return Description(
         format=files.format,
         architecture=model.config.model_type,

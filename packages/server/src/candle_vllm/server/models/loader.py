@@ -8,6 +8,7 @@ engine when they are called, because the import takes seconds.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from candle_vllm.core.config import SETTINGS, demo_model
@@ -23,9 +24,10 @@ from candle_vllm.server.models.slot import ServedModel
 from candle_vllm.server.models.switcher import NoRoomError
 from candle_vllm.server.observing.metrics import Metrics
 from candle_vllm.server.observing.model_metrics import EngineWatcher, ServedEngine
+from candle_vllm.server.observing.series import IMAGE_FETCHES
 from candle_vllm.server.settings.catalogue import ModelEntry, source_name
 from candle_vllm.server.settings.derived import engine_config, image_sources, thinking_settings, told_in_flags
-from candle_vllm.server.settings.table import ModelOptions, SourceOptions
+from candle_vllm.server.settings.table import ModelOptions
 
 if TYPE_CHECKING:
     from candle_vllm.core import EngineConfig
@@ -79,7 +81,7 @@ class ModelLoader:
         """
         changes = room_beside(entry.settings, beside) if beside else {}
         config = engine_config(entry.settings, **changes)
-        start = self._start_engine or _starter(entry.settings)
+        start = self._start_engine or (remote_engine if entry.settings.has_own_process else local_engine)
         with told_in_flags():
             engine = start(config)
         return serve_engine(engine, entry, self._metrics, self._adapters, self._images)
@@ -112,7 +114,7 @@ def serve_engine(
             watcher=watcher,
             salted=owned_salt,
             adapters=BaseAdapters(adapters, entry.name) if adapters is not None and settings.enable_lora else None,
-            images=images or image_sources(settings, stored_image, metrics.image_fetched),
+            images=images or image_sources(settings, stored_image, partial(metrics.count, IMAGE_FETCHES)),
         )
     except BaseException:
         watcher.close()
@@ -138,29 +140,15 @@ def local_engine(config: EngineConfig) -> ServedEngine:
 
 
 def remote_engine(config: EngineConfig) -> ServedEngine:
-    """Start an engine in its own process."""
-    from candle_vllm.core.remote import RemoteEngine
+    """Start an engine in its own process, or several, each in its own process."""
+    from candle_vllm.core.remote import RemoteEngine, ReplicatedEngine
 
-    return RemoteEngine(config)
-
-
-def replicated_engine(config: EngineConfig) -> ServedEngine:
-    """Start several engines, each in its own process."""
-    from candle_vllm.core.remote import ReplicatedEngine
-
-    return ReplicatedEngine(config)
-
-
-def _starter(settings: ModelOptions) -> Callable[[EngineConfig], ServedEngine]:
-    if (settings.data_parallel_size or 1) > 1:
-        return replicated_engine
-    return remote_engine if settings.engine_process else local_engine
+    return (ReplicatedEngine if config.data_parallel_size > 1 else RemoteEngine)(config)
 
 
 def check_model(settings: ModelOptions, beside: Sequence[ServedModel]) -> None:
     """Raise the errors that can be found without reading the weights, before other models are unloaded for this one."""
     from candle_vllm.core.assembly.draft import find_draft
-    from candle_vllm.core.assembly.encoder import is_encoder
     from candle_vllm.core.assembly.opening import model_files, open_model
     from candle_vllm.core.devices import CPU, choose_device
     from candle_vllm.core.memory import free_memory
@@ -168,18 +156,17 @@ def check_model(settings: ModelOptions, beside: Sequence[ServedModel]) -> None:
     config = engine_config(settings)
     files = model_files(config)
     find_draft(config)
-    with open_model(files, CPU).checkpoint:
-        pass
+    open_model(files, CPU).checkpoint.close()
     # The weights of a GPU's model are divided among GPUs, and offloaded where they do not fit.
     if not beside or (device := choose_device(config.device)).type != "cpu":
         return
-    cache = 0 if is_encoder(files) else config.kv_cache_memory or LEAST_CACHE
-    need = _copies(config, device) * (_weight_bytes(config) + WORKSPACE + cache)
-    most = free_memory(device) + held_by(beside, device)
+    copies, weights, cache = _sizes(config, device)
+    need, most = copies * (weights + WORKSPACE + cache), free_memory(device) + held_by(beside, device)
     if need > most:
+        advice = "lower --mem, or " if cache and config.kv_cache_memory else ""
         raise NoMemoryError(
-            f"{_called(settings)} needs {need // MIB} MiB, and {most // MIB} MiB would be left without any other model"
-            f": {'lower --mem, or ' if cache and config.kv_cache_memory else ''}choose a smaller quantisation"
+            f"{source_name(settings, demo_model())} needs {need // MIB} MiB, and {most // MIB} MiB would be left "
+            f"without any other model: {advice}choose a smaller quantisation"
         )
 
 
@@ -195,45 +182,40 @@ def room_beside(settings: ModelOptions, beside: Sequence[ServedModel]) -> dict[s
     A CPU allocates caches only as they fill, so the full sizes of the caches of the models on it are subtracted from
     its free memory. On a GPU they are allocated already.
     """
-    from candle_vllm.core.assembly.encoder import is_encoder
-    from candle_vllm.core.assembly.opening import model_files
     from candle_vllm.core.devices import choose_device
     from candle_vllm.core.memory import free_memory
 
     config = engine_config(settings)
     device = choose_device(config.device)
-    copies = _copies(config, device)
-    weights, keeps = _weight_bytes(config), not is_encoder(model_files(config))
+    copies, weights, cache = _sizes(config, device)
     infos = (model.engine.model_info for model in beside)
     promised = sum(info.kv_cache_bytes + info.index_bytes for info in infos if device.type == info.device == "cpu")
     free = free_memory(device) - promised
-    need = copies * (weights + WORKSPACE + ((config.kv_cache_memory or LEAST_CACHE) if keeps else 0))
+    need = copies * (weights + WORKSPACE + cache)
     if need > free:
-        own = "this model or of " if keeps and config.kv_cache_memory else ""
+        own = "this model or of " if cache and config.kv_cache_memory else ""
         raise NoRoomError(
-            f"{_called(settings)} needs {need // MIB} MiB and {max(free, 0) // MIB} MiB are left beside "
-            f"{len(beside)} loaded models (a smaller --mem of {own}the loaded models leaves more for this one)"
+            f"{source_name(settings, demo_model())} needs {need // MIB} MiB and {max(free, 0) // MIB} MiB are left "
+            f"beside {len(beside)} loaded models (a smaller --mem of {own}the loaded models leaves more for this one)"
         )
-    if config.kv_cache_memory is not None or device.type == "cuda" or not keeps:
+    if config.kv_cache_memory is not None or device.type == "cuda" or not cache:
         return {}
     share = config.kv_fraction or CACHE_SHARE
-    cache = int((free / copies - weights - WORKSPACE) * share)
-    return {"kv_cache_memory": max(LEAST_CACHE, cache), "kv_fraction": None}
+    room = int((free / copies - weights - WORKSPACE) * share)
+    return {"kv_cache_memory": max(LEAST_CACHE, room), "kv_fraction": None}
 
 
-def _copies(config: EngineConfig, device: Device) -> int:
-    """Return the number of replicas that share a device's memory."""
-    return config.data_parallel_size if device.type == "cpu" else 1
+def _sizes(config: EngineConfig, device: Device) -> tuple[int, int, int]:
+    """Return how many replicas share a device's memory, and the bytes of the weights and the least cache of each.
 
-
-def _called(settings: SourceOptions) -> str:
-    return source_name(settings, demo_model())
-
-
-def _weight_bytes(config: EngineConfig) -> int:
-    """Return the bytes of the weight files of a model and of its draft model."""
+    The weights include those of a draft model. An encoder has no cache.
+    """
     from candle_vllm.core.assembly.draft import draft_config
+    from candle_vllm.core.assembly.encoder import is_encoder
     from candle_vllm.core.assembly.opening import model_files
 
-    both = (config, draft_config(config))
-    return sum(path.stat().st_size for each in both if each is not None for path in model_files(each).weights)
+    files, draft = model_files(config), draft_config(config)
+    paths = [*files.weights, *(() if draft is None else model_files(draft).weights)]
+    cache = 0 if is_encoder(files) else config.kv_cache_memory or LEAST_CACHE
+    copies = config.data_parallel_size if device.type == "cpu" else 1
+    return copies, sum(path.stat().st_size for path in paths), cache

@@ -28,7 +28,8 @@ from candle_vllm.server.models.admission import Place, Queued, RetiredError
 from candle_vllm.server.models.slot import Lease, ModelSlot, ModelState, ServedModel
 from candle_vllm.server.models.switcher import Load, ManagerLimits, ModelSwitcher, load_failed
 from candle_vllm.server.observing.metrics import Metrics, Rejection
-from candle_vllm.server.settings.catalogue import Catalogue
+from candle_vllm.server.observing.series import WAIT_SECONDS
+from candle_vllm.server.settings.catalogue import Catalogue, ModelEntry
 
 logger = logging.getLogger(__name__)
 
@@ -229,7 +230,7 @@ class ModelManager:
             raise HttpError(503, message, "model_not_ready", {"retry-after": "10"}) from None
         finally:
             del slot.arrivals[waiter]
-        self.metrics.model_waited_for(slot.entry.names[0], time.monotonic() - began)
+        self.metrics.observe(WAIT_SECONDS, time.monotonic() - began, slot.entry.names[0])
         return lease
 
     # ---- for operators -----------------------------------------------------------------------------------------------
@@ -314,6 +315,13 @@ class ModelManager:
             tuple(name for name in before if name in slots and (name in renamed or slots[name] is not before[name])),
             tuple(slot.entry.name for slot in gone if slot.entry.name not in slots),
         )
+
+    def change(self, old: ModelEntry | None, new: ModelEntry | None) -> Changes:
+        """Replace, add (`old` is None) or remove (`new` is None) a model; raises as `Catalogue` and `adopt`."""
+        entries, news = list(self.catalogue.entries), [] if new is None else [new]
+        at = len(entries) if old is None else [each.name for each in entries].index(old.name)
+        entries[at : at + 1] = news
+        return self.adopt(Catalogue(entries, self.catalogue.default.name))
 
     def died(self, slot: ModelSlot, model: ServedModel) -> None:
         """Release a model's dead engine and load the model again; after repeated deaths, only a request reloads it."""

@@ -8,7 +8,7 @@ import dataclasses
 import enum
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from candle_vllm.core.progress import Progress
@@ -149,17 +149,19 @@ class ModelSlot:
 
     def grant(self) -> None:
         """Give a lease to every waiting request."""
-        while self.waiters:
-            waiter = self.waiters.popleft()
-            if not waiter.done():
-                waiter.set_result(self.lease())
+        for waiter in self._taken():
+            waiter.set_result(self.lease())
 
     def refuse(self, error: Exception) -> None:
         """Fail every waiting request with an error."""
+        for waiter in self._taken():
+            waiter.set_exception(error)
+
+    def _taken(self) -> Iterator[asyncio.Future[Lease]]:
         while self.waiters:
             waiter = self.waiters.popleft()
             if not waiter.done():
-                waiter.set_exception(error)
+                yield waiter
 
     def forget(self, waiter: asyncio.Future[Lease]) -> None:
         """Remove a waiting request; release its lease if it was granted at the same time."""

@@ -22,7 +22,8 @@ from candle_vllm.core.progress import Progress, heard_by, tell
 from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.loop_threads import call_in, in_thread
 from candle_vllm.server.models.slot import ModelSlot, ModelState, ServedModel
-from candle_vllm.server.observing.metrics import Metrics
+from candle_vllm.server.observing import series
+from candle_vllm.server.observing.metrics import Metrics, Outcome
 from candle_vllm.server.settings.catalogue import ModelEntry
 
 logger = logging.getLogger(__name__)
@@ -114,7 +115,8 @@ class ModelSwitcher:
         """Replace the slots; the models of the slots `gone` are unloaded after their last request."""
         for slot in gone:
             slot.going, slot.asked = True, False
-        still = [slot for slot in self._slots if slot.going and _is_there(slot)]
+        there = (each for each in self._slots if each.model is not None or each.state is ModelState.LOADING)
+        still = [slot for slot in there if slot.going]
         self._slots = (*slots, *still)
         for slot in still:
             if not slot.in_flight:
@@ -141,18 +143,14 @@ class ModelSwitcher:
         """Unload a model, and wait until it is unloaded; HttpError 503 if the switcher is closing."""
         if self.closing:
             raise _shutting_down()
-        entry = _Unwanted(slot, asyncio.get_running_loop().create_future(), idle=False)
-        self._unwanted.append(entry)
-        self._work()
-        await entry.done
+        await self._retire_soon(slot).done
 
     def idle(self, slot: ModelSlot) -> None:
         """React to the release of a model's last lease: start its idle timer, or unload it if it left the catalogue."""
         self._returned.set()
         if slot.going:
             if slot.model is not None and not self.closing:
-                self._unwanted.append(_Unwanted(slot, asyncio.get_running_loop().create_future(), idle=False))
-                self._work()
+                self._retire_soon(slot)
             return
         seconds = self.rest_of(slot)
         if seconds is not None and slot.timer is None and slot.state is ModelState.READY and not self.closing:
@@ -201,6 +199,12 @@ class ModelSwitcher:
         await asyncio.gather(*(self._unload(slot) for slot in self._slots if slot.model is not None))
         await asyncio.gather(*self._leaving)
 
+    def _retire_soon(self, slot: ModelSlot, *, idle: bool = False) -> _Unwanted:
+        entry = _Unwanted(slot, asyncio.get_running_loop().create_future(), idle)
+        self._unwanted.append(entry)
+        self._work()
+        return entry
+
     def _work(self) -> None:
         if (self._worker is None or self._worker.done()) and not self.closing:
             self._worker = asyncio.create_task(self._change(), name="model-switcher")
@@ -211,7 +215,9 @@ class ModelSwitcher:
                 entry = self._unwanted.popleft()
                 try:
                     if entry.slot.model is not None and (not entry.idle or self._rested(entry.slot)):
-                        await self._retire(entry.slot, _reason(entry))
+                        reason = "its entry was removed or changed" if entry.slot.going else "on request"
+                        unused = f"unused for {time.monotonic() - entry.slot.last_used:.0f} s"
+                        await self._retire(entry.slot, unused if entry.idle else reason)
                 finally:
                     _done(entry)
                 continue
@@ -224,7 +230,6 @@ class ModelSwitcher:
                 slot.state = ModelState.UNLOADED
 
     async def _bring(self, slot: ModelSlot) -> None:
-        """Load a model; unload others first if necessary."""
         started = time.monotonic()
         slot.state, slot.error, slot.asked, slot.progress = ModelState.LOADING, None, False, None
         try:
@@ -238,7 +243,8 @@ class ModelSwitcher:
             self._failed(slot, error)
             return
         slot.load_seconds = time.monotonic() - started
-        self._metrics.model_loaded(slot.entry.names[0], slot.load_seconds)
+        self._metrics.count(series.LOADS, slot.entry.names[0], Outcome.OK)
+        self._metrics.observe(series.LOAD_SECONDS, slot.load_seconds, slot.entry.names[0])
         self._settle(slot, model)
 
     async def _load_beside(self, slot: ModelSlot) -> ServedModel:
@@ -262,7 +268,7 @@ class ModelSwitcher:
             logger.error("the model %s could not be loaded: %s", slot.entry.name, error, exc_info=ours)
         _forget_frames(error)
         slot.state, slot.error, slot.failed_at, slot.asked = ModelState.FAILED, error, time.monotonic(), False
-        self._metrics.model_failed(slot.entry.names[0])
+        self._metrics.count(series.LOADS, slot.entry.names[0], Outcome.FAILED)
         slot.refuse(load_failed(slot, self._limits.retry_seconds))
         self._settled(slot)
 
@@ -295,7 +301,7 @@ class ModelSwitcher:
         except TimeoutError:
             logger.warning("%s still had %d requests: they are aborted", slot.entry.name, slot.in_flight)
         await self._unload(slot)
-        self._metrics.model_unloaded(slot.entry.names[0])
+        self._metrics.count(series.UNLOADS, slot.entry.names[0])
         logger.info("unloaded %s (%s)", slot.entry.name, reason)
         if slot.waiters:
             self.want(slot)
@@ -316,23 +322,14 @@ class ModelSwitcher:
         if slot.state is not ModelState.READY or slot.in_flight or self.closing:
             return
         if self._rested(slot):
-            self._unwanted.append(_Unwanted(slot, asyncio.get_running_loop().create_future(), idle=True))
-            self._work()
-        else:
-            seconds = self.rest_of(slot)
-            if seconds is None:
-                return
+            self._retire_soon(slot, idle=True)
+        elif (seconds := self.rest_of(slot)) is not None:
             left = seconds - (time.monotonic() - slot.last_used)
             slot.timer = asyncio.get_running_loop().call_later(max(left, 0.001), self._unload_idle, slot)
 
     def _rested(self, slot: ModelSlot) -> bool:
         seconds = self.rest_of(slot)
         return seconds is not None and not slot.in_flight and time.monotonic() - slot.last_used >= seconds - 0.001
-
-
-def _is_there(slot: ModelSlot) -> bool:
-    """Whether a slot's model is loaded or being loaded."""
-    return slot.model is not None or slot.state is ModelState.LOADING
 
 
 def _shutting_down() -> HttpError:
@@ -369,13 +366,6 @@ def _forget_frames(error: BaseException | None) -> None:
     while error is not None:
         error.__traceback__ = None
         error = error.__cause__ or error.__context__
-
-
-def _reason(entry: _Unwanted) -> str:
-    """Return for the log why a model is unloaded."""
-    if entry.idle:
-        return f"unused for {time.monotonic() - entry.slot.last_used:.0f} s"
-    return "its entry was removed or changed" if entry.slot.going else "on request"
 
 
 def _unload(model: ServedModel) -> None:

@@ -90,9 +90,21 @@ class Metrics:
 
     # ---- events ------------------------------------------------------------------------------------------------------
 
+    def count(self, event: Series, *labels: str) -> None:
+        """Count an event of `series.EVENTS`, with the values of its labels."""
+        counter = self._events[event.name]
+        assert isinstance(counter, Counter)
+        counter.labels(*labels).inc()
+
+    def observe(self, event: Series, value: float, *labels: str) -> None:
+        """Add a value to a histogram of `series.EVENTS`, with the values of its labels."""
+        histogram = self._events[event.name]
+        assert isinstance(histogram, EventHistogram)
+        histogram.labels(*labels).observe(value)
+
     def refused(self, model: str, reason: str) -> None:
         """Count a request that was refused before it ran; `reason` is a value of `Rejection`."""
-        self._count(series.REJECTIONS, model, Rejection(reason))
+        self.count(series.REJECTIONS, model, Rejection(reason))
 
     def rate_limited(self, key: str, limit: str) -> None:
         """Count a request whose key has used up a limit: `limit` is the limit's label."""
@@ -101,58 +113,11 @@ class Metrics:
                 self._limited.add(key)
             elif key not in self._limited:
                 key = OTHER_KEYS
-        self._count(series.RATE_LIMITED, key or NO_KEY, limit)
-
-    def model_loaded(self, model: str, seconds: float) -> None:
-        """Count a model that was loaded, and its loading time."""
-        self._count(series.LOADS, model, Outcome.OK)
-        self._observe(series.LOAD_SECONDS, seconds, model)
-
-    def model_failed(self, model: str) -> None:
-        """Count a model that could not be loaded."""
-        self._count(series.LOADS, model, Outcome.FAILED)
-
-    def model_unloaded(self, model: str) -> None:
-        """Count a model that was unloaded."""
-        self._count(series.UNLOADS, model)
-
-    def model_waited_for(self, model: str, seconds: float) -> None:
-        """Record how long a request waited for its model to be loaded or switched to."""
-        self._observe(series.WAIT_SECONDS, seconds, model)
-
-    def answer_stored(self, outcome: Outcome) -> None:
-        """Count an answer that the mailbox stored, or could not store."""
-        self._count(series.ANSWERS_KEPT, outcome)
-
-    def webhook_sent(self, outcome: Outcome) -> None:
-        """Count a push to a webhook that was delivered or given up."""
-        self._count(series.WEBHOOKS, outcome)
-
-    def adapter_looked_for(self, source: str, outcome: str) -> None:
-        """Count a lookup in a source of adapters, with its outcome."""
-        self._count(series.ADAPTER_LOOKS, source, outcome)
-
-    def image_fetched(self, outcome: str) -> None:
-        """Count an image that a request named by its URL, with the outcome of fetching it."""
-        self._count(series.IMAGE_FETCHES, outcome)
-
-    def tool_called(self, server: str, status: str) -> None:
-        """Count a call of an MCP server's tool, with its outcome."""
-        self._count(series.TOOL_CALLS, server, status)
+        self.count(series.RATE_LIMITED, key or NO_KEY, limit)
 
     def watch_mcp_servers(self, states: Callable[[], Iterable[str]]) -> None:
         """Show the number of MCP servers in each state; scrapes call `states` in other threads."""
         self.registry.register(McpServersCollector(states))
-
-    def _count(self, event: Series, *labels: str) -> None:
-        counter = self._events[event.name]
-        assert isinstance(counter, Counter)
-        counter.labels(*labels).inc()
-
-    def _observe(self, event: Series, value: float, *labels: str) -> None:
-        histogram = self._events[event.name]
-        assert isinstance(histogram, EventHistogram)
-        histogram.labels(*labels).observe(value)
 
 
 class Observation:

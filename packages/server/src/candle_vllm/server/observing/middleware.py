@@ -104,7 +104,6 @@ def _warnings(remarks: Iterable[str]) -> Iterator[tuple[bytes, bytes]]:
 
 
 def _log(scope: Scope, status: int, seconds: float, request_id: str) -> None:
-    """Log one line, in a JSON log also as fields."""
     key, client = caller_of(scope).label, (scope.get("client") or ("unknown",))[0]
     fields = {
         "method": scope["method"][:20], "path": scope["path"][:200], "status": status or None,

@@ -19,15 +19,8 @@ from candle_vllm.core.engine.step.request_watchers import RequestInfo
 from candle_vllm.core.errors import CandleVllmError
 from candle_vllm.openai import EngineLike
 from candle_vllm.server.http.routing import NO_KEY, current_request
+from candle_vllm.server.observing import series
 from candle_vllm.server.observing.request_record import RequestRecord, UsageCounts, UsageTable, token_buckets
-from candle_vllm.server.observing.series import (
-    HISTOGRAMS,
-    INTER_TOKEN_LATENCY,
-    TIME_PER_OUTPUT_TOKEN,
-    TO_FIRST_TOKEN,
-    EngineReading,
-    ModelReading,
-)  # fmt: skip
 
 Observer = Callable[[RequestRecord], None]
 
@@ -82,13 +75,13 @@ class EngineWatcher:
         """Remove the engine's gauges before it closes; its counts stay. Idempotent."""
         self._model.detach(self)
 
-    def read(self) -> EngineReading:
+    def read(self) -> series.EngineReading:
         """Return the engine's state, with the last known statistics (or None) if it cannot return the current ones."""
         try:
             self._last = self._engine.stats()
         except CandleVllmError:
             logger.debug("an engine no longer returns statistics")
-        return EngineReading(self._last, max(self._queued(), 0), self._engine.is_alive)
+        return series.EngineReading(self._last, max(self._queued(), 0), self._engine.is_alive)
 
 
 class ModelMetrics:
@@ -121,10 +114,10 @@ class ModelMetrics:
         self._adapters = UsageTable(0)
         self._finished: Counter[str] = Counter()
         buckets = token_buckets(max_model_len)
-        self._histograms = {each.name: Histogram(each.buckets or buckets) for each in HISTOGRAMS}
+        self._histograms = {each.name: Histogram(each.buckets or buckets) for each in series.HISTOGRAMS}
         self._engine: EngineWatcher | None = None
         self._past: list[EngineStats] = []  # the sum over past engines as one entry, empty before there are any
-        self.gap_bounds = self._histograms[INTER_TOKEN_LATENCY.name].bounds
+        self.gap_bounds = self._histograms[series.INTER_TOKEN_LATENCY.name].bounds
 
     # ---- the engine --------------------------------------------------------------------------------------------------
 
@@ -162,7 +155,7 @@ class ModelMetrics:
     def first_token(self, seconds: float) -> None:
         """Record the time to a request's first token."""
         with self._lock:
-            self._histograms[TO_FIRST_TOKEN.name].observe(max(seconds, 0.0))
+            self._histograms[series.TO_FIRST_TOKEN.name].observe(max(seconds, 0.0))
 
     def settle(self) -> None:
         """Add ended requests to the sums, and call the observers."""
@@ -173,16 +166,27 @@ class ModelMetrics:
                 return
             with self._lock:
                 self._live.discard(record)
-                self._add(record)
+                tokens = UsageCounts(0, record.prompt_tokens, record.cached_tokens, record.completion_tokens)
+                self._tokens = self._tokens.plus(tokens)
+                self._finished.update(record.finish_reasons)
+                self._histograms[series.INTER_TOKEN_LATENCY.name].merge(record.gaps)
+                for each in series.HISTOGRAMS if record.status == "ok" else ():
+                    for value in each.values(record):
+                        if value is not None:
+                            self._histograms[each.name].observe(max(value, 0.0))
             context = record.context
             first = context is None or context.first_of_request()
             counts = UsageCounts(int(first), record.prompt_tokens, record.cached_tokens, record.completion_tokens)
             self._usage.add(self.name, NO_KEY if context is None else context.key_label, counts)
             for adapter in record.info.adapters:
                 self._adapters.add(self.name, adapter, counts)
-            self._notify(record)
+            for observer in self.observers:
+                try:
+                    observer(record)
+                except Exception:  # a failed log or trace must not fail the answer
+                    logger.warning("a request could not be reported", exc_info=True)
 
-    def read(self) -> ModelReading:
+    def read(self) -> series.ModelReading:
         """Read the current metrics; may be called in any thread."""
         self.settle()
         with self._lock:
@@ -190,33 +194,15 @@ class ModelMetrics:
             tokens, histograms = self._tokens, {name: each.copy() for name, each in self._histograms.items()}
             for record in self._live:
                 tokens = tokens.plus(UsageCounts(0, record.prompt_tokens, record.cached_tokens, sum(record.tokens)))
-                histograms[INTER_TOKEN_LATENCY.name].merge(record.gaps)
-            histograms[TIME_PER_OUTPUT_TOKEN.name] = histograms[INTER_TOKEN_LATENCY.name]
-            return ModelReading(
+                histograms[series.INTER_TOKEN_LATENCY.name].merge(record.gaps)
+            histograms[series.TIME_PER_OUTPUT_TOKEN.name] = histograms[series.INTER_TOKEN_LATENCY.name]
+            return series.ModelReading(
                 self.name, tokens, Counter(self._finished), histograms, self._sum(engine), engine,
                 self._adapters.rows(),
             )  # fmt: skip
 
     # ---- inside ------------------------------------------------------------------------------------------------------
 
-    def _sum(self, engine: EngineReading | None) -> EngineStats:
+    def _sum(self, engine: series.EngineReading | None) -> EngineStats:
         """Return the sums over past engines and this one; callers use only the counters and histograms."""
         return combined(self._past if engine is None or engine.stats is None else [*self._past, engine.stats])
-
-    def _add(self, record: RequestRecord) -> None:
-        tokens = UsageCounts(0, record.prompt_tokens, record.cached_tokens, record.completion_tokens)
-        self._tokens = self._tokens.plus(tokens)
-        self._finished.update(record.finish_reasons)
-        self._histograms[INTER_TOKEN_LATENCY.name].merge(record.gaps)
-        if record.status == "ok":
-            for series in HISTOGRAMS:
-                for value in series.values(record):
-                    if value is not None:
-                        self._histograms[series.name].observe(max(value, 0.0))
-
-    def _notify(self, record: RequestRecord) -> None:
-        for observer in self.observers:
-            try:
-                observer(record)
-            except Exception:  # a failed log or trace must not fail the answer
-                logger.warning("a request could not be reported", exc_info=True)

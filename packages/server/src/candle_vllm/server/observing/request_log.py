@@ -25,21 +25,17 @@ logger = logging.getLogger("candle_vllm.server.generations")
 
 
 class RequestLog:
-    """An observer that logs one record per request.
+    """An observer that logs one record per request, with `log_prompts` also the beginning of the prompt."""
 
-    With `log_prompts`, the record has the first `max_prompt` characters of the prompt.
-    """
-
-    def __init__(self, *, log_prompts: bool = False, max_prompt: int = MAX_PROMPT) -> None:
+    def __init__(self, *, log_prompts: bool = False) -> None:
         self._log_prompts = log_prompts
-        self._max_prompt = max_prompt
 
     def __call__(self, request: RequestRecord) -> None:
         """Log the record of one request."""
         if logger.isEnabledFor(logging.INFO):
             fields = request_fields(request)
             if self._log_prompts:
-                fields["prompt"] = request.info.prompt(self._max_prompt)
+                fields["prompt"] = request.info.prompt(MAX_PROMPT)
             logger.info("%s", key_values(fields), extra={FIELDS: fields})
 
 

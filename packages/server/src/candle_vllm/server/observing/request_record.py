@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -22,30 +20,15 @@ from candle_vllm.core.engine.outputs import FinishReason, RequestMetrics, TokenO
 from candle_vllm.core.engine.requests import arrival_time
 from candle_vllm.core.engine.stats import Histogram
 from candle_vllm.core.engine.step.request_watchers import Pooled, RequestInfo
-from candle_vllm.server.http.routing import RequestContext, Spender
+from candle_vllm.server.http.routing import RequestContext
+
+if TYPE_CHECKING:
+    from candle_vllm.server.http.limits import Meter
+    from candle_vllm.server.observing.model_metrics import ModelMetrics
 
 MAX_KEYS = 1000
 OTHER_KEYS = "other"
 """Label under which the keys or adapters beyond the maximum number are counted together."""
-
-
-class Counts(Protocol):
-    """The counts of a model, to which a request is added.
-
-    Attributes:
-        gap_bounds: bounds of the histogram of times between outputs.
-        ended: the records that have ended; appended to without a lock.
-    """
-
-    name: str
-    gap_bounds: tuple[float, ...]
-    ended: deque[RequestRecord]
-
-    def first_token(self, seconds: float) -> None: ...
-
-    def refused(self, reason: str, record: RequestRecord) -> None: ...
-
-    def settle(self) -> None: ...
 
 
 @dataclass(eq=False, repr=False, slots=True)
@@ -68,7 +51,7 @@ class RequestRecord:
         failure: the error message, or None.
     """
 
-    counts: Counts
+    counts: ModelMetrics
     info: RequestInfo
     context: RequestContext | None
     arrived: float = field(default_factory=arrival_time, init=False)
@@ -84,7 +67,7 @@ class RequestRecord:
     failure: str | None = None
     _reasons: list[FinishReason | None] = field(init=False)
     _last: list[float] = field(init=False)
-    _meter: Spender | None = field(init=False)
+    _meter: Meter | None = field(init=False)
     _counted: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -197,18 +180,15 @@ class RequestRecord:
 
     def _end(self, reason: FinishReason) -> None:
         self.finish_reasons = [known or reason for known in self._reasons]
-        self.times = _whole(self.arrived, [each for each in self.sequence_times if each is not None])
+        known = [each for each in self.sequence_times if each is not None]
+        self.times = RequestMetrics(
+            self.arrived,
+            min((each.first_scheduled_time for each in known if each.first_scheduled_time is not None), default=None),
+            min((each.first_token_time for each in known if each.first_token_time is not None), default=None),
+            max((each.finished_time for each in known if each.finished_time is not None), default=None),
+        )
         self.ended = time.monotonic()
         self.counts.ended.append(self)
-
-
-def _whole(arrived: float, known: Sequence[RequestMetrics]) -> RequestMetrics:
-    return RequestMetrics(
-        arrived,
-        min((each.first_scheduled_time for each in known if each.first_scheduled_time is not None), default=None),
-        min((each.first_token_time for each in known if each.first_token_time is not None), default=None),
-        max((each.finished_time for each in known if each.finished_time is not None), default=None),
-    )
 
 
 def _refusal(error: Exception, *more: type[Exception]) -> str | None:

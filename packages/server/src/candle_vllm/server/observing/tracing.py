@@ -26,12 +26,7 @@ EXPORT_SECONDS = 5.0  # time limit for a batch of spans to reach the collector
 CLOSE_SECONDS = 2.0  # time limit for sending the last spans
 MAX_QUEUED_SPANS = 2048
 _TRACES = "/v1/traces"
-_OPERATIONS: Mapping[str, str] = {
-    "generate": "text_completion",
-    "embed": "embeddings",
-    "score": "score",
-    "classify": "classify",
-}
+_OPERATIONS: Mapping[str, str] = {"generate": "text_completion", "embed": "embeddings"}  # others keep their names
 
 
 class Tracing:
@@ -148,7 +143,7 @@ def _operation(request: RequestRecord) -> str:
     chats = ("/chat/completions", "/messages", "/responses", "/api/chat")
     if request.info.operation == "generate" and request.context and request.context.route.endswith(chats):
         return "chat"
-    return _OPERATIONS[request.info.operation]
+    return _OPERATIONS.get(request.info.operation, request.info.operation)
 
 
 def _seconds(start: float, end: float | None) -> float | None:

@@ -78,7 +78,8 @@ class ApiDocument:
         operations = operations_of(self._routers)
         paths: dict[str, Any] = {}
         for (method, path), operation in operations.items():
-            entry = _operation(path, operation, _security(operation, self._keys, self._management_keys))
+            guarded = not operation.public and (self._keys or (operation.manages and self._management_keys))
+            entry = _operation(path, operation, [{"bearer": []}, {"x-api-key": []}] if guarded else [])
             paths.setdefault(re.sub(r":\w+}", "}", path), {})[method.lower()] = entry
         return {
             "openapi": "3.1.0",
@@ -122,7 +123,6 @@ def _components(operations: Sequence[Operation], guarded: bool) -> dict[str, Any
 
 
 def _schemas(operations: Sequence[Operation]) -> dict[str, Schema]:
-    """Return the schemas of the types of each API, by name."""
     made: dict[str, Schema] = {}
     for naming in dict.fromkeys(each.naming for each in operations):
         own = [each for each in operations if each.naming == naming]
@@ -131,11 +131,6 @@ def _schemas(operations: Sequence[Operation]) -> dict[str, Schema]:
         others = dict.fromkeys(kind for each in own for kind in (*each.events, *each.lines, each.error))
         made |= naming.components([*requests], [*(answers | others)])
     return made
-
-
-def _security(operation: Operation, keys: bool, management_keys: bool) -> list[dict[str, list[str]]]:
-    needed = not operation.public and (keys or (operation.manages and management_keys))
-    return [{"bearer": []}, {"x-api-key": []}] if needed else []
 
 
 def _operation(path: str, operation: Operation, security: list[dict[str, list[str]]]) -> dict[str, Any]:
@@ -183,30 +178,22 @@ def _answer(operation: Operation, status: int) -> dict[str, Any]:
         schema = {"anyOf": [schema, {"type": "array", "items": schema}]}
     content: dict[str, Any] = {operation.media: {"schema": as_list(schema) if operation.listed else schema}}
     if operation.events:
-        content["text/event-stream"] = {"schema": _events(operation)}
+        # Without a type: for some tools this schema describes the stream, for others one event.
+        content["text/event-stream"] = {"schema": {
+            "description": "With stream: true, server-sent events whose data is JSON. OpenAI's streams end with the "
+            "data [DONE]; in a failed stream, an error precedes or replaces it.",
+            "x-event-data": operation.naming.one_of(operation.events),
+        }}  # fmt: skip
     if operation.lines:
-        content["application/x-ndjson"] = {"schema": _lines(operation)}
+        content["application/x-ndjson"] = {"schema": {
+            "description": "Unless stream is false, lines of JSON. A failed stream ends with an error.",
+            "x-line": operation.naming.one_of(operation.lines),
+        }}  # fmt: skip
     if operation.octets:
         content["application/octet-stream"] = {"schema": {"type": "string", "format": "binary"}}
         what = "With encoding_format: bytes, the offsets and shapes of the vectors and the usage, as JSON."
         described["headers"]["metadata"] = {"description": what, "schema": {"type": "string"}}
     return described | {"content": content}
-
-
-def _events(operation: Operation) -> Schema:
-    # Without a type: for some tools this schema describes the stream, for others one event.
-    return {
-        "description": "With stream: true, server-sent events whose data is JSON. OpenAI's streams end with the data "
-        "[DONE]; in a failed stream, an error precedes or replaces it.",
-        "x-event-data": operation.naming.one_of(operation.events),
-    }
-
-
-def _lines(operation: Operation) -> Schema:
-    return {
-        "description": "Unless stream is false, lines of JSON. A failed stream ends with an error.",
-        "x-line": operation.naming.one_of(operation.lines),
-    }
 
 
 def _error(operation: Operation, status: int) -> dict[str, Any]:

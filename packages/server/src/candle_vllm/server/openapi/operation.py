@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import textwrap
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Concatenate, ParamSpec, TypeVar, get_args, get_type_hints
@@ -24,7 +25,7 @@ from candle_vllm.openai import ErrorEnvelope
 from candle_vllm.openai.protocol.fields import WireModel
 
 _REF = "#/components/schemas/"
-_ENTRY = re.compile(r"^    ([\w, ]+): (.+(?:\n {8}.+)*)", re.MULTILINE)
+_ENTRY = re.compile(r"^([\w, ]+): (.+(?:\n {4}.+)*)", re.MULTILINE)
 
 Schema = dict[str, Any]
 _T = TypeVar("_T")
@@ -58,7 +59,13 @@ class Naming:
         self, requests: Sequence[type[WireModel]], answers: Sequence[type[msgspec.Struct]]
     ) -> dict[str, Schema]:
         """Return the schemas of these types and of all types in their fields, by name."""
-        made = self._requests(requests) if requests else {}
+        made: dict[str, Schema] = {}
+        if requests:
+            template = f"{_REF}{self.prefix}{{model}}"
+            _, given = models_json_schema([(kind, "validation") for kind in requests], ref_template=template)
+            kinds = {kind.__name__: kind for kind in _reached(requests, WireModel)}
+            for short, schema in given["$defs"].items():
+                made[self.name(kinds[short])] = _request_schema(kinds[short], schema)
         structs = {kind.__name__: kind for kind in _reached(answers, msgspec.Struct)}
         template = f"{_REF}{self.prefix}{{name}}{self.out}"
         _, found = msgspec.json.schema_components([*structs.values()], ref_template=template)
@@ -67,14 +74,6 @@ class Naming:
             assert name not in made, f"{name} is a request and an answer"
             made[name] = _answer_schema(structs[short], schema) if short in structs else schema  # else an enumeration
         return made
-
-    def _requests(self, requests: Sequence[type[WireModel]]) -> dict[str, Schema]:
-        template = f"{_REF}{self.prefix}{{model}}"
-        _, given = models_json_schema([(kind, "validation") for kind in requests], ref_template=template)
-        kinds = {kind.__name__: kind for kind in _reached(requests, WireModel)}
-        return {
-            self.name(kinds[short]): _request_schema(kinds[short], schema) for short, schema in given["$defs"].items()
-        }
 
 
 def _request_schema(kind: type[WireModel], schema: Schema) -> Schema:
@@ -112,13 +111,10 @@ def _reached(kinds: Sequence[Any], base: type[_T]) -> Iterator[type[_T]]:
         waiting += [each for each in get_args(kind) if each is not Ellipsis]
         if isinstance(kind, type) and issubclass(kind, base):
             yield kind
-            waiting += _field_types(kind)
-
-
-def _field_types(kind: Any) -> list[Any]:
-    if issubclass(kind, WireModel):
-        return [field.annotation for field in kind.model_fields.values()]
-    return list(get_type_hints(kind).values())
+            if issubclass(kind, WireModel):
+                waiting += [field.annotation for field in kind.model_fields.values()]
+            else:
+                waiting += get_type_hints(kind).values()
 
 
 def _described(schema: Schema, text: str | None) -> Schema:
@@ -127,20 +123,11 @@ def _described(schema: Schema, text: str | None) -> Schema:
     paragraphs = [" ".join(part.split()) for part in whole.split("\n\n")]
     schema["description"] = "\n\n".join(filter(None, paragraphs)).replace("`", "")
     properties = schema.get("properties", {})
-    for names, said in _entries(attributes):
-        for name in names.split(", "):
+    for match in _ENTRY.finditer(textwrap.dedent(attributes)):
+        for name in match[1].split(", "):
             if name in properties:
-                properties[name].setdefault("description", " ".join(said.split()).replace("`", ""))
+                properties[name].setdefault("description", " ".join(match[2].split()).replace("`", ""))
     return schema
-
-
-def _entries(attributes: str) -> Iterator[tuple[str, str]]:
-    """Yield the entries of a docstring's section, whatever its indentation."""
-    lines = attributes.split("\n")
-    indent = min((len(line) - len(line.lstrip()) for line in lines if line.strip()), default=4)
-    text = "\n".join(" " * 4 + line[indent:] for line in lines)
-    for match in _ENTRY.finditer(text):
-        yield match[1], match[2]
 
 
 def as_list(items: Schema) -> Schema:

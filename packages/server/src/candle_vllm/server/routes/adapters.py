@@ -205,7 +205,10 @@ async def list_lora_adapters(request: Request) -> Response:
     """The adapters that the operator named, with their numbers and scales, in llama.cpp's form."""
     manager, caller = request.app.state.manager, caller_of(request.scope)
     found = manager.adapters.numbered(_asked(request).entry.name)
-    return json_answer([_numbered(each) for each in found if caller.may_use(*each.names)])
+    return json_answer([
+        NumberedAdapter(id=each.number, path=each.root, scale=each.scale, name=each.name)
+        for each in found if caller.may_use(*each.names)
+    ])  # fmt: skip
 
 
 @route(
@@ -233,11 +236,6 @@ def _asked(request: Request) -> ModelSlot:
     name, caller = request.query_params.get("model") or None, caller_of(request.scope)
     manager.permit(name, caller)
     return manager.find(name, caller=caller)
-
-
-def _numbered(adapter: Adapter) -> NumberedAdapter:
-    assert adapter.number is not None
-    return NumberedAdapter(id=adapter.number, path=adapter.root, scale=adapter.scale, name=adapter.name)
 
 
 _LIST: TypeAdapter[Sequence[LoraScale]] = TypeAdapter(LoraScales)

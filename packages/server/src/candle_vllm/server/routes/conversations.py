@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import time
 from functools import partial
 
 from fastapi import APIRouter, Request
@@ -11,7 +10,7 @@ from starlette.responses import Response
 
 from candle_vllm.responses.api import conversations as api
 from candle_vllm.responses.api.stored_items import AnyItem, ItemList
-from candle_vllm.server.answering import body_of, in_time, json_answer
+from candle_vllm.server.answering import body_of, deadline_of, in_time, json_answer
 from candle_vllm.server.http.body import unless_disconnected
 from candle_vllm.server.openapi.operation import KEPT, RESPONSES, Operation, routing
 from candle_vllm.server.store_access import INCLUDE, ITEM_PAGE, page_request, query_of, store_and_owner
@@ -81,7 +80,7 @@ async def create_conversation_items(request: Request, conversation_id: str) -> R
     conversations, owner = await _conversations(request, "include")
     wire = await body_of(request, api.ItemsCreateRequest)
     adding = conversations.add_items(owner, conversation_id, wire)  # waits for a response in progress
-    async with in_time(time.monotonic() + request.app.state.settings.request_timeout, request):
+    async with in_time(deadline_of(request), request):
         return json_answer(await unless_disconnected(adding, request.receive))
 
 

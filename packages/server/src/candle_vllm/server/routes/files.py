@@ -10,6 +10,7 @@ import asyncio
 import functools
 import re
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from typing import Any
 from urllib.parse import quote
 
 from fastapi import APIRouter, Request
@@ -30,7 +31,7 @@ from candle_vllm.server.http.body import READING_SECONDS, SILENCE_SECONDS, parse
 from candle_vllm.server.http.errors import ClientGone, HttpError
 from candle_vllm.server.http.routing import caller_of
 from candle_vllm.server.openapi.operation import KEPT, Operation, routing
-from candle_vllm.server.store_access import AFTER, limit_and_after, number_of, order_of, page_of, query_of
+from candle_vllm.server.store_access import AFTER, limit_and_after, number_of, order_of, query_of
 
 router = APIRouter()
 route = routing(router, functools.partial(Operation, tag="batches", errors=KEPT))
@@ -103,7 +104,7 @@ async def list_files(request: Request) -> Response:
     if purpose not in (None, *_PURPOSES):
         raise InvalidParameterError(f"purpose must be {_one_of(_PURPOSES)}, not {purpose!r:.60}", "purpose")
     found = await batches.store.files(owner, limit + 1, after, purpose, order_of(query))
-    return page_of(records.FileList, found, limit)
+    return _page(records.FileList, found, limit)
 
 
 @route("GET /v1/files/{file_id}", answer=records.FileObject)
@@ -163,6 +164,13 @@ async def _asked(request: Request, *known: str) -> tuple[Batches, str, dict[str,
 
 def _one_of(names: Sequence[str]) -> str:
     return f"{', '.join(names[:-1])} or {names[-1]}"
+
+
+def _page(kind: Callable[..., Any], found: Sequence[records.FileObject | records.Batch], limit: int) -> Response:
+    """Return the response with a page of a list: at most `limit` of the found entries, and whether there are more."""
+    some = found[:limit]
+    ends = {"first_id": some[0].id if some else None, "last_id": some[-1].id if some else None}
+    return json_answer(kind(data=some, **ends, has_more=len(found) > limit))
 
 
 def safe_name(name: str) -> str:
@@ -266,7 +274,7 @@ async def list_batches(request: Request) -> Response:
     """The caller's batches, newest first."""
     batches, owner, query = await _asked(request, "limit", "after")
     limit, after = limit_and_after(query, DEFAULT_BATCHES, MAX_BATCHES)
-    return page_of(records.BatchList, await batches.store.batches(owner, limit + 1, after), limit)
+    return _page(records.BatchList, await batches.store.batches(owner, limit + 1, after), limit)
 
 
 @route("GET /v1/batches/{batch_id}", answer=records.Batch)

@@ -15,7 +15,6 @@ import msgspec
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from candle_vllm.core.sampling.params import DEFAULT_SAMPLING, SamplingParams
 from candle_vllm.openai import ChatCompletionRequest, ErrorEnvelope, llama_server
 from candle_vllm.openai.json_body import parse_body
 from candle_vllm.openai.protocol.generation import llama_names
@@ -26,11 +25,11 @@ from candle_vllm.server import answering
 from candle_vllm.server.models.slot import ServedModel
 from candle_vllm.server.openapi.operation import COUNTED, MODEL_ERRORS, QUESTION, QUEUED, WHICH, Operation, routing
 from candle_vllm.server.routes.vllm import template_of
+from candle_vllm.server.settings.table import SAMPLED
 
 router = APIRouter()
 route = routing(router, Operation)
 
-_SAMPLING = SamplingParams().filled(DEFAULT_SAMPLING)
 _SHOWN = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 
 
@@ -86,7 +85,7 @@ async def props(request: Request) -> Response:
 
 def _properties(model: ServedModel) -> Properties:
     info, names = model.engine.model_info, model.engine.chat_conventions.token_names
-    counts = {**{name: getattr(_SAMPLING, name) for name in _SHOWN}, **info.default_sampling}
+    counts = {**{name: getattr(SAMPLED, name) for name in _SHOWN}, **info.default_sampling}
     return Properties(
         default_generation_settings=GenerationSettings(
             info.max_model_len, llama_names({**counts, **model.entry.settings.default_sampling})
@@ -144,16 +143,19 @@ def _api(kind: type[llama_server.LlamaRequest]) -> answering.GenerationApi:
 
 
 COMPLETION, INFILL = _api(llama_server.LlamaCompletionRequest), _api(llama_server.InfillRequest)
-_completion = functools.partial(
+_chosen = functools.partial(
     route,
     tag="generation",
-    body=llama_server.LlamaCompletionRequest,
-    example={"prompt": "Once upon a time", "n_predict": 32},
     answer=llama_server.LlamaChosen,
-    one_or_more=True,
     events=(llama_server.LlamaChosen, ErrorEnvelope),
     errors=QUEUED,
     untyped=True,
+)
+_completion = functools.partial(
+    _chosen,
+    body=llama_server.LlamaCompletionRequest,
+    example={"prompt": "Once upon a time", "n_predict": 32},
+    one_or_more=True,
 )
 
 
@@ -164,15 +166,10 @@ async def llama_completion(request: Request) -> Response:
     return await answering.answer(request, COMPLETION)
 
 
-@route(
+@_chosen(
     "POST /infill",
-    tag="generation",
     body=llama_server.InfillRequest,
     example={"input_prefix": "def add(a, b):\n    ", "input_suffix": "", "n_predict": 32},
-    answer=llama_server.LlamaChosen,
-    events=(llama_server.LlamaChosen, ErrorEnvelope),
-    errors=QUEUED,
-    untyped=True,
 )
 async def llama_infill(request: Request) -> Response:
     """Fill a gap in a text, in llama.cpp's form."""

@@ -177,13 +177,14 @@ async def list_mcp_tools(request: Request) -> Response:
 async def call_mcp_tool(request: Request) -> Response:
     """Call a tool once; needs a key and the user's approval."""
     service = _service(request)
-    _check_client(request, has_api_keys=request.app.state.settings.has_api_keys)
+    _check_client(request)
     deadline = deadline_of(request)
     wire: McpCallRequest = await body_of(request, McpCallRequest)
     if wire.approved is not True:
         raise InvalidParameterError("approved must be true: a user must approve the call first", "approved")
     if service.registry.find(wire.name) is None:
-        raise _no_tool(service, wire.name)
+        near = nearest(wire.name, service.registry.names())
+        raise HttpError(404, f"There is no tool {wire.name!r}{near}.", "tool_not_found", param="name")
     if service.calls >= MAX_CALLS:
         message = f"{MAX_CALLS} tool calls are already running: try again when some of them have ended."
         raise HttpError(429, message, "rate_limit_exceeded", {"retry-after": "1"})
@@ -225,9 +226,9 @@ def _service(request: Request) -> McpService:
     return service
 
 
-def _check_client(request: Request, *, has_api_keys: bool) -> None:
+def _check_client(request: Request) -> None:
     """Refuse a client without a key, because a call may do anything that its tool can do; raises HttpError 403."""
-    if not (has_api_keys or _has_page_key(request)):
+    if not (request.app.state.settings.has_api_keys or _has_page_key(request)):
         message = (
             "Only clients with an API key may call tools. In the web UI: open the address that the server printed at "
             "its start, which ends in #key=... Otherwise start the server with --api-key."
@@ -243,8 +244,3 @@ def _has_page_key(request: Request) -> bool:
         return False
     scheme, _, text = given[0].partition(" ")
     return scheme.lower() == "bearer" and hmac.compare_digest(text.strip().encode("latin-1"), key.encode())
-
-
-def _no_tool(service: McpService, name: str) -> HttpError:
-    near = nearest(name, service.registry.names())
-    return HttpError(404, f"There is no tool {name!r}{near}.", "tool_not_found", param="name")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 from fastapi import APIRouter, Request
@@ -21,22 +21,7 @@ from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.http.failures import speaks_anthropic
 from candle_vllm.server.http.routing import caller_of
 from candle_vllm.server.loop_threads import in_thread
-from candle_vllm.server.models.cards import (
-    AdapterCard,
-    LoadedCard,
-    ManagerStatus,
-    ModelRequest,
-    NewModelRequest,
-    Queues,
-    SlotStatus,
-    UnloadedCard,
-    anthropic_card,
-    anthropic_list,
-    cards,
-    queues,
-    slot_status,
-    status,
-)
+from candle_vllm.server.models import cards
 from candle_vllm.server.models.inventory import Inventory, take_stock
 from candle_vllm.server.models.manager import Changes, ModelManager
 from candle_vllm.server.openapi.operation import MODEL_ERRORS, Operation, routing
@@ -47,6 +32,8 @@ if TYPE_CHECKING:
 
 router = APIRouter()
 route = routing(router, functools.partial(Operation, tag="operators", manages=True))
+_CARDS = (cards.LoadedCard, cards.UnloadedCard, cards.AdapterCard)
+_NAMED: dict[str, Any] = {"body": cards.ModelRequest, "example": {"model": "default"}}
 
 
 class Selected(msgspec.Struct, frozen=True):
@@ -57,23 +44,23 @@ class Selected(msgspec.Struct, frozen=True):
     queue_length: int
 
 
-@route("GET /v1/models", tag="models", answer=(LoadedCard, UnloadedCard, AdapterCard), listed=True, manages=False)
+@route("GET /v1/models", tag="models", answer=_CARDS, listed=True, manages=False)
 async def list_models(request: Request) -> Response:
     """The names of models and adapters that the caller may use, the default first.
 
     Anthropic's clients get Anthropic's list.
     """
-    listed = await cards(request.app.state.manager, caller_of(request.scope))
+    listed = await cards.visible_cards(request.app.state.manager, caller_of(request.scope))
     if speaks_anthropic(request.scope):
-        return json_answer(anthropic_list(listed))
+        return json_answer(cards.anthropic_list(listed))
     most = str(request.app.state.settings.max_body_mb << 20)  # the web UI keeps its requests with images below this
     return json_answer({"object": "list", "data": listed}, headers={"x-max-body-bytes": most})
 
 
-@route("GET /v1/models/status", answer=ManagerStatus)
+@route("GET /v1/models/status", answer=cards.ManagerStatus)
 async def models_status(request: Request) -> Response:
     """The state of all models: which are loaded, what waits, and errors."""
-    return json_answer(status(request.app.state.manager))
+    return json_answer(cards.status(request.app.state.manager))
 
 
 @route("GET /v1/models/inventory", answer=Inventory, errors=(403,))
@@ -87,43 +74,30 @@ async def models_inventory(request: Request) -> Response:
     return json_answer(found)
 
 
-@route("POST /v1/models/load", body=ModelRequest, example={"model": "default"}, answer=SlotStatus, errors=MODEL_ERRORS)
+@route("POST /v1/models/load", **_NAMED, answer=cards.SlotStatus, errors=MODEL_ERRORS)
 async def load_model(request: Request) -> Response:
     """Load a model; responds when it is ready."""
-    wanted: ModelRequest = await body_of(request, ModelRequest)
+    wanted: cards.ModelRequest = await body_of(request, cards.ModelRequest)
     manager: ModelManager = request.app.state.manager
-    return json_answer(slot_status(await manager.load(wanted.name)))
+    return json_answer(cards.slot_status(await manager.load(wanted.name)))
 
 
-@route(
-    "POST /v1/models/unload",
-    body=ModelRequest,
-    example={"model": "default"},
-    answer=SlotStatus,
-    errors=(*MODEL_ERRORS, 409, 504),
-)
+@route("POST /v1/models/unload", **_NAMED, answer=cards.SlotStatus, errors=(*MODEL_ERRORS, 409, 504))
 async def unload_model(request: Request) -> Response:
     """Unload a model after its running requests; responds when it is unloaded."""
-    deadline, wanted = deadline_of(request), await body_of(request, ModelRequest)
+    deadline, wanted = deadline_of(request), await body_of(request, cards.ModelRequest)
     manager: ModelManager = request.app.state.manager
     async with in_time(deadline, request):
-        return json_answer(slot_status(await unless_disconnected(manager.unload(wanted.name), request.receive)))
+        return json_answer(cards.slot_status(await unless_disconnected(manager.unload(wanted.name), request.receive)))
 
 
-@route(
-    "POST /v1/models/select",
-    body=ModelRequest,
-    example={"model": "default"},
-    answer=Selected,
-    statuses=(200, 202),
-    errors=MODEL_ERRORS,
-)
+@route("POST /v1/models/select", **_NAMED, answer=Selected, statuses=(200, 202), errors=MODEL_ERRORS)
 async def select_model(request: Request) -> Response:
     """Make a model the default once it is loaded, and begin to load it.
 
     The status is 200 if it is loaded already, otherwise 202.
     """
-    wanted: ModelRequest = await body_of(request, ModelRequest)
+    wanted: cards.ModelRequest = await body_of(request, cards.ModelRequest)
     manager: ModelManager = request.app.state.manager
     slot = manager.select(wanted.name)
     ready = manager.switch_requested_at is None
@@ -141,23 +115,23 @@ async def reload_models(request: Request) -> Response:
 
 @route(
     "POST /v1/models/add",
-    body=NewModelRequest,
+    body=cards.NewModelRequest,
     example={"name": "small", "hf_id": "HuggingFaceTB/SmolLM2-135M-Instruct", "params": {"mem": 512}},
-    answer=SlotStatus,
+    answer=cards.SlotStatus,
     errors=(400, 409),
 )
 async def add_model(request: Request) -> Response:
     """Serve one more model, where the operator allows that."""
-    wanted: NewModelRequest = await body_of(request, NewModelRequest)  # its errors are reported before the refusal
-    reloader = _reloader(request)
+    wanted: cards.NewModelRequest = await body_of(request, cards.NewModelRequest)
+    reloader = _reloader(request)  # after the body, whose errors are reported before the refusal
     with _told():
-        return json_answer(slot_status(await reloader.add(wanted.model_dump(exclude_none=True))))
+        return json_answer(cards.slot_status(await reloader.add(wanted.model_dump(exclude_none=True))))
 
 
-@route("POST /v1/models/remove", body=ModelRequest, example={"model": "small"}, answer=Changes, errors=(404, 409))
+@route("POST /v1/models/remove", body=cards.ModelRequest, example={"model": "small"}, answer=Changes, errors=(404, 409))
 async def remove_model(request: Request) -> Response:
     """Stop serving a model, where the operator allows that."""
-    wanted: ModelRequest = await body_of(request, ModelRequest)
+    wanted: cards.ModelRequest = await body_of(request, cards.ModelRequest)
     reloader = _reloader(request)
     with _told():
         return json_answer(await reloader.remove(wanted.name))
@@ -183,32 +157,26 @@ def _told() -> Iterator[None]:
         raise HttpError(400, str(error), "wrong_model") from None
 
 
-@route("GET /v1/queues", id="queues", answer=Queues)
+@route("GET /v1/queues", id="queues", answer=cards.Queues)
 async def list_queues(request: Request) -> Response:
     """The waiting requests of all models."""
-    return json_answer(queues(request.app.state.manager.slots.values()))
+    return json_answer(cards.queues(request.app.state.manager.slots.values()))
 
 
-@route("GET /v1/queues/{model_id:path}", answer=Queues, errors=(404,))
+@route("GET /v1/queues/{model_id:path}", answer=cards.Queues, errors=(404,))
 async def queue_of_model(request: Request, model_id: str) -> Response:
     """The waiting requests of one model."""
     manager: ModelManager = request.app.state.manager
-    return json_answer(queues([manager.find(model_id, exact=True)]))
+    return json_answer(cards.queues([manager.find(model_id, exact=True)]))
 
 
-@route(
-    "GET /v1/models/{model_id:path}",
-    tag="models",
-    answer=(LoadedCard, UnloadedCard, AdapterCard),
-    errors=(404,),
-    manages=False,
-)
+@route("GET /v1/models/{model_id:path}", tag="models", answer=_CARDS, errors=(404,), manages=False)
 async def get_model(request: Request, model_id: str) -> Response:
     """One served name."""
-    listed = await cards(request.app.state.manager, caller_of(request.scope))
+    listed = await cards.visible_cards(request.app.state.manager, caller_of(request.scope))
     for card in listed:
         if card.id == model_id:
-            return json_answer(anthropic_card(card) if speaks_anthropic(request.scope) else card)
+            return json_answer(cards.anthropic_card(card) if speaks_anthropic(request.scope) else card)
     served = ", ".join(card.id for card in listed)[:1000]
     message = f"The model {model_id!r:.200} does not exist here; served models are: {served}."
     raise HttpError(404, message, "model_not_found", param="model")

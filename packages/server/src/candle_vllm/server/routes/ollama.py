@@ -5,14 +5,14 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any, Self
 
 from fastapi import APIRouter, Request
 from pydantic import model_validator
 from starlette.responses import Response
 
-from candle_vllm.openai import ollama, to_json_bytes
+from candle_vllm.openai import ollama
 from candle_vllm.openai.protocol.fields import ModelName, WireModel, invalid
 from candle_vllm.openai.remarks import remark
 from candle_vllm.server import answering
@@ -21,6 +21,7 @@ from candle_vllm.server.http.failures import ollama_error_line
 from candle_vllm.server.http.routing import caller_of, may_manage
 from candle_vllm.server.http.sse import lines_form
 from candle_vllm.server.models.manager import ModelManager
+from candle_vllm.server.models.slot import ServedModel
 from candle_vllm.server.openapi.operation import OLLAMA, QUEUED, Operation, routing
 
 router = APIRouter()
@@ -121,17 +122,11 @@ async def ollama_generate(request: Request) -> Response:
 )
 async def ollama_embed(request: Request) -> Response:
     """The vectors of texts, in Ollama's form."""
-    deadline = answering.deadline_of(request)
-    wire = await ollama_body(request, ollama.ollama_parser(ollama.EmbedRequest))
-    _keep(request, wire)
-    if not wire.loads:
-        return await answering.answer_parsed_with(
-            request, wire, lambda model, asked: model.ollama.embed(asked), deadline
-        )
-    times = await _loaded(request, wire, deadline)
-    return answering.json_answer(
-        ollama.Vectors(model=wire.model, embeddings=(), **times.durations(), prompt_eval_count=0)
-    )
+
+    def loaded(wire: ollama.EmbedRequest, times: ollama.Times) -> ollama.Vectors:
+        return ollama.Vectors(model=wire.model, embeddings=(), **times.durations(), prompt_eval_count=0)
+
+    return await _embedded(request, ollama.EmbedRequest, lambda model, wire: model.ollama.embed(wire), loaded)
 
 
 @route(
@@ -142,22 +137,15 @@ async def ollama_embed(request: Request) -> Response:
 )
 async def ollama_embeddings(request: Request) -> Response:
     """The vector of one text, in Ollama's older form."""
-    deadline = answering.deadline_of(request)
-    wire = await ollama_body(request, ollama.ollama_parser(ollama.EmbeddingsRequest))
-    _keep(request, wire)
-    if not wire.loads:
-        return await answering.answer_parsed_with(
-            request, wire, lambda model, asked: model.ollama.embeddings(asked), deadline
-        )
-    await _loaded(request, wire, deadline)
-    return answering.json_answer(ollama.Vector([]))
+    method, empty = (lambda model, wire: model.ollama.embeddings(wire)), ollama.Vector([])
+    return await _embedded(request, ollama.EmbeddingsRequest, method, lambda *_: empty)
 
 
 CHAT = answering.GenerationApi(
     parse=ollama.ollama_parser(ollama.ChatRequest),
     whole=lambda model, wire: model.ollama.chat(wire),
     streamed=lambda model, wire: model.ollama.chat_stream(wire),
-    form=lines_form(lambda line: to_json_bytes(line) + b"\n", ollama_error_line),
+    form=lines_form(ollama_error_line),
     defaults=False,  # `OllamaAdapter` fills them in
 )
 GENERATE = answering.GenerationApi(
@@ -188,8 +176,22 @@ async def _generated(request: Request, api: answering.GenerationApi) -> Response
     return await answering.answer_parsed(request, api, wire, deadline)
 
 
+async def _embedded(
+    request: Request,
+    kind: type[WireModel],
+    method: Callable[[ServedModel, Any], Awaitable[Any]],
+    loaded: Callable[[Any, ollama.Times], Any],
+) -> Response:
+    """Answer with vectors; for a request without a text, load the model, and answer with the result of `loaded`."""
+    deadline = answering.deadline_of(request)
+    wire = await ollama_body(request, ollama.ollama_parser(kind))
+    _keep(request, wire)
+    if wire.loads:
+        return answering.json_answer(loaded(wire, await _loaded(request, wire, deadline)))
+    return await answering.answer_parsed_with(request, wire, method, deadline)
+
+
 async def _loaded(request: Request, wire: Any, deadline: float) -> ollama.Times:
-    """Wait until the model is loaded, and return the times of the request."""
     async with answering.in_time(deadline, request):
         lease = await unless_disconnected(
             _manager(request).acquire(wire.model), request.receive, lambda lease: lease.release()

@@ -18,7 +18,6 @@ from msgspec import UNSET, UnsetType
 from starlette.responses import Response
 
 from candle_vllm.core.errors import CandleVllmError, ModelNotFoundError
-from candle_vllm.openai import to_json_bytes
 from candle_vllm.openai.ollama import Failure, ollama_parser
 from candle_vllm.openai.ollama.request import Streams
 from candle_vllm.openai.protocol.fields import Name, Refusal, WireModel
@@ -33,7 +32,7 @@ from candle_vllm.server.models.pulls import Pull, Pulls, failure_code
 from candle_vllm.server.openapi.operation import OLLAMA, Operation, routing
 from candle_vllm.server.routes.ollama import LATEST, OfModel, own_name
 from candle_vllm.server.settings import Settings
-from candle_vllm.server.settings.catalogue import Catalogue, ModelEntry
+from candle_vllm.server.settings.catalogue import ModelEntry
 from candle_vllm.server.settings.model_names import PullError
 from candle_vllm.server.settings.options import UsageError
 
@@ -116,7 +115,7 @@ async def ollama_pull(request: Request) -> Response:
         code = failure_code(error)
         raise HttpError(502 if code == "hub_unreachable" else 404, str(error), code, param="model") from None
     if wire.stream:
-        return EventStream(_lines(pull), lines_form(lambda line: to_json_bytes(line) + b"\n", _failed_line))
+        return EventStream(_lines(pull), lines_form(_failed_line))
     try:
         async for _ in pull.follow():
             pass
@@ -149,7 +148,7 @@ async def ollama_copy(request: Request) -> Response:
     if not name.isprintable() or name.strip() != name or not name:
         raise HttpError(400, f"{wire.destination!r:.200} is not a valid name.", "invalid_value", param="destination")
     try:
-        _change(manager, entry, dataclasses.replace(entry, aliases=(*entry.names, name)))
+        manager.change(entry, dataclasses.replace(entry, aliases=(*entry.names, name)))
     except UsageError as error:
         raise HttpError(409, str(error), "name_taken", param="destination") from None
     return Response()
@@ -170,7 +169,7 @@ async def ollama_delete(request: Request) -> Response:
         entry = manager.find(name, exact=True).entry  # another request may have removed it
         if not pulled and name in entry.names and name not in entry.settings.served_model_name:  # operators' names stay
             left = tuple(each for each in entry.names if each != name)
-            _change(manager, entry, dataclasses.replace(entry, aliases=left))
+            manager.change(entry, dataclasses.replace(entry, aliases=left))
             return Response()
         try:
             local = await in_thread(lambda: find_downloaded(settings, entry.name), "find-model")
@@ -185,7 +184,7 @@ async def ollama_delete(request: Request) -> Response:
                 "model_stays",
                 param="model",
             )
-        _change(manager, entry, None)
+        manager.change(entry, None)
         await in_thread(lambda: remove(settings, local), "remove-model")
         return Response()
 
@@ -195,15 +194,6 @@ def _names_file(settings: Settings, name: str, entry: ModelEntry) -> bool:
     with suppress(PullError, ModelNotFoundError):
         return name == entry.name or find_downloaded(settings, name).name == entry.name
     return False
-
-
-def _change(manager: ModelManager, old: ModelEntry | None, new: ModelEntry | None) -> None:
-    """Replace, add or remove a model of the catalogue; raises as `Catalogue` and `ModelManager.adopt`."""
-    catalogue = manager.catalogue
-    entries, news = list(catalogue.entries), [] if new is None else [new]
-    at = len(entries) if old is None else [each.name for each in entries].index(old.name)
-    entries[at : at + 1] = news
-    manager.adopt(Catalogue(entries, catalogue.default.name))
 
 
 async def _lines(pull: Pull) -> AsyncIterator[PullLine]:
@@ -229,15 +219,15 @@ def _serve(manager: ModelManager, settings: Settings, local: Local, asked: str) 
     old = manager.slots[local.name].entry if local.name in manager.slots else None
     new = old or served_entry(settings, local)
     try:
-        _change(manager, old, dataclasses.replace(new, aliases=(*new.names, asked)))
+        manager.change(old, dataclasses.replace(new, aliases=(*new.names, asked)))
     except UsageError:
         if old is None:
-            _change(manager, None, new)
+            manager.change(None, new)
 
 
-def served_entry(settings: Settings, local: Local, aliases: tuple[str, ...] = ()) -> ModelEntry:
+def served_entry(settings: Settings, local: Local) -> ModelEntry:
     """Return the entry of a downloaded model in the catalogue."""
-    return ModelEntry(local.name, local.settings(settings), (local.name, *aliases))
+    return ModelEntry(local.name, local.settings(settings), (local.name,))
 
 
 def _failed_line(failure: Exception) -> bytes:

@@ -144,7 +144,10 @@ async def ollama_tags(request: Request) -> Response:
     """The models and adapters that the caller may use."""
     manager: ModelManager = request.app.state.manager
     slots = sorted(manager.slots.values(), key=lambda slot: slot.entry.name != manager.active)
-    sizes = await asyncio.to_thread(lambda: [_size(slot) for slot in slots])
+    infos = [(slot, None if slot.model is None else slot.model.engine.model_info) for slot in slots]
+    sizes = await asyncio.to_thread(
+        lambda: [file_bytes(slot.entry.settings) if info is None else info.weight_bytes for slot, info in infos]
+    )
     await manager.adapters.listed()
     found = (
         Tag(name=name, model=name, modified_at=rfc3339(slot.loaded_at or time.time()), size=size, digest=digest(name),
@@ -275,7 +278,3 @@ def size_of(parameters: int) -> str:
 def digest(name: str) -> str:
     """Return the hash of a model's name."""
     return hashlib.sha256(name.encode()).hexdigest()
-
-
-def _size(slot: ModelSlot) -> int:
-    return file_bytes(slot.entry.settings) if slot.model is None else slot.model.engine.model_info.weight_bytes

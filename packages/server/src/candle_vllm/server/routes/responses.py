@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """`/v1/responses` and the routes below it: steps 1 and 10 of a request's life.
 
-Further routes fetch, cancel and delete stored responses; a caller sees only its own. `Responders` makes the `Responder`
-that answers a request, and `response_servers` returns the MCP servers that requests may name.
+Further routes fetch, cancel and delete stored responses; a caller sees only its own. `responder_of` makes what
+answers a request, and `response_servers` returns the MCP servers that requests may name.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from candle_vllm.core.errors import EngineDeadError, EngineOverloadedError, Inva
 from candle_vllm.openai.errors import UnsupportedParameterError
 from candle_vllm.openai.fair_threads import RequestBytes, apart, request_bytes
 from candle_vllm.openai.json_body import parse_body
-from candle_vllm.responses.api.background import Background
 from candle_vllm.responses.api.mcp_source import McpServers, McpSource, OpenServer
 from candle_vllm.responses.api.response_stream import ResponseStream, error_detail
 from candle_vllm.responses.api.stored_items import ItemList, entry_of
@@ -56,45 +55,35 @@ stored_route = functools.partial(route, errors=KEPT)
 _MAX_EVENT = 999_999_999
 
 
-class Responders:
-    """Makes a responder for each request.
+def responder_of(state: Any, model: ServedModel, name: str | None, memory: ConnectionMemory | None = None) -> Responder:
+    """Return the object that answers with this model.
 
     Args:
-        store: the store of responses; None stores nothing.
-        servers: source of the MCP servers of requests; None allows no server.
+        state: state of the application: `response_store`, None if nothing is stored, and `response_servers`, the source
+            of the MCP servers of requests, None if no server is allowed.
+        model: the loaded model; a request that generates has taken its turn at this model.
+        name: the name in the request, which may be an adapter's.
+        memory: memory of the client's WebSocket connection; None for a request over HTTP.
     """
+    from candle_vllm.responses.api.responder import Responder, ResponderOptions
+    from candle_vllm.responses.conversation.chat_model import InProcessModel
 
-    def __init__(self, store: ResponseStore | None, servers: McpSource | None = None) -> None:
-        self.store = store
-        self.servers = servers
-
-    def of(self, model: ServedModel, name: str | None, memory: ConnectionMemory | None = None) -> Responder:
-        """Return the object that answers with this model.
-
-        Args:
-            model: the loaded model; a request that generates has taken its turn at this model.
-            name: the name in the request, which may be an adapter's.
-            memory: memory of the client's WebSocket connection; None for a request over HTTP.
-        """
-        from candle_vllm.responses.api.responder import Responder, ResponderOptions
-        from candle_vllm.responses.conversation.chat_model import InProcessModel
-
-        adapter, settings = model.adapter, model.entry.settings
-        options = ResponderOptions(
-            model=adapter.served_name(name),
-            names=model.entry.names,
-            sampling_defaults=settings.default_sampling,
-            model_defaults=model.engine.model_info.default_sampling,
-            timeout=settings.request_timeout,
-        )
-        return Responder(
-            InProcessModel(adapter),
-            count=adapter.count_tokens,
-            servers=self.servers,
-            store=self.store,
-            memory=memory,
-            options=options,
-        )
+    adapter, settings = model.adapter, model.entry.settings
+    options = ResponderOptions(
+        model=adapter.served_name(name),
+        names=model.entry.names,
+        sampling_defaults=settings.default_sampling,
+        model_defaults=model.engine.model_info.default_sampling,
+        timeout=settings.request_timeout,
+    )
+    return Responder(
+        InProcessModel(adapter),
+        count=adapter.count_tokens,
+        servers=state.response_servers,
+        store=state.response_store,
+        memory=memory,
+        options=options,
+    )
 
 
 @route(
@@ -111,7 +100,31 @@ async def create_response(request: Request) -> HttpResponse:
     wire = await answering.parsed(request, requests.parse_responses_request)
     if wire.background:
         return await _in_background(request, wire, deadline)
-    return await answering.answer_parsed(request, _Exchange(request).api(), wire, deadline)
+    state = request.app.state
+    events, stream = store_access.ResponseEvents(), None
+
+    async def whole(model: ServedModel, wire: requests.ResponsesRequest) -> Response:
+        return await responder_of(state, model, wire.model).create(wire, owner=await owner_of(request, wire))
+
+    async def streamed(model: ServedModel, wire: requests.ResponsesRequest) -> ResponseStream:
+        nonlocal stream
+        owner = await owner_of(request, wire)
+        stream = await responder_of(state, model, wire.model).create_stream(wire, owner=owner)
+        return stream
+
+    def error_events(failure: Exception) -> bytes:
+        """Return the last events of a stream that the server ends: the response fails; event numbers continue."""
+        assert stream is not None
+        return b"".join(map(events.write, stream.stop(detail_of(failure)))) + DONE
+
+    api = answering.GenerationApi(
+        parse=requests.parse_responses_request,
+        whole=whole,
+        streamed=streamed,
+        form=StreamForm(events.write, error_events, silence=events.silence),
+        defaults=False,  # `Responder` fills them in
+    )
+    return await answering.answer_parsed(request, api, wire, deadline)
 
 
 @route(
@@ -124,11 +137,11 @@ async def create_response(request: Request) -> HttpResponse:
 )
 async def count_response_tokens(request: Request) -> HttpResponse:
     """Count the tokens of a response's prompt."""
-    responders: Responders = request.app.state.responders
     parse = functools.partial(parse_body, requests.InputTokensRequest)
 
     async def count(model: ServedModel, wire: Any) -> InputTokens:
-        return await responders.of(model, wire.model).count_input_tokens(wire, owner=await owner_of(request, wire))
+        responder = responder_of(request.app.state, model, wire.model)
+        return await responder.count_input_tokens(wire, owner=await owner_of(request, wire))
 
     return await answering.answer_with(request, parse, count, queued=False)
 
@@ -142,51 +155,18 @@ async def count_response_tokens(request: Request) -> HttpResponse:
 )
 async def compact_response(request: Request) -> HttpResponse:
     """Return a conversation in a shorter form, with a summary."""
-    responders: Responders = request.app.state.responders
     deadline = answering.deadline_of(request)
     wire = await answering.parsed(request, functools.partial(parse_body, requests.CompactRequest))
     refuse_headers(request.scope["headers"], NOT_HERE)
     async with answering.in_time(deadline, request):
         turn = await unless_disconnected(take_turn(request.scope, wire.model), request.receive, Turn.release)
         try:
-            made = responders.of(turn.model, wire.model).compact(wire, owner=await owner_of(request, wire))
+            responder = responder_of(request.app.state, turn.model, wire.model)
+            made = responder.compact(wire, owner=await owner_of(request, wire))
             compacted = await unless_disconnected(made, request.receive)
         finally:
             turn.release()
     return answering.json_answer(compacted)
-
-
-class _Exchange:
-    """One request and its answer."""
-
-    def __init__(self, request: Request) -> None:
-        self._request = request
-        self._responders: Responders = request.app.state.responders
-        self._stream: ResponseStream | None = None
-        self._events = store_access.ResponseEvents()
-
-    def api(self) -> answering.GenerationApi:
-        """Return how the request is parsed and answered."""
-        return answering.GenerationApi(
-            parse=requests.parse_responses_request,
-            whole=self._whole,
-            streamed=self._streamed,
-            form=StreamForm(self._events.write, self._error_events, silence=self._events.silence),
-            defaults=False,  # `Responder` fills them in
-        )
-
-    async def _whole(self, model: ServedModel, wire: requests.ResponsesRequest) -> Response:
-        return await self._responders.of(model, wire.model).create(wire, owner=await owner_of(self._request, wire))
-
-    async def _streamed(self, model: ServedModel, wire: requests.ResponsesRequest) -> ResponseStream:
-        owner = await owner_of(self._request, wire)
-        self._stream = await self._responders.of(model, wire.model).create_stream(wire, owner=owner)
-        return self._stream
-
-    def _error_events(self, failure: Exception) -> bytes:
-        """Return the last events of a stream that the server ends: the response fails; event numbers continue."""
-        assert self._stream is not None
-        return b"".join(map(self._events.write, self._stream.stop(detail_of(failure)))) + DONE
 
 
 def detail_of(failure: Exception) -> ErrorDetail:
@@ -200,7 +180,6 @@ async def _in_background(request: Request, wire: requests.ResponsesRequest, dead
     """Begin a response that a disconnect does not end; a task of the application waits for its turn."""
     state = request.app.state
     refuse_headers(request.scope["headers"], NOT_HERE)
-    responders: Responders = state.responders
     async with answering.in_time(deadline, request) as size:
         await state.manager.reach(wire.model, caller_of(request.scope))
         state.manager.find(wire.model, caller=caller_of(request.scope))  # an unknown model does not count as a request
@@ -211,7 +190,8 @@ async def _in_background(request: Request, wire: requests.ResponsesRequest, dead
         stream = waiting = None
         try:
             owner = await owner_of(request, wire)
-            stream = await responders.of(lease.model, wire.model).prepare(wire, owner=owner, keep=False, at_once=True)
+            responder = responder_of(state, lease.model, wire.model)
+            stream = await responder.prepare(wire, owner=owner, keep=False, at_once=True)
             queued = stream.response
             entry = await apart(entry_of, owner, queued, stream.input_items)
             waiting = size.moved()
@@ -254,14 +234,14 @@ async def _work(
 
 async def owner_of(request: HTTPConnection, wire: requests.PromptFields | requests.CompactRequest) -> str:
     """Return the owner of the response; "" if the store is not needed, so that it is not opened."""
-    responders: Responders = request.app.state.responders
+    store: ResponseStore | None = request.app.state.response_store
     stored = isinstance(wire, requests.ResponsesRequest) and wire.store is not False
     given = wire.input if isinstance(wire.input, list) else ()
     refers = wire.previous_response_id is not None or getattr(wire, "conversation", None) is not None
     refers = refers or any(isinstance(item, ItemReference) for item in given)
-    if responders.store is None or not (stored or refers):
+    if store is None or not (stored or refers):
         return ""
-    return await responders.store.owner(caller_of(request.scope).key)
+    return await store.owner(caller_of(request.scope).key)
 
 
 def response_servers(service: McpService | None, settings: ToolOptions, *, keys: bool) -> McpSource | None:
@@ -348,7 +328,7 @@ async def get_response(request: Request, response_id: str) -> HttpResponse:
         if after is not None:
             raise InvalidParameterError("starting_after needs stream=true", "starting_after")
         return HttpResponse((await store.get(owner, response_id)).body, media_type=answering.JSON)
-    return store_access.event_stream(await _background(request).stream(owner, response_id, number))
+    return store_access.event_stream(await request.app.state.background.stream(owner, response_id, number))
 
 
 @stored_route("DELETE /v1/responses/{response_id}", answer=ResponseDeleted)
@@ -356,7 +336,7 @@ async def delete_response(request: Request, response_id: str) -> HttpResponse:
     """Delete a response; a running response is ended."""
     _, owner = await store_access.store_and_owner(request)
     store_access.query_of(request)
-    return answering.json_answer(await _background(request).delete(owner, response_id))
+    return answering.json_answer(await request.app.state.background.delete(owner, response_id))
 
 
 @stored_route("POST /v1/responses/{response_id}/cancel", answer=Response)
@@ -364,7 +344,7 @@ async def cancel_response(request: Request, response_id: str) -> HttpResponse:
     """End a response that runs in the background."""
     _, owner = await store_access.store_and_owner(request)
     store_access.query_of(request)
-    return HttpResponse(await _background(request).cancel(owner, response_id), media_type=answering.JSON)
+    return HttpResponse(await request.app.state.background.cancel(owner, response_id), media_type=answering.JSON)
 
 
 @stored_route("GET /v1/responses/{response_id}/input_items", answer=ItemList, query=store_access.ITEM_PAGE)
@@ -372,8 +352,3 @@ async def list_input_items(request: Request, response_id: str) -> HttpResponse:
     """The items in the request of a response."""
     store, owner = await store_access.store_and_owner(request)
     return answering.json_answer(await store.input_items(owner, response_id, store_access.page_request(request)))
-
-
-def _background(request: Request) -> Background:
-    """Return the service of background responses, which exists if responses are stored."""
-    return request.app.state.background

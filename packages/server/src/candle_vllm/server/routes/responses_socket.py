@@ -40,7 +40,7 @@ from candle_vllm.server.http.sse import KEEP_ALIVE_SECONDS
 from candle_vllm.server.mailbox.policy import refuse_headers
 from candle_vllm.server.models.manager import take_turn
 from candle_vllm.server.outliving import NOT_HERE
-from candle_vllm.server.routes.responses import Responders, detail_of, owner_of
+from candle_vllm.server.routes.responses import detail_of, owner_of, responder_of
 from candle_vllm.server.settings.derived import speak_in_flags
 from candle_vllm.server.store_access import silent_event
 
@@ -71,7 +71,6 @@ class _Connection:
     def __init__(self, websocket: WebSocket) -> None:
         self._websocket = websocket
         self._state = websocket.app.state
-        self._responders: Responders = self._state.responders
         self._memory = ConnectionMemory()
         self._waiting: deque[bytes | HttpError] = deque()  # messages, or the error of a message that was refused
         self._held: Held = self._state.held
@@ -95,7 +94,7 @@ class _Connection:
                 await self._websocket.close(_RESTART, "the server is stopping")
             elif not self._gone:
                 message = "The connection was open for an hour, the most that is allowed: open another."
-                await self._send_error(HttpError(400, message, _OLD))
+                await self._send_bytes(_error_event(HttpError(400, message, _OLD)))
                 await self._websocket.close(_TOO_OLD)
         except asyncio.CancelledError:  # the drain's time limit is over
             await self._cut_off()
@@ -123,7 +122,7 @@ class _Connection:
                 if len(self._waiting) >= MAX_WAITING or (self._waiting and size > MAX_WAITING_BYTES):
                     most = f"{MAX_WAITING} messages, or {MAX_WAITING_BYTES >> 20} MB of them,"
                     message = f"More than {most} wait for an earlier response to end."
-                    await self._send_error(HttpError(429, message, "too_many_messages"))
+                    await self._send_bytes(_error_event(HttpError(429, message, "too_many_messages")))
                     await self._websocket.close(_TOO_MANY)
                     return
                 try:
@@ -140,7 +139,6 @@ class _Connection:
             self._news.set()
 
     async def _take(self) -> ResponsesRequest:
-        """Parse the next message; afterwards nothing refers to the message itself."""
         message = self._waiting.popleft()
         try:
             if isinstance(message, HttpError):
@@ -210,7 +208,6 @@ class _Connection:
                     await self._send_bytes(silent_event(before))
 
     async def _generate(self, wire: ResponsesRequest) -> None:
-        """Generate one response, and send its events as they come."""
         scope = {**self._websocket.scope, "state": {**self._websocket.scope.get("state", {})}}
         if self._caller.label:  # the connection may last longer than its key, or than what the key may do
             key = self._state.keys.find_caller(self._caller)
@@ -224,7 +221,7 @@ class _Connection:
             turn = await take_turn(scope, wire.model, priority=wire.priority or 0)
             try:
                 owner = await owner_of(self._websocket, wire)
-                responder = self._responders.of(turn.model, wire.model, self._memory)
+                responder = responder_of(self._state, turn.model, wire.model, self._memory)
                 async with aclosing(await responder.create_stream(wire, owner=owner)) as stream:
                     self._stream = stream
                     async for event in stream:
@@ -238,7 +235,7 @@ class _Connection:
         """Send a failure: as the end of a response that has begun, otherwise as an error event."""
         stream, self._stream = self._stream, None
         if stream is None:
-            await self._send_error(failure)
+            await self._send_bytes(_error_event(failure))
             return
         for event in stream.stop(detail_of(_refused(failure))):
             await self._send(event)
@@ -254,9 +251,6 @@ class _Connection:
     async def _send(self, event: StreamEvent) -> None:
         self._number = event.sequence_number
         await self._send_bytes(to_json_bytes(event))
-
-    async def _send_error(self, failure: Exception) -> None:
-        await self._send_bytes(_error_event(failure))
 
     async def _send_bytes(self, data: bytes) -> None:
         """Send a message; a client that does not read it within `STALL_SECONDS` counts as disconnected."""

@@ -13,7 +13,7 @@ from importlib.metadata import version
 
 import msgspec
 from fastapi import APIRouter, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from candle_vllm.server.answering import json_answer
 from candle_vllm.server.http.routing import caller_of, is_stranger
@@ -72,16 +72,16 @@ async def usage(request: Request) -> Response:
 
 
 @route("GET /health /v1/health", answer=Standing, statuses=(200, 503), public=True)
-async def health(request: Request) -> JSONResponse:
+async def health(request: Request) -> Response:
     """200 while every engine runs or is restarted automatically, otherwise 503."""
     manager: ModelManager = request.app.state.manager
     if manager.is_healthy:
-        return JSONResponse({"status": "ok"})
-    return JSONResponse({"status": "dead"}, status_code=503)
+        return json_answer(Standing("ok"))
+    return json_answer(Standing("dead"), 503)
 
 
 @route("GET /ready", answer=Readiness, statuses=(200, 503), public=True)
-async def ready(request: Request) -> JSONResponse:
+async def ready(request: Request) -> Response:
     """200 while the default model can answer, or was loaded before and is now unloaded.
 
     The next request loads an unloaded model again. Otherwise 503, for example while the model loads or sleeps.
@@ -90,36 +90,28 @@ async def ready(request: Request) -> JSONResponse:
     """
     manager: ModelManager = request.app.state.manager
     if request.app.state.stopping():
-        return JSONResponse({"status": "stopping"}, status_code=503)
+        return json_answer(Readiness("stopping"), 503)
     slot = manager.slots[manager.active]
     if slot.state is ModelState.READY and slot.model is not None:
         alive = slot.model.engine.is_alive
         if alive and (slot.resting or slot.model.engine.is_sleeping):
-            return JSONResponse({"status": "sleeping"}, status_code=503, headers={"retry-after": "1"})
-        return JSONResponse({"status": "ready" if alive else "dead"}, status_code=200 if alive else 503)
+            return json_answer(Readiness("sleeping"), 503, {"retry-after": "1"})
+        return json_answer(Readiness("ready" if alive else "dead"), 200 if alive else 503)
     rested = slot.state is ModelState.UNLOADED and slot.load_seconds is not None
-    content: dict[str, object] = {"status": slot.state.value}
     told = not is_stranger(request.scope) and caller_of(request.scope).may_use(*slot.entry.names)
-    if told and (loading := load_progress(slot)) is not None:
-        content["loading"] = msgspec.structs.asdict(loading)
-    return JSONResponse(content, status_code=200 if rested else 503)
+    loading = load_progress(slot) if told else None
+    return json_answer(Readiness(slot.state.value, loading or msgspec.UNSET), 200 if rested else 503)
 
 
 @route("GET /version", id="version", answer=Version)
-async def server_version() -> dict[str, str]:
+async def server_version() -> Response:
     """The server's version."""
-    return {"version": version("candle-vllm-server")}
+    return json_answer(Version(version("candle-vllm-server")))
 
 
 @route("GET /", answer=Welcome)
-async def root(request: Request) -> dict[str, object]:
+async def root(request: Request) -> Response:
     """Name and version of this server, its models, and the address of its API."""
-    manager, caller = request.app.state.manager, caller_of(request.scope)
-    return {
-        "name": "candle-vllm",
-        "version": version("candle-vllm-server"),
-        "models": [
-            name for slot in manager.slots.values() if caller.may_use(*slot.entry.names) for name in slot.entry.names
-        ],
-        "openai_base_url": "/v1",
-    }
+    entries, caller = (slot.entry for slot in request.app.state.manager.slots.values()), caller_of(request.scope)
+    models = tuple(name for entry in entries if caller.may_use(*entry.names) for name in entry.names)
+    return json_answer(Welcome("candle-vllm", version("candle-vllm-server"), models, "/v1"))

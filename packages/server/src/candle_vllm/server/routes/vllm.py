@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 from fastapi import APIRouter, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from candle_vllm.core.engine.runners.sleeping import MODES, TAGS
 from candle_vllm.core.errors import CandleVllmError, ConfigError, EngineDeadError
@@ -78,7 +78,7 @@ class TokenizerInfo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
 
 
 @route("GET /ping", tag="server", answer=Standing, statuses=(200, 503), public=True)
-async def ping(request: Request) -> JSONResponse:
+async def ping(request: Request) -> Response:
     """The same as /health."""
     return await health(request)
 

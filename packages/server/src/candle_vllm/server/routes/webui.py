@@ -89,16 +89,12 @@ class PageFile:
         packed = self.packed if "gzip" in _accepted(request) else None
         etag = self.etag if packed is None else f'{self.etag[:-1]}-gz"'
         headers = {**self.headers, "etag": etag, "vary": "accept-encoding"}
-        if _has(request, etag):
+        known = request.headers.get("if-none-match", "")
+        if known.strip() == "*" or etag in {one.strip().removeprefix("W/") for one in known.split(",")}:
             return Response(status_code=304, headers=headers)
         if packed is not None:
             headers["content-encoding"] = "gzip"
         return Response(packed or self.content, headers=headers, media_type=self.media_type)
-
-
-def _has(request: Request, etag: str) -> bool:
-    known = request.headers.get("if-none-match", "")
-    return known.strip() == "*" or etag in {one.strip().removeprefix("W/") for one in known.split(",")}
 
 
 def _accepted(request: Request) -> set[str]:

@@ -70,8 +70,10 @@ def parse(command: str, argv: Sequence[str]) -> tuple[SettingsSource, dict[str, 
     parser = build_parser(command)
     given, rest = parser.parse_known_args(argv)
     arguments = vars(given)
-    if command in ("serve", "config", "chat") and len(rest) == 1 and "model" not in arguments and _maybe_model(rest[0]):
-        arguments["model"] = rest.pop()
+    if command in ("serve", "config", "chat") and len(rest) == 1 and "model" not in arguments:
+        text = rest[0]
+        if not text.startswith("-") and text not in COMMANDS and not any(map(str.isspace, text)):
+            arguments["model"] = rest.pop()
     if command == "run" and "prompt" in arguments and not any(text.startswith("-") for text in rest):
         arguments["prompt"], rest = " ".join((arguments["prompt"], *rest)), []  # `ollama run MODEL why is the sky blue`
     if rest:
@@ -109,11 +111,6 @@ def _over_file(command: str, given: SettingsSource, path: Path | None) -> Settin
         {name: source.given_as[name] + ("" if source is given else f" in {path}") for name, source in deciding.items()},
         (*given.remarks, *below.remarks),
     )
-
-
-def _maybe_model(text: str) -> bool:
-    """Whether an argument may be the model: no flag, no name of a command, and no white space in it."""
-    return not text.startswith("-") and text not in COMMANDS and not any(map(str.isspace, text))
 
 
 def build_parser(command: str) -> argparse.ArgumentParser:

@@ -96,6 +96,7 @@ def load_configuration(
     models_file = None if remote else _found_models(merged, home, folder, remarks, needed=needed)
     name = None if remote else _started(models_file, merged)
     lower = [hub] if models_file is None else [models_file.globals, hub]
+    listed = None if name is None else models_file  # the file, if it has the model
 
     def settings_of(sources: Sequence[SettingsSource]) -> Settings:
         values = merge(sources)
@@ -104,7 +105,7 @@ def load_configuration(
         return Settings(**values)
 
     def settings_of_other(*sources: SettingsSource) -> Settings:
-        defaults = [models_file.params] if models_file is not None and name is not None else []
+        defaults = [] if listed is None else [listed.params]
         return settings_of([*(_without(each, _CHOOSING) for each in upper), *sources, *defaults, *lower])
 
     def entry_of(section: Mapping[str, Any], remarks: list[str]) -> ModelEntry:
@@ -112,20 +113,20 @@ def load_configuration(
         settings = settings_of_other(source)
         return ModelEntry(model, settings, settings.served_model_name)
 
-    if models_file is None or name is None:
+    if listed is None:
         sources = [*upper, *lower]
         settings = settings_of(sources)
         name_there = source_name(settings, demo_model())  # unused if a served name is set
         entries = [ModelEntry((*settings.served_model_name, name_there)[0], settings, settings.served_model_name)]
     else:
         sources, entries = [], []
-        for model, entry in models_file.models.items():
+        for model, entry in listed.models.items():
             kept = {"served_model_name", "weight_file"} if model == name else set[str]()  # models must not share them
-            its = [*(_without(source, _CHOOSING - kept) for source in upper), entry, models_file.params, *lower]
+            its = [*(_without(source, _CHOOSING - kept) for source in upper), entry, listed.params, *lower]
             sources = its if model == name else sources
             settings = settings_of(its)
             entries.append(ModelEntry(model, settings, settings.served_model_name))
-    catalogue = Catalogue(entries, name if models_file is not None and name is not None else None)
+    catalogue = Catalogue(entries, name)
     settings = catalogue.default.settings
     mailbox = None
     if serving:
@@ -136,7 +137,7 @@ def load_configuration(
             raise UsageError(f"{models_file.path}: {error}" if models_file and section else str(error)) from None
     remarks += [remark for source in upper for remark in source.remarks]
     if serving:
-        remarks += models_file.remarks if models_file is not None and name is not None else ()
+        remarks += () if listed is None else listed.remarks
         remarks += [*variables_of.dotenv_remarks(dotenv), *variables_of.key_remarks(settings, environ, dotenv)]
     return Configuration(
         settings,
@@ -146,7 +147,7 @@ def load_configuration(
         models_file.path if models_file else None,
         mailbox,
         tuple(dict.fromkeys(remarks)),
-        in_file=models_file is not None and name is not None,
+        in_file=listed is not None,
         entry_of=entry_of,
         again=partial(load_configuration, command_line, environ, folder=folder, home=home, command=command),
     )

@@ -27,6 +27,7 @@ from candle_vllm.server.settings import table
 from candle_vllm.server.settings.adapters import read_specs
 from candle_vllm.server.settings.model_names import named_model
 from candle_vllm.server.settings.options import UsageError, known_keys
+from candle_vllm.server.settings.sources import read_text
 
 if TYPE_CHECKING:
     from candle_vllm.core import EngineConfig, InferenceEngine
@@ -42,11 +43,7 @@ MAILBOX_FILE = ".candle-vllm/mailbox.sqlite"  # in the home folder
 _NUMBERS = ("retention_secs", "max_record_bytes", "max_records_per_key", "max_records", "max_deliveries")
 _LISTS = ("webhook_allowed_hosts", "webhook_allowed_headers")
 _KEYS = ("url", *_NUMBERS, *_LISTS, "webhook_allow_private", "webhook")
-_FROM_SETTINGS = {
-    "mailbox_retention_secs": "retention_secs",
-    "webhook_allowed_hosts": "webhook_allowed_hosts",
-    "webhook_allow_private": "webhook_allow_private",
-}
+_FROM_SETTINGS = ("mailbox_retention_secs", "webhook_allowed_hosts", "webhook_allow_private")
 
 MIB = 1 << 20
 
@@ -71,11 +68,10 @@ def model_source(settings: table.HubOptions, *, fetch: bool = True, offline: boo
             from candle_vllm.server.models.archives import folder_at, model_at
 
             cache = cache_folder(settings)
-            if not fetch:
-                return str(
-                    folder_at(settings.model, cache) or without_secrets(settings.model, alone=True)
-                ), settings.weight_file
-            return str(model_at(settings.model, cache, offline=offline or settings.offline)), settings.weight_file
+            if fetch:
+                named = str(model_at(settings.model, cache, offline=offline or settings.offline))
+            else:
+                named = str(folder_at(settings.model, cache) or without_secrets(settings.model, alone=True))
         return named, settings.weight_file
     if settings.weight_file is not None:
         if not Path(settings.weight_file).is_file():
@@ -248,11 +244,7 @@ def _template(path: Path | str | None) -> str | None:
         return path
     if path.name == "chatml" and not path.exists():
         return CHATML
-    try:
-        text = path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise UsageError(f"cannot read the chat template {path}: {reason}") from None
+    text = read_text(path, "the chat template")
     if len(text) > MAX_TEMPLATE:
         raise UsageError(f"the chat template {path} has more than {MAX_TEMPLATE} characters")
     return text
@@ -307,18 +299,14 @@ def mailbox_options(
     values: dict[str, Any] = {name: section[name] for name in (*_NUMBERS, "webhook_allow_private") if name in section}
     for name in _LISTS:
         if name in section:
-            values[name] = _texts(name, section[name])
+            if not isinstance(section[name], list) or not all(isinstance(item, str) for item in section[name]):
+                raise UsageError(f"mailbox: {name} must be a list of texts")
+            values[name] = tuple(section[name])
     if "webhook" in section:
         values["webhook"] = webhook_options(section["webhook"], variables)
-    for name, field in _FROM_SETTINGS.items():
+    for name in _FROM_SETTINGS:
         if name in given:
-            values[field] = getattr(settings, name)
+            values[name.removeprefix("mailbox_")] = getattr(settings, name)
     if not isinstance(values.get("webhook_allow_private", False), bool):
         raise UsageError("mailbox: webhook_allow_private must be true or false")
     return MailboxOptions(url=f"sqlite:///{home / MAILBOX_FILE}" if url == SQLITE else url, **values)
-
-
-def _texts(name: str, value: Any) -> tuple[str, ...]:
-    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-        raise UsageError(f"mailbox: {name} must be a list of texts")
-    return tuple(value)

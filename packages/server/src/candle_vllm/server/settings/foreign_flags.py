@@ -131,17 +131,10 @@ def _adapter(path: str, scale: float) -> list[str]:
 
 
 _MADE: Mapping[str, Callable[[str], list[str]]] = {
-    "adapters": _adapters,
-    "cors": _cors,
-    "device": _device,
-    "generation": _generation,
-    "drafts": _drafts,
-    "images": _images,
-    "origins": _origins,
-    "pooler": _pooler,
-    "scaled": _scaled,
-    "socket": _socket,
+    made.__name__.removeprefix("_"): made
+    for made in (_adapters, _cors, _device, _generation, _drafts, _images, _origins, _pooler, _scaled, _socket)
 }
+"""The functions that rows of the table name: `@cors` is `_cors`."""
 
 COMMANDS = {row[0]: row[1] for row in foreign_tables()["Commands"]}
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from candle_vllm.core.config import DEMO
-from candle_vllm.core.setting_kinds import FilePath, Located, Text, nearest
+from candle_vllm.core.setting_kinds import FilePath, Kind, Located, Text, nearest
 from candle_vllm.server.settings.adapters import make_spec, spec_text
 from candle_vllm.server.settings.options import Option, UsageError, convert, known_keys, line_of
 from candle_vllm.server.settings.original_keys import (
@@ -142,19 +142,21 @@ def model_entry(
     known_keys(entry, _MODEL_KEYS, title)
     if ("hf_id" in entry) == ("local_path" in entry):
         raise UsageError(f"{title}{line_of(entry)}: give exactly one of hf_id and local_path")
+
+    def read(key: str, kind: Kind) -> Any:
+        return convert(kind, entry[key], f"{title}{line_of(entry, key)}: {key}")
+
     if "hf_id" in entry:
-        model = convert(Text(), entry["hf_id"], f"{title}{line_of(entry, 'hf_id')}: hf_id")
+        model = read("hf_id", Text())
     else:
-        local = convert(FilePath(), entry["local_path"], f"{title}{line_of(entry, 'local_path')}: local_path")
+        local = read("local_path", FilePath())
         model = str(folder / local)
         if str(local) == DEMO and not Path(model).exists():
             raise UsageError(f"{title}{line_of(entry, 'local_path')}: the demo model is no path: write hf_id: {local}")
     values: dict[str, Any] = {"model": model, "served_model_name": (name,)}
     given_as = {"model": "hf_id" if "hf_id" in entry else "local_path"}
     if "weight_file" in entry:
-        values["weight_file"] = convert(
-            Text(), entry["weight_file"], f"{title}{line_of(entry, 'weight_file')}: weight_file"
-        )
+        values["weight_file"] = read("weight_file", Text())
     params, spelled = _values(model_params(entry, title, remarks), title, folder, entry.get("params"))
     if "adapters" in entry:
         if "lora_modules" in params:
@@ -177,38 +179,29 @@ def _values(params: Mapping[Any, Any], title: str, folder: Path, section: Any) -
     """Return typed values by setting name, and the key of each setting in the file."""
     values: dict[str, Any] = {}
     given_as: dict[str, str] = {}
+    options = _yaml_options()
     for key, value in params.items():
         where = f"{title}{line_of(section, key)}"
-        option = _yaml_option(key, where)
+        if key in _GLOBAL:
+            raise UsageError(f"{where}: {key} holds for all models: write it at the top of the file, not in params")
+        if key not in options:
+            raise UsageError(f"{where}: unknown key {str(key)[:60]!r} in params{nearest(str(key), options)}")
+        option = options[key]
         if option.name in values:
             raise UsageError(f"{where}: {key} and {given_as[option.name]} are the same setting: give one")
-        values[option.name] = _yaml_value(option, value, f"{where}: {key}", folder)
+        given = value if option.repeat and isinstance(value, list) else [value]
+        each = [convert(option.kind, single, f"{where}: {key}") for single in given]
+        if isinstance(option.kind, Located):
+            each = [option.kind.beside(single, folder) for single in each]
+        values[option.name] = tuple(each) if option.repeat else each[0]
         given_as[option.name] = key
     return values, given_as
 
 
 def _yaml_options() -> dict[str, Option]:
-    """Return the settings of `params` by all their names."""
     options: dict[str, Option] = {}
     for option in OPTIONS:
         if option.in_yaml:
             names = [flag.lstrip("-").replace("-", "_") for flag in option.flags if len(flag) > 3]
             options.update(dict.fromkeys([option.name, *names], option))
     return options
-
-
-def _yaml_option(key: Any, title: str) -> Option:
-    options = _yaml_options()
-    if key in _GLOBAL:
-        raise UsageError(f"{title}: {key} holds for all models: write it at the top of the file, not in params")
-    if key not in options:
-        raise UsageError(f"{title}: unknown key {str(key)[:60]!r} in params{nearest(str(key), options)}")
-    return options[key]
-
-
-def _yaml_value(option: Option, value: Any, spelled: str, folder: Path) -> Any:
-    given = value if option.repeat and isinstance(value, list) else [value]
-    values = tuple(convert(option.kind, each, spelled) for each in given)
-    if isinstance(option.kind, Located):
-        values = tuple(option.kind.beside(each, folder) for each in values)
-    return values if option.repeat else values[0]

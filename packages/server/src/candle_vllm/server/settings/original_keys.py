@@ -67,7 +67,12 @@ def model_params(entry: Mapping[str, Any], title: str, remarks: list[str]) -> di
     """
     params = given(entry.get("params", {}), f"{title}: params")
     if "capabilities" in entry:
-        _see(given(entry["capabilities"], f"{title}: capabilities"), f"{title}: capabilities", remarks)
+        where = f"{title}: capabilities"
+        section = given(entry["capabilities"], where)
+        known_keys(section, ("vision_mode", "vision_proxy", "image_token"), where)
+        mode = convert(_VISION_MODES, section.get("vision_mode", "disabled"), f"{where}.vision_mode")
+        if mode != "disabled":
+            remarks.append(f"{where}: vision_mode {mode} has no effect: vision models accept images without it")
     lots = [section["parking_lot"] for section in (entry, params) if section.get("parking_lot") is not None]
     params.pop("parking_lot", None)
     weights = [entry.get(key) for key in ("weight_file", "local_path", "hf_id")]
@@ -143,13 +148,6 @@ def _isq(value: Any, where: str, remarks: list[str], stored: bool) -> str | None
         return name
     remarks.append(f"{where} has no effect: the model's files define its quantisation; isq is for unquantised models")
     return None
-
-
-def _see(section: Mapping[str, Any], where: str, remarks: list[str]) -> None:
-    known_keys(section, ("vision_mode", "vision_proxy", "image_token"), where)
-    mode = convert(_VISION_MODES, section.get("vision_mode", "disabled"), f"{where}.vision_mode")
-    if mode != "disabled":
-        remarks.append(f"{where}: vision_mode {mode} has no effect: vision models accept images without it")
 
 
 # ---- parking_lot -----------------------------------------------------------------------------------------------------

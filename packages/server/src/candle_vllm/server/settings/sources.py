@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from candle_vllm.core.setting_kinds import nearest
-from candle_vllm.server.settings.options import ENV_PREFIX, Option, Section, UsageError, convert
+from candle_vllm.server.settings.options import ENV_PREFIX, Section, UsageError, convert
 from candle_vllm.server.settings.original_keys import original_variable
 from candle_vllm.server.settings.table import BY_NAME, OPTIONS
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import yaml
 
 _MAX_FILE = 1 << 20  # maximum bytes of .env, models.yaml and key files
+_ADAPTER = re.compile(r'\s*{(?:"(?:\\.|[^"\\])*"|[^"{}])*}\s*|[^,]+')  # JSON, which may have commas, or name=path
 _KUBERNETES = re.compile(r"CANDLE_VLLM(_\w+)?_(SERVICE_(HOST|PORT)(_\w+)?|PORT(_\d+_\w+)?)")
 
 
@@ -77,7 +78,11 @@ def environment_source(variables: Mapping[str, str], title: str, known: Containe
             continue
         try:
             if option is not None:
-                values[option.name] = _variable(option, text, spelled)
+                if option.repeat:
+                    parts = _ADAPTER.findall(text) if option.name == "lora_modules" else text.split(",")
+                    values[option.name] = tuple(convert(option.kind, part.strip(), spelled) for part in parts)
+                else:
+                    values[option.name] = convert(option.kind, text, spelled)
                 given_as[option.name] = name
                 continue
             theirs = original_variable(name, text, spelled, variables)
@@ -95,16 +100,6 @@ def environment_source(variables: Mapping[str, str], title: str, known: Containe
     if known is None:
         remarks += [f"{', '.join(names)} in {title}: no effect, because {why}" for why, names in idle.items()]
     return SettingsSource(title, values, given_as, tuple(remarks))
-
-
-_ADAPTER = re.compile(r'\s*{(?:"(?:\\.|[^"\\])*"|[^"{}])*}\s*|[^,]+')  # JSON, which may have commas, or name=path
-
-
-def _variable(option: Option, text: str, spelled: str) -> Any:
-    if not option.repeat:
-        return convert(option.kind, text, spelled)
-    parts = _ADAPTER.findall(text) if option.name == "lora_modules" else text.split(",")
-    return tuple(convert(option.kind, part.strip(), spelled) for part in parts)
 
 
 def read_dotenv(path: Path, wrong: list[str] | None = None) -> dict[str, str]:
@@ -152,6 +147,15 @@ def read_small(path: Path) -> str:
         raise UsageError(f"cannot read {path}: {error.strerror}") from None
     except UnicodeDecodeError:
         raise UsageError(f"{path} is not UTF-8 text") from None
+
+
+def read_text(path: Path, called: str, encoding: str = "utf-8") -> str:
+    """Read a text file that an option names; the UsageError of an unreadable file says what it is `called`."""
+    try:
+        return path.read_text(encoding)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise UsageError(f"cannot read {called} {path}: {reason}") from None
 
 
 def read_yaml(path: Path, *, secret: bool = False) -> Any:

@@ -66,12 +66,12 @@ from candle_vllm.server.settings.options import (
 _LEVELS = Choice(("debug", "info", "warning", "error"), {"warn": "warning"})
 _CACHE = {"aliases": CACHE_ALIASES}
 _ISQ_ALIASES = {name[:-1] + "_k": name for name in ISQ_NAMES if name.endswith("k")}
-_SAMPLED = SamplingParams().filled(DEFAULT_SAMPLING)
+SAMPLED = SamplingParams().filled(DEFAULT_SAMPLING)  # where neither the settings nor the model say else
 
 
 def _sampler(name: str, text: str, metavar: str = "X") -> Told:
     """Return a maker of a default for requests; if it is not set, the model's files decide, else llama.cpp's value."""
-    unset = f"the model's, else {getattr(_SAMPLED, name):g}"
+    unset = f"the model's, else {getattr(SAMPLED, name):g}"
     return own(SAMPLING, BOUNDS[name], text, metavar, in_yaml=True, unset=unset)
 
 
