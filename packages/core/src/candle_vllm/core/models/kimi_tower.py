@@ -12,6 +12,7 @@ Shapes: T patches, E hidden, D head size.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -41,7 +42,8 @@ from candle_vllm.core.models.siglip import (
 from candle_vllm.core.models.siglip import prepared as swapped_back
 from candle_vllm.core.models.tower_family import TowerConfig, TowerFamily, mark_of_cells
 from candle_vllm.core.quantization.tensors import StoredTensor
-from candle_vllm.core.vision.preprocessing import NOTHING, FitRule, area_rule, over
+from candle_vllm.core.vision.pictures import Picture
+from candle_vllm.core.vision.preprocessing import NOTHING, FitRule, area_rule, over, resized
 
 # ---- config ----------------------------------------------------------------------------------------------------------
 
@@ -52,6 +54,30 @@ _KINDS = {
     "mm_projector_type": "patchmerger", "projector_hidden_act": "gelu",
 }  # fmt: skip
 _HALF = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+
+
+class PatchesRule(FitRule, frozen=True, kw_only=True, tag=True):
+    """Rule of Kimi K2.5: `FitRule` without stretching; black fills the cells at the right and at the bottom.
+
+    Attributes:
+        patches: the image is also shrunk to this number of patches, counted without parts of patches.
+        patch: pixels of a patch's side.
+    """
+
+    patches: int
+    patch: int
+
+    def tiles(self, picture: Picture) -> NDArray[np.uint8]:
+        """See `Rule`."""
+        cut, (height, width) = self.cut(picture.height, picture.width), self._shrunk(picture.height, picture.width)
+        tile = np.zeros((1, cut.height, cut.width, 3), np.uint8)
+        tile[0, :height, :width] = resized(picture.pixels, height, width, self.resample)
+        return tile
+
+    def _shrunk(self, height: int, width: int) -> tuple[int, int]:
+        count = max(height // self.patch, 1) * max(width // self.patch, 1)
+        scale = min(1.0, math.sqrt(self.patches / count), self.longest / height, self.longest / width)
+        return min(max(int(height * scale), 1), self.longest), min(max(int(width * scale), 1), self.longest)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -154,11 +180,8 @@ def _config(processor: Fields, said: Mapping[str, Any], *, patch: int, cell: int
     most = MOST_PATCHES if "max_patches" in said else 1 << 24
     patches = min(over(processor, said).count("max_patches", MOST_PATCHES, most=most), MOST_PATCHES)
     plain = {key: value for key, value in processor.values.items() if key != "size"}
-    pixels = area_rule(Fields(plain, processor.path), patch * cell, MOST_PATCHES * patch**2)
-    rule = FitRule(
-        longest=side * patch, cell=patch * cell, patches=patches, patch=patch,
-        resample=pixels.resample, normalisation=pixels.normalisation,
-    )  # fmt: skip
+    given = area_rule(Fields(plain, processor.path), patch * cell, MOST_PATCHES * patch**2)
+    rule = PatchesRule(longest=side * patch, cell=patch * cell, patches=patches, patch=patch, **given.pixels)
     side = -(-side // cell) * cell
     most = (patches + (cell + 1) * 2 * side + (cell + 1) ** 2) // cell**2 * cell**2  # sides may be rounded up
     return KimiTowerConfig(**own, side=side, most_patches=min(most, side**2), patch=patch, cell=cell, rule=rule)
