@@ -9,7 +9,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeAlias
@@ -49,6 +49,7 @@ from candle_vllm.core.loading.cache_specs import NO_STATES, StateRoom, states
 from candle_vllm.core.remote import RemoteEngine
 from candle_vllm.core.text.pretokenizers import PRE_TOKENIZERS
 from candle_vllm.core.vision.inputs import ImageInput
+from candle_vllm.core.vision.prompts import VisionInput
 from packages.core.tests.engine.drafted import same_times
 from packages.core.tests.exact_sums import exact_sums
 from packages.core.tests.lazy_stream import LazyStream
@@ -220,6 +221,26 @@ def require_embeddings(
         team.close()
 
 
+def require_same_embeddings(
+    folder: Path, asks: int, pictures: list[NDArray[np.uint8]], wanted: Iterable[Any], *, eager: bool, most: int
+) -> tuple[VisionInput, tuple[ImageInput, ...]]:
+    """See `require_embeddings`; a prompt has as many placeholders. Returns how pictures are prepared, and the images.
+
+    Args:
+        folder: the model's.
+        asks: the token that a template writes for a picture.
+        pictures, wanted: pictures, and the embeddings [n, E] of each, tensors or arrays.
+        eager, most: see `require_embeddings`.
+    """
+    loaded, arrays = loaded_from(folder, op_by_op=eager), [np.asarray(each) for each in wanted]
+    assert loaded.tower is not None
+    vision = loaded.tower.vision
+    ids, images = vision.look([asks] * len(pictures), pictures)
+    assert [len(each) for each in vision.places(ids, images)] == [len(each) for each in arrays]
+    require_embeddings(loaded, images, arrays, eager=eager, most=most)
+    return vision, images
+
+
 def require_nearly_same_when_quantised(folder: Path, mark: int, picture: NDArray[np.uint8]) -> None:
     """The embeddings of a tower that is quantised to Q8_0 as it is loaded."""
     made = list[NDArray[np.float32]]()
@@ -273,9 +294,10 @@ def require_same_on_a_gpu(
 ) -> None:
     """Answers of a GPU's steps, by the references of its kernels, are those of steps op by op."""
     loaded, settings = loaded_from(folder, op_by_op=True), GPU_STEPS[how] | more
+    tokens = 12 if "drafts" in settings else 6
     with exact_sums():
-        found, stream = answers_of_a_gpu(loaded, prompts, **settings)
-        require_same(found, answers_op_by_op(loaded, prompts))
+        found, stream = answers_of_a_gpu(loaded, prompts, tokens=tokens, **settings)
+        require_same(found, answers_op_by_op(loaded, prompts, tokens))
     assert isinstance(stream, LazyStream)
     assert bool(stream.replayed) == settings.get("graphs", True)
 

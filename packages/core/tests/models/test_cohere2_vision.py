@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 from transformers import AutoConfig
 from transformers.models.aya_vision.processing_aya_vision import AyaVisionProcessor
 from transformers.models.cohere2_vision.processing_cohere2_vision import Cohere2VisionProcessor
@@ -26,22 +27,21 @@ from candle_vllm.core.models import aya_vision_tower, cohere2_vision_tower
 from candle_vllm.core.models.registry import family_from_hf, tower_family
 from candle_vllm.core.vision.pictures import picture_of
 from packages.core.tests.models.sight import (
-    EAGER_AND_TOKENS,
     GPU_STEPS,
     answers,
     answers_alone,
     loaded_from,
     model_of,
     random_model,
-    require_embeddings,
     require_logits,
+    require_same_embeddings,
     require_same_in_steps,
     require_same_on_a_gpu,
     without_torchvision,
     write_tokenizer,
 )
 from packages.core.tests.models.tiny import SMALL
-from tests.common_run import few
+from tests.common_run import combined, few
 
 MARKS = ("<|IMG_PATCH|>", "<|START_OF_IMG|>", "<|END_OF_IMG|>")
 PAD, START, END = range(260, 263)
@@ -208,14 +208,10 @@ def test_placeholders_of_aya_vision_are_those_of_transformers() -> None:
         assert aya_vision_tower.FAMILY.words_around(cut, cut.cells(28)) == text
 
 
-@pytest.mark.parametrize(
-    ("kind", "said"),
-    few(
-        [(kind, said) for kind in KINDS for said in ({}, {"max_patches": 6}, {"crop_to_patches": False})],
-        *((kind, {}) for kind in ("command", "aya")),
-    ),
-    indirect=["kind"],
-)
+@combined(
+    "kind said", KINDS, ({}, {"max_patches": 6}, {"crop_to_patches": False}),
+    common=[*((kind, {}) for kind in ("command", "aya"))], indirect=["kind"],
+)  # fmt: skip
 def test_pixels_are_those_of_transformers(said: dict[str, Any], kind: str, folder: Path, tiled: Any) -> None:
     loaded = loaded_from(folder, mm_processor_kwargs=said)
     assert loaded.tower is not None
@@ -231,34 +227,22 @@ def test_pixels_are_those_of_transformers(said: dict[str, Any], kind: str, folde
 # ---- embeddings, logits, answers -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("kind", "eager"),
-    few([(kind, eager) for kind in KINDS for eager in (True, False)], ("command", False), ("aya", False)),
-    indirect=["kind"],
-)
+@combined("kind eager", KINDS, (True, False), common=[("command", False), ("aya", False)], indirect=["kind"])
 def test_embeddings_are_those_of_transformers(eager: bool, kind: str, folder: Path, theirs: Any, tiled: Any) -> None:
-    loaded = loaded_from(folder, op_by_op=eager)
-    assert loaded.tower is not None
     given = their_tiles(kind, tiled, PICTURES)
     with torch.inference_mode():
         expected = theirs.model.get_image_features(pixel_values=given["pixel_values"]).pooler_output
     counts = [int(count) for count in given["num_patches"]]
     wanted = [each.reshape(-1, 64).numpy() for each in expected.split(counts)]
-    images = loaded.tower.vision.look([loaded.tower.vision.parts.asks] * len(PICTURES), PICTURES)[1]
+    asked = Tokenizer.from_file(str(folder / "tokenizer.json")).token_to_id(asks(kind))
+    _, images = require_same_embeddings(folder, asked, PICTURES, wanted, eager=eager, most=64)
     assert [len(image.sizes) for image in images] == counts
-    require_embeddings(loaded, images, wanted, eager=eager, most=64)
 
 
-@pytest.mark.parametrize(
-    ("kind", "eager", "tokens"),
-    few(
-        [(kind, *how) for kind in KINDS for how in EAGER_AND_TOKENS],
-        ("command", False, 23),
-        ("aya", False, 512),
-        ("aya 32B", True, 23),
-    ),
-    indirect=["kind"],
-)
+@combined(
+    "kind eager tokens", KINDS, (True, False), (512, 23),
+    common=[("command", False, 23), ("aya", False, 512), ("aya 32B", True, 23)], indirect=["kind"],
+)  # fmt: skip
 def test_logits_are_those_of_transformers(
     tokens: int, eager: bool, kind: str, folder: Path, theirs: Any, tiled: Any
 ) -> None:
@@ -276,11 +260,7 @@ def alone(kind: str, folder: Path) -> list[tuple[int, ...]]:
     return answers_alone(folder, prompts(kind))
 
 
-@pytest.mark.parametrize(
-    ("kind", "tokens"),
-    few([(kind, tokens) for kind in KINDS for tokens in (512, 64, 31, 23, 17, 13, 11, 9)], ("command", 11)),
-    indirect=["kind"],
-)
+@combined("kind tokens", KINDS, (512, 64, 31, 23, 17, 13, 11, 9), common=[("command", 11)], indirect=["kind"])
 def test_answers_are_the_same_in_a_batch_in_chunks_and_cached(
     tokens: int, kind: str, folder: Path, alone: list[tuple[int, ...]]
 ) -> None:

@@ -29,10 +29,9 @@ from candle_vllm.core.vision.pictures import picture_of
 from packages.core.tests.models.sight import (
     RANDOM,
     answers,
-    loaded_from,
     random_model,
-    require_embeddings,
     require_logits,
+    require_same_embeddings,
     require_same_when_cached,
     write_tokenizer,
     write_tower,
@@ -132,15 +131,11 @@ def test_images_have_as_many_placeholders_as_embeddings() -> None:
 
 @pytest.mark.parametrize("eager", few([True, False], False))
 def test_embeddings_are_those_of_transformers(eager: bool, folder: Path, theirs: Any) -> None:
-    loaded, wanted = loaded_from(folder, op_by_op=eager), list[NDArray[np.float32]]()
-    assert loaded.tower is not None
-    pictures = PICTURES if eager else PICTURES[1:2]
+    pictures, wanted = PICTURES if eager else PICTURES[1:2], list[NDArray[np.float32]]()
     for picture in pictures:
         with torch.inference_mode():
             wanted.append(theirs.model.get_image_features(**their_pixels(picture)).pooler_output[0].numpy())
-    ids, given = loaded.tower.vision.look([IMAGE] * len(pictures), pictures)
-    assert [len(each) for each in loaded.tower.vision.places(ids, given)] == [len(each) for each in wanted]
-    require_embeddings(loaded, given, wanted, eager=eager, most=8)
+    require_same_embeddings(folder, IMAGE, pictures, wanted, eager=eager, most=8)
 
 
 @pytest.mark.parametrize("eager", few([True, False], False))

@@ -32,9 +32,8 @@ from packages.core.tests.models.sight import (
     PICTURES,
     TEMPLATE,
     answers_alone,
-    loaded_from,
-    require_embeddings,
     require_logits,
+    require_same_embeddings,
     require_same_from_gguf,
     require_same_in_steps,
     require_same_on_a_gpu,
@@ -137,10 +136,7 @@ def folder(theirs: Theirs, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("eager", few([True, False], False))
 def test_embeddings_are_those_of_transformers(eager: bool, folder: Path, theirs: Theirs) -> None:
-    loaded = loaded_from(folder, op_by_op=eager)
-    assert loaded.tower is not None
-    images = loaded.tower.vision.look([PAD] * len(PICTURES), PICTURES)[1]
-    require_embeddings(loaded, images, [each.numpy() for each in theirs.images(PICTURES)], eager=eager, most=16)
+    require_same_embeddings(folder, PAD, PICTURES, theirs.images(PICTURES), eager=eager, most=16)
 
 
 @pytest.mark.parametrize(("eager", "tokens"), few(EAGER_AND_TOKENS, (False, 23)))

@@ -26,7 +26,6 @@ from candle_vllm.core.models import glm4v_tower, paddleocr_tower
 from candle_vllm.core.models.registry import family_from_hf
 from packages.core.tests.models.families import ROWS
 from packages.core.tests.models.sight import (
-    EAGER_AND_TOKENS,
     GPU_STEPS,
     PICTURES,
     TEMPLATE,
@@ -35,9 +34,9 @@ from packages.core.tests.models.sight import (
     loaded_from,
     model_of,
     random_model,
-    require_embeddings,
     require_logits,
     require_nearly_same_when_quantised,
+    require_same_embeddings,
     require_same_from_gguf,
     require_same_in_steps,
     require_same_on_a_gpu,
@@ -45,7 +44,7 @@ from packages.core.tests.models.sight import (
     write_tower,
 )
 from packages.core.tests.models.tiny import SMALL
-from tests.common_run import few
+from tests.common_run import combined, few
 
 START, END, PAD, VIDEO = range(260, 264)
 GLM = ("<|begin_of_image|>", "<|end_of_image|>", "<|image|>", "<|video|>")
@@ -136,32 +135,21 @@ def their_pixels(folder: Path, pictures: list[NDArray[np.uint8]]) -> dict[str, t
     return {key: found[key] for key in ("pixel_values", "image_grid_thw")}
 
 
-@pytest.mark.parametrize(
-    ("folder", "eager"),
-    few(
-        [(kind, eager) for kind in TEXTS for eager in (True, False)],
-        *((kind, False) for kind in ("glm4v", "glm_ocr", "paddleocr_vl")),
-    ),
-    indirect=["folder"],
-)
+@combined(
+    "folder eager", TEXTS, (True, False),
+    common=[*((kind, False) for kind in ("glm4v", "glm_ocr", "paddleocr_vl"))], indirect=["folder"],
+)  # fmt: skip
 def test_embeddings_are_those_of_transformers(eager: bool, folder: Path, theirs: Any) -> None:
-    loaded = loaded_from(folder, op_by_op=eager)
-    assert loaded.tower is not None
     with torch.inference_mode():
         expected = theirs.model.get_image_features(**their_pixels(folder, PICTURES)).pooler_output
-    images = loaded.tower.vision.look([PAD] * len(PICTURES), PICTURES)[1]
-    require_embeddings(loaded, images, [each.numpy() for each in expected], eager=eager, most=16)
+    require_same_embeddings(folder, PAD, PICTURES, expected, eager=eager, most=16)
 
 
-@pytest.mark.parametrize(
-    ("folder", "eager", "tokens"),
-    few(
-        [(kind, *how) for kind in TEXTS for how in EAGER_AND_TOKENS],
-        ("glm4v_moe", True, 512),
-        *((kind, False, 23) for kind in ("glm4v", "glm_ocr", "paddleocr_vl")),
-    ),
+@combined(
+    "folder eager tokens", TEXTS, (True, False), (512, 23),
+    common=[("glm4v_moe", True, 512), *((kind, False, 23) for kind in ("glm4v", "glm_ocr", "paddleocr_vl"))],
     indirect=["folder"],
-)
+)  # fmt: skip
 def test_logits_are_those_of_transformers(tokens: int, eager: bool, folder: Path, theirs: Any) -> None:
     pixels = their_pixels(folder, PICTURES[:2])
 
@@ -176,11 +164,7 @@ def alone(folder: Path) -> list[tuple[int, ...]]:
     return answers_alone(folder, prompts(folder))
 
 
-@pytest.mark.parametrize(
-    ("folder", "tokens"),
-    few([(kind, tokens) for kind in TEXTS for tokens in (512, 17)], ("glm4v", 17), ("paddleocr_vl", 512)),
-    indirect=["folder"],
-)
+@combined("folder tokens", TEXTS, (512, 17), common=[("glm4v", 17), ("paddleocr_vl", 512)], indirect=["folder"])
 def test_answers_are_the_same_in_a_batch_in_chunks_and_cached(
     tokens: int, folder: Path, alone: list[tuple[int, ...]]
 ) -> None:

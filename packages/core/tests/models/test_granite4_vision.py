@@ -28,22 +28,21 @@ from candle_vllm.core.models.registry import family_from_gguf, family_from_hf, t
 from candle_vllm.core.vision.pictures import picture_of
 from candle_vllm.core.vision.preprocessing import NOTHING
 from packages.core.tests.models.sight import (
-    EAGER_AND_TOKENS,
     GPU_STEPS,
     answers,
     answers_alone,
     loaded_from,
     model_of,
     random_model,
-    require_embeddings,
     require_logits,
+    require_same_embeddings,
     require_same_in_steps,
     require_same_on_a_gpu,
     write_tokenizer,
 )
 from packages.core.tests.models.test_llava_onevision import ASK, EDGES, MARKS, PAD, PICTURES, PROMPTS, TEMPLATE
 from packages.core.tests.models.tiny import SMALL
-from tests.common_run import few
+from tests.common_run import combined, few
 
 TEXT = {
     **SMALL, "num_hidden_layers": 6, "embedding_multiplier": 3.0, "residual_multiplier": 0.4, "logits_scaling": 2.0,
@@ -96,10 +95,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {kind: write(tmp_path_factory.mktemp("granite4_vision"), kind) for kind in KINDS}
 
 
-def theirs(folder: Path) -> Any:
-    return model_of(folder)
-
-
 def their_pixels(pictures: list[NDArray[np.uint8]]) -> Any:
     given = [Image.fromarray(each) for each in pictures]
     return LlavaNextImageProcessorPil(**IMAGES)(images=given, return_tensors="pt")
@@ -110,29 +105,21 @@ def config_of(folder: Path, processor: Mapping[str, Any] = NOTHING, **change: An
     return FAMILY.config_from_hf(Fields(config | change, folder), Fields(images | dict(processor), folder), 64, {})
 
 
-@pytest.mark.parametrize(
-    ("kind", "eager"), few([(kind, eager) for kind in KINDS for eager in (True, False)], ("some", False))
-)
+@combined("kind eager", KINDS, (True, False), common=[("some", False)])
 def test_embeddings_are_those_of_transformers(kind: str, eager: bool, folders: dict[str, Path]) -> None:
     """The vectors for all layers of the text model, side by side."""
-    loaded, model = loaded_from(folders[kind], op_by_op=eager), theirs(folders[kind])
-    assert loaded.tower is not None
-    wanted = list[NDArray[np.float32]]()
+    model, wanted = model_of(folders[kind]), list[NDArray[np.float32]]()
     for picture in PICTURES:
         with torch.inference_mode():
             found = model.model.get_image_features(**their_pixels([picture])).deepstack_features
         layers = [each[0].numpy() / 0.4 for _, each in sorted(found, key=lambda each: each[0])]
         wanted.append(np.concatenate(layers, 1))
-    ids, images = loaded.tower.vision.look([PAD] * len(PICTURES), PICTURES)
-    assert [len(each) for each in loaded.tower.vision.places(ids, images)] == [len(each) for each in wanted]
-    require_embeddings(loaded, images, wanted, eager=eager, most=64)
+    require_same_embeddings(folders[kind], PAD, PICTURES, wanted, eager=eager, most=64)
 
 
-@pytest.mark.parametrize(
-    ("kind", "eager", "tokens"), few([(kind, *how) for kind in KINDS for how in EAGER_AND_TOKENS], ("all", False, 23))
-)
+@combined("kind eager tokens", KINDS, (True, False), (512, 23), common=[("all", False, 23)])
 def test_logits_are_those_of_transformers(kind: str, tokens: int, eager: bool, folders: dict[str, Path]) -> None:
-    pixels, model = their_pixels(PICTURES[:2]), theirs(folders[kind])
+    pixels, model = their_pixels(PICTURES[:2]), model_of(folders[kind])
 
     def wanted(ids: torch.Tensor) -> torch.Tensor:
         return model(input_ids=ids, **pixels).logits[0].log_softmax(-1)
@@ -140,9 +127,7 @@ def test_logits_are_those_of_transformers(kind: str, tokens: int, eager: bool, f
     require_logits(folders[kind], PROMPTS[0], wanted, eager=eager, tokens=tokens)
 
 
-@pytest.mark.parametrize(
-    ("kind", "tokens"), few([(k, t) for k in ("all", "no offsets") for t in (512, 17)], ("all", 17))
-)
+@combined("kind tokens", ("all", "no offsets"), (512, 17), common=[("all", 17)])
 def test_answers_are_the_same_in_a_batch_in_chunks_and_cached(kind: str, tokens: int, folders: dict[str, Path]) -> None:
     require_same_in_steps(folders[kind], PROMPTS, answers_alone(folders[kind], PROMPTS), tokens)
 

@@ -32,7 +32,6 @@ from candle_vllm.core.models.registry import family_from_hf
 from candle_vllm.core.vision.pictures import picture_of
 from packages.core.tests.models.families import ROWS
 from packages.core.tests.models.sight import (
-    EAGER_AND_TOKENS,
     GPU_STEPS,
     PICTURES,
     answers,
@@ -41,8 +40,8 @@ from packages.core.tests.models.sight import (
     loaded_from,
     model_of,
     random_model,
-    require_embeddings,
     require_logits,
+    require_same_embeddings,
     require_same_from_gguf,
     require_same_in_steps,
     require_same_on_a_gpu,
@@ -51,7 +50,7 @@ from packages.core.tests.models.sight import (
 )
 from packages.core.tests.models.test_renamed import internlm2
 from packages.core.tests.models.tiny import SMALL
-from tests.common_run import few
+from tests.common_run import combined, few
 
 MARKS = ("<img>", "</img>", "<IMG_CONTEXT>", "<video>")
 START, END, PAD, _ = range(260, 264)
@@ -136,37 +135,25 @@ def their_tiles(pictures: list[NDArray[np.uint8]], **said: Any) -> Any:
     return processor(images=[Image.fromarray(each) for each in pictures], return_tensors="pt")
 
 
-@pytest.mark.parametrize(
-    ("folder", "eager"),
-    few(
-        [(kind, eager) for kind in TEXTS for eager in (True, False)],
-        *((kind, False) for kind in ("internvl qwen3", "internvl qwen3_moe")),
-    ),
-    indirect=["folder"],
-)
+@combined(
+    "folder eager", TEXTS, (True, False),
+    common=[*((kind, False) for kind in ("internvl qwen3", "internvl qwen3_moe"))], indirect=["folder"],
+)  # fmt: skip
 def test_embeddings_are_those_of_transformers(eager: bool, folder: Path, theirs: Any) -> None:
-    loaded = loaded_from(folder, op_by_op=eager)
-    assert loaded.tower is not None
     given = their_tiles(PICTURES)
     with torch.inference_mode():
         expected = theirs.model.get_image_features(pixel_values=given["pixel_values"]).pooler_output
     counts = [int(count) for count in given["num_patches"]]
     wanted = [each.reshape(-1, 64).numpy() for each in expected.split(counts)]
-    images = loaded.tower.vision.look([PAD] * len(PICTURES), PICTURES)[1]
+    _, images = require_same_embeddings(folder, PAD, PICTURES, wanted, eager=eager, most=64)
     assert [len(image.sizes) for image in images] == counts
-    require_embeddings(loaded, images, wanted, eager=eager, most=64)
 
 
-@pytest.mark.parametrize(
-    ("folder", "eager", "tokens"),
-    few(
-        [(kind, *how) for kind in TEXTS for how in EAGER_AND_TOKENS],
-        ("internvl qwen2", False, 512),
-        ("internvl qwen3_moe", True, 23),
-        ("qianfan_ocr qwen3", False, 23),
-    ),
+@combined(
+    "folder eager tokens", TEXTS, (True, False), (512, 23),
+    common=[("internvl qwen2", False, 512), ("internvl qwen3_moe", True, 23), ("qianfan_ocr qwen3", False, 23)],
     indirect=["folder"],
-)
+)  # fmt: skip
 def test_logits_are_those_of_transformers(tokens: int, eager: bool, folder: Path, theirs: Any) -> None:
     # keys and values are bfloat16 in the compiled steps
     require_theirs(folder, theirs, eager=eager, tokens=tokens)
@@ -205,11 +192,7 @@ def alone(folder: Path) -> list[tuple[int, ...]]:
     return answers_alone(folder, PROMPTS)
 
 
-@pytest.mark.parametrize(
-    ("folder", "tokens"),
-    few([(kind, tokens) for kind in TEXTS for tokens in (512, 17)], ("internvl qwen3", 17)),
-    indirect=["folder"],
-)
+@combined("folder tokens", TEXTS, (512, 17), common=[("internvl qwen3", 17)], indirect=["folder"])
 def test_answers_are_the_same_in_a_batch_in_chunks_and_cached(
     tokens: int, folder: Path, alone: list[tuple[int, ...]]
 ) -> None:

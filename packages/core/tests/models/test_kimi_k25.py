@@ -34,9 +34,9 @@ from packages.core.tests.models.sight import (
     loaded_from,
     model_of,
     random_model,
-    require_embeddings,
     require_logits,
     require_nearly_same_when_quantised,
+    require_same_embeddings,
     require_same_from_gguf,
     require_same_in_steps,
     require_same_on_a_gpu,
@@ -132,12 +132,9 @@ def their_pixels(pictures: list[NDArray[np.uint8]]) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("eager", few([True, False], False))
 def test_embeddings_are_those_of_transformers(eager: bool, folder: Path, theirs: Any) -> None:
-    loaded = loaded_from(folder, op_by_op=eager)
-    assert loaded.tower is not None
     with torch.inference_mode():
         expected = theirs.model.get_image_features(**their_pixels(PICTURES)).pooler_output
-    images = loaded.tower.vision.look([PAD] * len(PICTURES), PICTURES)[1]
-    require_embeddings(loaded, images, [each.numpy() for each in expected], eager=eager, most=24)
+    require_same_embeddings(folder, PAD, PICTURES, expected, eager=eager, most=24)
 
 
 @pytest.mark.parametrize(("eager", "tokens"), few(EAGER_AND_TOKENS, (False, 23)))

@@ -26,7 +26,6 @@ from candle_vllm.core.models.registry import family_from_hf
 from candle_vllm.core.vision.pictures import picture_of
 from packages.core.tests.models.families import LFM2
 from packages.core.tests.models.sight import (
-    EAGER_AND_TOKENS,
     GPU_STEPS,
     RANDOM,
     answers,
@@ -35,8 +34,8 @@ from packages.core.tests.models.sight import (
     loaded_from,
     model_of,
     random_model,
-    require_embeddings,
     require_logits,
+    require_same_embeddings,
     require_same_from_gguf,
     require_same_in_steps,
     require_same_on_a_gpu,
@@ -45,7 +44,7 @@ from packages.core.tests.models.sight import (
     write_tower,
 )
 from packages.core.tests.models.tiny import SMALL
-from tests.common_run import few
+from tests.common_run import combined, few
 
 START, END, PAD, THUMBNAIL = range(260, 264)
 MARKS = ("<|image_start|>", "<|image_end|>", "<image>", "<|img_thumbnail|>")
@@ -133,6 +132,11 @@ def their_pixels(pictures: list[NDArray[np.uint8]], rule: Any, images: Any) -> d
         pixels[number, : counts[number]] = images.split(values[None], 4)[0]
         mask[number, : counts[number]] = 1
     return {"pixel_values": pixels, "pixel_attention_mask": mask, "spatial_shapes": shapes}
+
+
+def rule_of(folder: Path) -> Any:
+    config = json.loads((folder / "config.json").read_text())
+    return FAMILY.config_from_hf(Fields(config, folder), Fields(IMAGES, folder), 64, {}).rule
 
 
 def write(folder: Path, kind: str) -> Path:
@@ -226,36 +230,21 @@ def test_an_extreme_shape_is_refused(folder: Path) -> None:
 # ---- embeddings, logits, answers -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("folder", "eager"),
-    few([(kind, eager) for kind in KINDS for eager in (True, False)], *((kind, False) for kind in KINDS)),
-    indirect=["folder"],
-)
+@combined("folder eager", KINDS, (True, False), common=[*((kind, False) for kind in KINDS)], indirect=["folder"])
 def test_embeddings_are_those_of_transformers(eager: bool, folder: Path, theirs: Any, images: Any) -> None:
-    loaded = loaded_from(folder, op_by_op=eager)
-    assert loaded.tower is not None
-    rule = loaded.tower.tower.config.rule
+    rule = rule_of(folder)
     wanted = list[NDArray[np.float32]]()
     for picture in PICTURES:
         with torch.inference_mode():
             found = theirs.model.get_image_features(**their_pixels([picture], rule, images)).pooler_output
         wanted.append(torch.cat(list(found)).numpy())
-    ids, given = loaded.tower.vision.look([PAD] * len(PICTURES), PICTURES)
+    _, given = require_same_embeddings(folder, PAD, PICTURES, wanted, eager=eager, most=64)
     assert [len(set(each.sizes)) for each in given] == [2, 1, 1, 1, 2]
-    assert [len(each) for each in loaded.tower.vision.places(ids, given)] == [len(each) for each in wanted]
-    require_embeddings(loaded, given, wanted, eager=eager, most=64)
 
 
-@pytest.mark.parametrize(
-    ("folder", "eager", "tokens"),
-    few([(kind, *how) for kind in KINDS for how in EAGER_AND_TOKENS], ("norm", False, 23)),
-    indirect=["folder"],
-)
+@combined("folder eager tokens", KINDS, (True, False), (512, 23), common=[("norm", False, 23)], indirect=["folder"])
 def test_logits_are_those_of_transformers(tokens: int, eager: bool, folder: Path, theirs: Any, images: Any) -> None:
-    rule = FAMILY.config_from_hf(
-        Fields(json.loads((folder / "config.json").read_text()), folder), Fields(IMAGES, folder), 64, {}
-    ).rule
-    pixels = their_pixels(PICTURES[:2], rule, images)
+    pixels = their_pixels(PICTURES[:2], rule_of(folder), images)
 
     def wanted(ids: torch.Tensor) -> torch.Tensor:
         return theirs(input_ids=ids, **pixels).logits[0].log_softmax(-1)
@@ -268,11 +257,7 @@ def alone(folder: Path) -> list[tuple[int, ...]]:
     return answers_alone(folder, PROMPTS)
 
 
-@pytest.mark.parametrize(
-    ("folder", "tokens"),
-    few([(kind, tokens) for kind in KINDS for tokens in (512, 64, 31, 23, 17, 13, 11, 9)], ("norm", 11)),
-    indirect=["folder"],
-)
+@combined("folder tokens", KINDS, (512, 64, 31, 23, 17, 13, 11, 9), common=[("norm", 11)], indirect=["folder"])
 def test_answers_are_the_same_in_a_batch_in_chunks_and_cached(
     tokens: int, folder: Path, alone: list[tuple[int, ...]]
 ) -> None:

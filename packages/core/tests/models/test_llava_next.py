@@ -29,21 +29,19 @@ from candle_vllm.core.vision.pictures import picture_of
 from candle_vllm.core.vision.preprocessing import NOTHING
 from packages.core.tests.models.gguf_export import export_gguf
 from packages.core.tests.models.sight import (
-    EAGER_AND_TOKENS,
     answers,
     answers_alone,
-    loaded_from,
     model_of,
     random_model,
-    require_embeddings,
     require_logits,
+    require_same_embeddings,
     require_same_in_steps,
     write_tokenizer,
     write_tower,
 )
 from packages.core.tests.models.test_llava_onevision import EDGES, MARKS, PAD, PICTURES, PROMPTS, TEMPLATE
 from packages.core.tests.models.tiny import SMALL
-from tests.common_run import few
+from tests.common_run import combined, few
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 2, "patch_size": 4}
 KINDS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
@@ -102,10 +100,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {kind: write(tmp_path_factory.mktemp("llava_next"), kind) for kind in KINDS}
 
 
-def theirs(folder: Path) -> Any:
-    return model_of(folder)
-
-
 def their_pixels(kind: str, pictures: list[NDArray[np.uint8]]) -> Any:
     processor = LlavaNextImageProcessorPil(**images_of(kind))
     return processor(images=[Image.fromarray(each) for each in pictures], return_tensors="pt")
@@ -139,30 +133,20 @@ def test_tiles_are_those_of_transformers(kind: str, folders: dict[str, Path]) ->
         assert np.abs(expected[:, :, :12, :12] - ours).max() < 1e-6
 
 
-@pytest.mark.parametrize(
-    ("kind", "eager"),
-    few([(kind, eager) for kind in KINDS for eager in (True, False)], *((kind, False) for kind in KINDS)),
-)
+@combined("kind eager", KINDS, (True, False), common=[*((kind, False) for kind in KINDS)])
 def test_embeddings_are_those_of_transformers(kind: str, eager: bool, folders: dict[str, Path]) -> None:
-    loaded, model = loaded_from(folders[kind], op_by_op=eager), theirs(folders[kind])
-    assert loaded.tower is not None
-    wanted = list[NDArray[np.float32]]()
+    model, wanted = model_of(folders[kind]), list[NDArray[np.float32]]()
     for picture in PICTURES:
         with torch.inference_mode():
             wanted.append(model.model.get_image_features(**their_pixels(kind, [picture])).pooler_output[0].numpy())
         text = model.config.text_config  # the residual stream is stored divided by `residual_multiplier`
         wanted[-1] = wanted[-1] * getattr(text, "embedding_multiplier", 1.0) / getattr(text, "residual_multiplier", 1.0)
-    ids, images = loaded.tower.vision.look([PAD] * len(PICTURES), PICTURES)
-    assert [len(each) for each in loaded.tower.vision.places(ids, images)] == [len(each) for each in wanted]
-    require_embeddings(loaded, images, wanted, eager=eager, most=64)
+    require_same_embeddings(folders[kind], PAD, PICTURES, wanted, eager=eager, most=64)
 
 
-@pytest.mark.parametrize(
-    ("kind", "eager", "tokens"),
-    few([(kind, *how) for kind in KINDS for how in EAGER_AND_TOKENS], ("SigLIP", False, 23)),
-)
+@combined("kind eager tokens", KINDS, (True, False), (512, 23), common=[("SigLIP", False, 23)])
 def test_logits_are_those_of_transformers(kind: str, tokens: int, eager: bool, folders: dict[str, Path]) -> None:
-    pixels, model = their_pixels(kind, PICTURES[:2]), theirs(folders[kind])
+    pixels, model = their_pixels(kind, PICTURES[:2]), model_of(folders[kind])
 
     def wanted(ids: torch.Tensor) -> torch.Tensor:
         scale = getattr(model.config.text_config, "logits_scaling", 1.0)  # transformers leaves it out in this class
@@ -171,7 +155,7 @@ def test_logits_are_those_of_transformers(kind: str, tokens: int, eager: bool, f
     require_logits(folders[kind], PROMPTS[0], wanted, eager=eager, tokens=tokens)
 
 
-@pytest.mark.parametrize(("kind", "tokens"), few([(k, t) for k in KINDS for t in (512, 17)], ("CLIP", 17)))
+@combined("kind tokens", KINDS, (512, 17), common=[("CLIP", 17)])
 def test_answers_are_the_same_in_a_batch_in_chunks_and_cached(kind: str, tokens: int, folders: dict[str, Path]) -> None:
     require_same_in_steps(folders[kind], PROMPTS, answers_alone(folders[kind], PROMPTS), tokens)
 

@@ -33,8 +33,8 @@ from packages.core.tests.models.sight import (
     loaded_from,
     model_of,
     random_model,
-    require_embeddings,
     require_logits,
+    require_same_embeddings,
     require_same_in_steps,
     require_same_on_a_gpu,
     write_tokenizer,
@@ -152,19 +152,15 @@ def test_an_extreme_shape_is_refused(folder: Path) -> None:
 
 @pytest.mark.parametrize("eager", few([True, False], False))
 def test_embeddings_are_those_of_transformers(eager: bool, folder: Path, theirs: Any) -> None:
-    loaded = loaded_from(folder, op_by_op=eager)
-    assert loaded.tower is not None
     wanted = list[NDArray[np.float32]]()
     for picture in PICTURES:
         with torch.inference_mode():
             found = theirs.model.get_image_features(**their_pixels([picture]))
         wanted.append(found.pooler_output[0].numpy())
-    ids, images = loaded.tower.vision.look([PAD] * len(PICTURES), PICTURES)
-    assert [len(each) for each in loaded.tower.vision.places(ids, images)] == [len(each) for each in wanted]
-    cuts = [loaded.tower.vision.parts.rule.cut(*each.whole) for each in images]
+    vision, images = require_same_embeddings(folder, PAD, PICTURES, wanted, eager=eager, most=64)
+    cuts = [vision.parts.rule.cut(*each.whole) for each in images]
     assert any(cut.shown != cut.joined for cut in cuts)
     assert any(cut.shown == cut.joined for cut in cuts)
-    require_embeddings(loaded, images, wanted, eager=eager, most=64)
 
 
 @pytest.mark.parametrize(("piece", "steps"), [(0.0, True), (300.0, False)])

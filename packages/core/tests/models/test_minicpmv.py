@@ -39,7 +39,6 @@ from candle_vllm.core.remote import RemoteEngine
 from candle_vllm.core.vision.pictures import picture_of
 from packages.core.tests.models.families import EVEN_HEADS, QWEN35
 from packages.core.tests.models.sight import (
-    EAGER_AND_TOKENS,
     GPU_STEPS,
     RANDOM,
     answers,
@@ -51,8 +50,8 @@ from packages.core.tests.models.sight import (
     model_of,
     random_model,
     request_of,
-    require_embeddings,
     require_logits,
+    require_same_embeddings,
     require_same_from_gguf,
     require_same_in_steps,
     require_same_on_a_gpu,
@@ -61,7 +60,7 @@ from packages.core.tests.models.sight import (
     write_tower,
 )
 from packages.core.tests.models.tiny import SMALL
-from tests.common_run import few
+from tests.common_run import combined, few
 
 MARKS = ("<image>", "</image>", "<|image_pad|>", "<slice>")
 MORE = ("</slice>", "<image_id>", "</image_id>")
@@ -329,38 +328,24 @@ def test_an_extreme_shape_is_refused(tmp_path: Path) -> None:
 # ---- embeddings, logits, answers -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("folder", "eager"),
-    few(
-        [(kind, eager) for kind in KINDS for eager in (True, False)],
-        *((kind, False) for kind in ("first", "middle", "last", "4x")),
-    ),
-    indirect=["folder"],
-)
+@combined(
+    "folder eager", KINDS, (True, False),
+    common=[*((kind, False) for kind in ("first", "middle", "last", "4x"))], indirect=["folder"],
+)  # fmt: skip
 def test_embeddings_are_those_of_transformers(eager: bool, folder: Path, theirs: Any) -> None:
-    loaded = loaded_from(folder, op_by_op=eager)
-    assert loaded.tower is not None
     wanted = list[NDArray[np.float32]]()
     for picture in PICTURES:
         with torch.inference_mode():
             found = theirs.model.get_image_features(**their_pixels([picture], said_of(folder))[1]).pooler_output
         wanted.append(torch.cat(list(found)).numpy())
-    ids, given = loaded.tower.vision.look([PAD] * len(PICTURES), PICTURES)
+    _, given = require_same_embeddings(folder, PAD, PICTURES, wanted, eager=eager, most=64)
     assert [len(each.sizes) for each in given] == [3, 1, 4, 1, 3]
-    assert [len(each) for each in loaded.tower.vision.places(ids, given)] == [len(each) for each in wanted]
-    require_embeddings(loaded, given, wanted, eager=eager, most=64)
 
 
-@pytest.mark.parametrize(
-    ("folder", "eager", "tokens"),
-    few(
-        [(kind, *how) for kind in KINDS for how in EAGER_AND_TOKENS],
-        ("canvas", False, 23),
-        ("middle", True, 512),
-        ("ocr", False, 23),
-    ),
-    indirect=["folder"],
-)
+@combined(
+    "folder eager tokens", KINDS, (True, False), (512, 23),
+    common=[("canvas", False, 23), ("middle", True, 512), ("ocr", False, 23)], indirect=["folder"],
+)  # fmt: skip
 def test_logits_are_those_of_transformers(tokens: int, eager: bool, folder: Path, theirs: Any) -> None:
     pixels = their_pixels(PICTURES[:2], said_of(folder))[1]
 
@@ -417,25 +402,17 @@ def alone(folder: Path) -> list[tuple[int, ...]]:
     return answers_alone(folder, PROMPTS)
 
 
-@pytest.mark.parametrize(
-    ("folder", "tokens"),
-    few(
-        [(kind, tokens) for kind in KINDS for tokens in (512, 64, 31, 23, 17, 13, 11, 9)],
-        ("middle", 11),
-        ("canvas", 512),
-    ),
-    indirect=["folder"],
-)
+@combined(
+    "folder tokens", KINDS, (512, 64, 31, 23, 17, 13, 11, 9),
+    common=[("middle", 11), ("canvas", 512)], indirect=["folder"],
+)  # fmt: skip
 def test_answers_are_the_same_in_a_batch_in_chunks_and_cached(
     tokens: int, folder: Path, alone: list[tuple[int, ...]]
 ) -> None:
     require_same_in_steps(folder, PROMPTS, alone, tokens)
 
 
-@pytest.mark.parametrize(
-    ("folder", "how"), few([(kind, how) for kind in KINDS for how in GPU_STEPS], ("middle", "captured")),
-    indirect=["folder"],
-)  # fmt: skip
+@combined("folder how", KINDS, GPU_STEPS, common=[("middle", "captured")], indirect=["folder"])
 def test_steps_of_a_gpu_have_the_same_answers(folder: Path, how: str) -> None:
     asked = [(ASK, PICTURES[:2]), ("Nothing to see.", []), ("<|image_pad|>What is this?", PICTURES[3:4])]
     require_same_on_a_gpu(folder, asked, how)

@@ -36,14 +36,14 @@ from packages.core.tests.models.sight import (
     loaded_from,
     model_of,
     random_model,
-    require_embeddings,
     require_logits,
+    require_same_embeddings,
     require_same_on_a_gpu,
     without_template,
     write_tokenizer,
 )
 from packages.core.tests.models.tiny import SMALL
-from tests.common_run import few
+from tests.common_run import combined, few
 
 MARK, BOS = 260, 261
 MARKS = ("<image>", "<bos>", "<loc0000>", "<seg000>")
@@ -128,15 +128,11 @@ def processor(folder: Path) -> PaliGemmaProcessor:
 # ---- prompts and pixels ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("folder", "number"),
-    few(
-        [(kind, number) for kind in KINDS for number in range(5)],
-        *(("gemma", number) for number in (0, 4)),
-        *(("gemma2", number) for number in (1, 3)),
-    ),
+@combined(
+    "folder number", KINDS, range(5),
+    common=[*(("gemma", number) for number in (0, 4)), *(("gemma2", number) for number in (1, 3))],
     indirect=["folder"],
-)
+)  # fmt: skip
 def test_prompts_and_pixels_are_those_of_transformers(number: int, folder: Path) -> None:
     """However much of the form is written out."""
     prompt = PROMPTS[number]
@@ -182,30 +178,18 @@ def test_published_files_have_no_template(folder: Path, tmp_path: Path) -> None:
 # ---- embeddings, logits, answers -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("folder", "eager"),
-    few([(kind, eager) for kind in KINDS for eager in (True, False)], ("gemma2", False)),
-    indirect=["folder"],
-)
+@combined("folder eager", KINDS, (True, False), common=[("gemma2", False)], indirect=["folder"])
 def test_embeddings_are_those_of_transformers(eager: bool, folder: Path, theirs: Any) -> None:
-    loaded = loaded_from(folder, op_by_op=eager)
-    assert loaded.tower is not None
     with torch.inference_mode():
         pixels = SiglipImageProcessorPil(**IMAGES)(images=[Image.fromarray(each) for each in PICTURES])["pixel_values"]
         wanted = theirs.model.get_image_features(torch.from_numpy(np.stack(pixels))).pooler_output.numpy()
-    _, given = loaded.tower.vision.look([MARK] * len(PICTURES), PICTURES)
-    require_embeddings(loaded, given, list(wanted), eager=eager, most=64)
+    require_same_embeddings(folder, MARK, PICTURES, wanted, eager=eager, most=64)
 
 
-@pytest.mark.parametrize(
-    ("folder", "number", "eager"),
-    few(
-        [(kind, number, eager) for kind in KINDS for number in range(5) for eager in (True, False)],
-        ("gemma", 1, False),
-        ("gemma2", 0, False),
-    ),
-    indirect=["folder"],
-)
+@combined(
+    "folder number eager", KINDS, range(5), (True, False),
+    common=[("gemma", 1, False), ("gemma2", 0, False)], indirect=["folder"],
+)  # fmt: skip
 def test_logits_are_those_of_transformers(number: int, eager: bool, folder: Path, theirs: Any) -> None:
     """Of a prompt whose tokens see each other, and of an answer that is causal."""
     given = PROMPTS[number]["multi_modal_data"]["image"]
@@ -230,11 +214,7 @@ def alone(folder: Path) -> list[tuple[int, ...]]:
     return answers_alone(folder, PROMPTS)
 
 
-@pytest.mark.parametrize(
-    ("folder", "tokens"),
-    few([(kind, tokens) for kind in KINDS for tokens in (512, 128, 99, 98)], ("gemma", 512), ("gemma2", 98)),
-    indirect=["folder"],
-)
+@combined("folder tokens", KINDS, (512, 128, 99, 98), common=[("gemma", 512), ("gemma2", 98)], indirect=["folder"])
 def test_answers_are_the_same_in_a_batch_and_cached(tokens: int, folder: Path, alone: list[tuple[int, ...]]) -> None:
     """A prompt with an image is found in the cache if all of it is the same, for its keys depend on all of it."""
     with InferenceEngine(folder, max_num_batched_tokens=tokens, max_num_seqs=8, block_size=16) as engine:
@@ -266,10 +246,7 @@ def test_beams_see_the_prompt_in_both_directions_alone(folder: Path, alone: list
         assert tuple(found.sequences[0].tokens[-8:]) == alone[0]
 
 
-@pytest.mark.parametrize(
-    ("folder", "how"), few([(kind, how) for kind in KINDS for how in GPU_STEPS], ("gemma2", "captured")),
-    indirect=["folder"],
-)  # fmt: skip
+@combined("folder how", KINDS, GPU_STEPS, common=[("gemma2", "captured")], indirect=["folder"])
 def test_steps_of_a_gpu_have_the_same_answers(folder: Path, how: str) -> None:
     given = [("<image><image>which", PICTURES[:2]), ("Nothing to see.", []), ("<image>caption", PICTURES[3:4])]
     require_same_on_a_gpu(folder, given, how, budget=96)
@@ -319,11 +296,7 @@ def test_configs_that_do_not_fit_are_named(part: str, said: dict[str, Any], why:
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("folder", "begin"),
-    few([(kind, begin) for kind in KINDS for begin in ("", "model.")], ("gemma", "model."), ("gemma2", "")),
-    indirect=["folder"],
-)
+@combined("folder begin", KINDS, ("", "model."), common=[("gemma", "model."), ("gemma2", "")], indirect=["folder"])
 def test_other_names_of_tensors_are_read(
     begin: str, folder: Path, tmp_path: Path, alone: list[tuple[int, ...]]
 ) -> None:

@@ -55,7 +55,6 @@ from packages.core.tests.models.families import QWEN35
 from packages.core.tests.models.peft_adapters import randomise as randomise_adapter
 from packages.core.tests.models.published_configs import CONFIGS
 from packages.core.tests.models.sight import (
-    EAGER_AND_TOKENS,
     END,
     GPU_STEPS,
     PAD,
@@ -71,15 +70,15 @@ from packages.core.tests.models.sight import (
     prompt_error,
     random_model,
     request_of,
-    require_embeddings,
     require_logits,
+    require_same_embeddings,
     require_same_from_gguf,
     require_same_on_a_gpu,
     write_tokenizer,
     write_tower,
 )
 from packages.core.tests.models.tiny import SMALL
-from tests.common_run import few
+from tests.common_run import combined, few
 
 TOWER = {"depth": 3, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2}
 KINDS: dict[str, dict[str, Any]] = {
@@ -176,23 +175,16 @@ def their_pixels(folder: Path, pictures: list[NDArray[np.uint8]]) -> dict[str, t
     return {key: found[key] for key in ("pixel_values", "image_grid_thw")}
 
 
-@pytest.mark.parametrize(
-    ("folder", "eager"),
-    few(
-        [(kind, eager) for kind in KINDS for eager in (True, False)],
-        *((kind, False) for kind in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")),
-    ),
-    indirect=["folder"],
-)
+@combined(
+    "folder eager", KINDS, (True, False),
+    common=[*((kind, False) for kind in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"))], indirect=["folder"],
+)  # fmt: skip
 def test_embeddings_are_those_of_transformers(eager: bool, folder: Path, theirs: Any) -> None:
-    loaded = loaded_from(folder, op_by_op=eager)
-    assert loaded.tower is not None
     with torch.inference_mode():
         found = theirs.model.get_image_features(**their_pixels(folder, PICTURES))
         deep = getattr(found, "deepstack_features", None) or []
         expected = [torch.cat(each, 1) for each in zip(found.pooler_output, *deep, strict=True)]
-    images = loaded.tower.vision.look([PAD] * len(PICTURES), PICTURES)[1]
-    require_embeddings(loaded, images, [each.numpy() for each in expected], eager=eager, most=16)
+    require_same_embeddings(folder, PAD, PICTURES, expected, eager=eager, most=16)
 
 
 @pytest.mark.parametrize(
@@ -234,14 +226,16 @@ def test_positions_are_those_of_transformers(chunks: list[int], text: str, folde
     assert np.array_equal(ours[:, length:], np.repeat([np.arange(length, total) + delta.item()], 3, 0))
 
 
-@pytest.mark.parametrize(
-    ("folder", "eager", "tokens"),
-    few(
-        [(kind, *how) for kind in KINDS for how in EAGER_AND_TOKENS],
+@combined(
+    "folder eager tokens",
+    KINDS,
+    (True, False),
+    (512, 23),
+    common=[
         ("qwen3_vl_moe", True, 512),
         ("qwen3_5_moe", True, 23),
         *((kind, False, 23) for kind in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5")),
-    ),
+    ],
     indirect=["folder"],
 )
 def test_logits_are_those_of_transformers(tokens: int, eager: bool, folder: Path, theirs: Any) -> None:
@@ -253,15 +247,7 @@ def test_logits_are_those_of_transformers(tokens: int, eager: bool, folder: Path
     require_logits(folder, PROMPT, wanted, eager=eager, tokens=tokens)
 
 
-@pytest.mark.parametrize(
-    ("folder", "eager"),
-    few(
-        [(kind, eager) for kind in KINDS for eager in (True, False)],
-        ("qwen2_5_vl", False),
-        ("qwen3_vl", True),
-    ),
-    indirect=["folder"],
-)
+@combined("folder eager", KINDS, (True, False), common=[("qwen2_5_vl", False), ("qwen3_vl", True)], indirect=["folder"])
 def test_vectors_are_those_of_transformers(eager: bool, folder: Path, theirs: Any) -> None:
     """The last token's state, as embedding models with this class have it; what is shown changes it."""
     with InferenceEngine(folder, op_by_op=eager) as engine:
@@ -283,11 +269,7 @@ def alone(folder: Path) -> list[tuple[int, ...]]:
     return answers_alone(folder, PROMPTS)
 
 
-@pytest.mark.parametrize(
-    ("folder", "tokens"),
-    few([(kind, tokens) for kind in KINDS for tokens in (512, 64, 17)], *zip(SOME, (512, 64, 17), strict=True)),
-    indirect=["folder"],
-)
+@combined("folder tokens", KINDS, (512, 64, 17), common=[*zip(SOME, (512, 64, 17), strict=True)], indirect=["folder"])
 def test_answers_are_the_same_in_a_batch_in_chunks_and_cached(
     tokens: int, folder: Path, alone: list[tuple[int, ...]]
 ) -> None:
@@ -331,11 +313,10 @@ def test_pictures_need_no_torch(folder: Path) -> None:
 
 
 @pytest.mark.one_of_each(2)
-@pytest.mark.parametrize(
-    ("folder", "eager"),
-    few([(kind, eager) for kind in KINDS for eager in (True, False)], ("qwen3_vl", False), ("qwen3_5_moe", False)),
-    indirect=["folder"],
-)
+@combined(
+    "folder eager", KINDS, (True, False),
+    common=[("qwen3_vl", False), ("qwen3_5_moe", False)], indirect=["folder"],
+)  # fmt: skip
 def test_answers_survive_preemption_and_guesses(eager: bool, folder: Path) -> None:
     long = SamplingParams(max_tokens=100, temperature=0, ignore_eos=True)
     held = 100_000 * (1 + eager)
@@ -359,11 +340,7 @@ def test_answers_survive_preemption_and_guesses(eager: bool, folder: Path) -> No
         assert engine.stats().accepted_draft_tokens > 100
 
 
-@pytest.mark.parametrize(
-    ("folder", "how"),
-    few([(kind, how) for kind in KINDS for how in GPU_STEPS], ("qwen3_vl", "captured")),
-    indirect=["folder"],
-)
+@combined("folder how", KINDS, GPU_STEPS, common=[("qwen3_vl", "captured")], indirect=["folder"])
 def test_steps_of_a_gpu_have_the_same_answers(folder: Path, how: str) -> None:
     """Tokens that three positions turn, in what is captured too."""
     asked = [

@@ -27,11 +27,9 @@ from transformers.models.llama4.processing_llama4 import Llama4Processor
 from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
 
 from candle_vllm.core import InferenceEngine, SamplingParams
-from candle_vllm.core.devices import choose_device
 from candle_vllm.core.engine.drafts.draft_model import DraftModel
 from candle_vllm.core.engine.runners import recorded_tower
-from candle_vllm.core.engine.runners.eager_runner import EagerTower
-from candle_vllm.core.engine.runners.images import TowerRunner, tiles_of
+from candle_vllm.core.engine.runners.images import tiles_of
 from candle_vllm.core.engine.runners.recorded_tower import RecordedTower
 from candle_vllm.core.errors import (
     ConfigError,
@@ -56,16 +54,15 @@ from packages.core.tests.models.gguf_export import export_gguf
 from packages.core.tests.models.sight import (
     answers,
     answers_without_torch,
-    finished,
     model_of,
-    nbytes,
     prompt_error,
+    require_same_embeddings,
     require_same_on_a_gpu,
     write_tower,
 )
 from packages.core.tests.models.tiny import SMALL, config_of, load, randomise
 from packages.core.tests.toy_sight import write_toy_sight
-from tests.common_run import few
+from tests.common_run import combined, few
 
 RANDOM = np.random.default_rng(3)
 SIZES = ((40, 70), (32, 32), (9, 100), (3, 2), (47, 15))
@@ -288,34 +285,16 @@ def their_features(name: str, folder: Path, model: Any, picture: NDArray[np.uint
     return found[0].reshape(-1, 64).numpy()
 
 
-@pytest.mark.parametrize(
-    ("name", "eager"),
-    few(
-        [(name, eager) for name in ROWS for eager in (True, False)],
-        *((name, False) for name in ("Mistral 3", "LLaVA 1.5", "Gemma 4 E2B", "Gemma 4 12B", "Llama 4")),
-    ),
-)
+@combined(
+    "name eager", ROWS, (True, False),
+    common=[*((name, False) for name in ("Mistral 3", "LLaVA 1.5", "Gemma 4 E2B", "Gemma 4 12B", "Llama 4"))],
+)  # fmt: skip
 def test_embeddings_are_those_of_transformers(name: str, eager: bool, folders: Callable[[str], Path]) -> None:
     folder = folders(name)
-    loaded, model = load(folder, op_by_op=eager, max_images=64), theirs(folder)
-    assert loaded.tower is not None
-    asks = loaded.tower.vision.parts.asks
-    ids, images = loaded.tower.vision.look([asks] * len(PICTURES), PICTURES)
-    places = loaded.tower.vision.places(ids, images)
-    team = ThreadTeam(2)
-    try:
-        tower = loaded.tower.tower
-        runner: TowerRunner = EagerTower(tower, choose_device("cpu")) if eager else RecordedTower(tower, team)
-        for picture, image, place in zip(PICTURES, images, places):
-            found, _ = finished(runner, tiles_of(image))
-            expected = their_features(name, folder, model, picture)
-            assert found.shape == expected.shape == (len(place), 64)
-            assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
-        if isinstance(runner, RecordedTower):  # what is put aside is enough
-            most = 32 if name == "Llama 4" else 16  # its tiles are the smallest
-            assert nbytes(runner) < tower.config.step_bytes(2) < most * nbytes(runner)
-    finally:
-        team.close()
+    model, asks = theirs(folder), Tokenizer.from_file(str(folder / "tokenizer.json")).token_to_id(ROWS[name].asks)
+    wanted = [their_features(name, folder, model, picture) for picture in PICTURES]
+    most = 32 if name == "Llama 4" else 16  # its tiles are the smallest
+    require_same_embeddings(folder, asks, PICTURES, wanted, eager=eager, most=most)
 
 
 @pytest.mark.parametrize("name", few(ROWS, "Gemma 3"))
@@ -353,13 +332,14 @@ def prompt(name: str, *pictures: NDArray[np.uint8]) -> dict[str, Any]:
     return {"prompt": text, "multi_modal_data": {"image": list(pictures)}}
 
 
-@pytest.mark.parametrize(
-    ("name", "eager"),
-    few(
-        [(name, eager) for name in ROWS for eager in (True, False)],
+@combined(
+    "name eager",
+    ROWS,
+    (True, False),
+    common=[
         *((name, False) for name in ("Pixtral", "LLaVA 1.5", "LightOnOCR", "Gemma 3")),
         *((name, True) for name in ("Gemma 4 E2B", "Gemma 4 31B", "Llama 4")),
-    ),
+    ],
 )
 def test_logits_are_those_of_transformers(name: str, eager: bool, folders: Callable[[str], Path]) -> None:
     folder = folders(name)
@@ -472,15 +452,7 @@ def alone(folders: Callable[[str], Path]) -> Callable[[str], list[tuple[int, ...
     return found
 
 
-@pytest.mark.parametrize(
-    ("name", "tokens"),
-    few(
-        [(name, tokens) for name in ROWS for tokens in (512, 41, 36)],
-        ("Mistral 3", 36),
-        ("LightOnOCR", 512),
-        ("Gemma 3", 41),
-    ),
-)
+@combined("name tokens", ROWS, (512, 41, 36), common=[("Mistral 3", 36), ("LightOnOCR", 512), ("Gemma 3", 41)])
 def test_answers_are_the_same_in_a_batch_in_chunks_and_cached(
     name: str, tokens: int, folders: Callable[[str], Path], alone: Callable[[str], list[tuple[int, ...]]]
 ) -> None:
