@@ -306,7 +306,8 @@ def test_states_behind_a_picture_are_not_those_behind_another(folder: Path, eage
     assert cached == [0, 0, 16] * 2 + [32] * 6
 
 
-@pytest.mark.parametrize("folder", few(KINDS, "qwen3_vl"), indirect=True)
+@pytest.mark.every_case
+@pytest.mark.parametrize("folder", KINDS, indirect=True)
 def test_pictures_need_no_torch(folder: Path) -> None:
     with InferenceEngine(folder, device="cpu") as engine:
         assert answers_without_torch([(folder, ASK, PICTURES[:2])]) == answers(engine, [PROMPT])
