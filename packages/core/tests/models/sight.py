@@ -84,9 +84,6 @@ GPU_STEPS: dict[str, dict[str, Any]] = {
     "guesses": {"drafts": 8},
 }
 
-EAGER_AND_TOKENS = [(eager, tokens) for eager in (True, False) for tokens in (512, 23)]
-"""Whether a model runs op by op, and the tokens of a step."""
-
 # ---- random models ---------------------------------------------------------------------------------------------------
 
 

@@ -27,7 +27,6 @@ from candle_vllm.core.fields import Fields
 from candle_vllm.core.models import dots_ocr_tower
 from candle_vllm.core.models.registry import family_from_hf
 from packages.core.tests.models.sight import (
-    EAGER_AND_TOKENS,
     GPU_STEPS,
     PICTURES,
     TEMPLATE,
@@ -41,7 +40,7 @@ from packages.core.tests.models.sight import (
     write_tower,
 )
 from packages.core.tests.models.tiny import SMALL, randomise
-from tests.common_run import few
+from tests.common_run import combined, few
 
 PAD = 262
 MARKS = ("<|img|>", "<|endofimg|>", "<|imgpad|>", "<|video_pad|>")
@@ -139,7 +138,7 @@ def test_embeddings_are_those_of_transformers(eager: bool, folder: Path, theirs:
     require_same_embeddings(folder, PAD, PICTURES, theirs.images(PICTURES), eager=eager, most=16)
 
 
-@pytest.mark.parametrize(("eager", "tokens"), few(EAGER_AND_TOKENS, (False, 23)))
+@combined("eager tokens", (True, False), (512, 23), common=[(False, 23)])
 def test_logits_are_those_of_transformers(tokens: int, eager: bool, folder: Path, theirs: Theirs) -> None:
     require_logits(
         folder, PROMPTS[0], lambda ids: theirs.logits(ids[0].tolist(), PICTURES[:2]), eager=eager, tokens=tokens

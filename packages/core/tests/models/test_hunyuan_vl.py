@@ -33,7 +33,6 @@ from candle_vllm.core.models import hunyuan, hunyuan_tower
 from candle_vllm.core.models.registry import family_from_hf
 from packages.core.tests.exact_sums import exact_sums
 from packages.core.tests.models.sight import (
-    EAGER_AND_TOKENS,
     GPU_STEPS,
     PICTURES,
     TEMPLATE,
@@ -56,7 +55,7 @@ from packages.core.tests.models.sight import (
     write_tower,
 )
 from packages.core.tests.models.tiny import SMALL
-from tests.common_run import few
+from tests.common_run import combined, few
 
 START, END, PAD = range(260, 263)
 MARKS = tuple(f"<｜hy_place▁holder▁no▁{number}｜>" for number in (100, 101, 102, 103))
@@ -140,7 +139,7 @@ def test_embeddings_are_those_of_transformers(eager: bool, folder: Path, theirs:
     require_same_embeddings(folder, PAD, PICTURES, expected, eager=eager, most=16)
 
 
-@pytest.mark.parametrize(("eager", "tokens"), few(EAGER_AND_TOKENS, (False, 23)))
+@combined("eager tokens", (True, False), (512, 23), common=[(False, 23)])
 def test_logits_are_those_of_transformers(tokens: int, eager: bool, folder: Path, theirs: Any) -> None:
     pixels = their_pixels(PICTURES[:2])
 

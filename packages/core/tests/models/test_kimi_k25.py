@@ -25,7 +25,6 @@ from candle_vllm.core.fields import Fields, read_json
 from candle_vllm.core.models import kimi_tower
 from packages.core.tests.models.families import DEEPSEEK
 from packages.core.tests.models.sight import (
-    EAGER_AND_TOKENS,
     GPU_STEPS,
     PICTURES,
     TEMPLATE,
@@ -44,7 +43,7 @@ from packages.core.tests.models.sight import (
     write_tower,
 )
 from packages.core.tests.models.tiny import SMALL
-from tests.common_run import few
+from tests.common_run import combined, few
 
 PAD = 262
 MARKS = ("<|media_begin|>", "<|media_content|>", "<|media_pad|>", "<|media_end|>")
@@ -137,7 +136,7 @@ def test_embeddings_are_those_of_transformers(eager: bool, folder: Path, theirs:
     require_same_embeddings(folder, PAD, PICTURES, expected, eager=eager, most=24)
 
 
-@pytest.mark.parametrize(("eager", "tokens"), few(EAGER_AND_TOKENS, (False, 23)))
+@combined("eager tokens", (True, False), (512, 23), common=[(False, 23)])
 def test_logits_are_those_of_transformers(tokens: int, eager: bool, folder: Path, theirs: Any) -> None:
     pixels = their_pixels(PICTURES[:2])
 

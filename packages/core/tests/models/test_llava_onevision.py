@@ -25,7 +25,6 @@ from candle_vllm.core.models.llava_onevision_tower import FAMILY
 from candle_vllm.core.models.registry import family_from_hf
 from candle_vllm.core.vision.pictures import picture_of
 from packages.core.tests.models.sight import (
-    EAGER_AND_TOKENS,
     GPU_STEPS,
     RANDOM,
     answers,
@@ -40,7 +39,7 @@ from packages.core.tests.models.sight import (
     write_tokenizer,
 )
 from packages.core.tests.models.tiny import SMALL
-from tests.common_run import few
+from tests.common_run import combined, few
 
 PAD = 262
 MARKS = ("<|vision_start|>", "<|vision_end|>", "<image>", "<video>")
@@ -178,7 +177,7 @@ def test_steps_run_between_the_rows_of_a_large_image(
     assert sum(1 for _ in joined) == steps * rule.cut(*images[0].whole).joined[0]
 
 
-@pytest.mark.parametrize(("eager", "tokens"), few(EAGER_AND_TOKENS, (False, 23)))
+@combined("eager tokens", (True, False), (512, 23), common=[(False, 23)])
 def test_logits_are_those_of_transformers(tokens: int, eager: bool, folder: Path, theirs: Any) -> None:
     pixels = their_pixels(PICTURES[:2])
 
