@@ -26,7 +26,6 @@ from candle_vllm.core.vision.pictures import picture_of
 from packages.core.tests.exact_sums import exact_sums
 from packages.core.tests.models.families import DEEPSEEK_OCR
 from packages.core.tests.models.sight import (
-    RANDOM,
     answers,
     answers_of,
     answers_of_a_gpu,
@@ -51,6 +50,7 @@ TEMPLATE = (
     "{% for message in messages %}{% for part in message.content %}"
     "{% if part.type == 'image' %}<image>{% else %}{{ part.text }}{% endif %}{% endfor %}{% endfor %}"
 )
+RANDOM = np.random.default_rng(4)  # its own, so that pictures do not depend on what was imported
 PICTURES = [RANDOM.integers(0, 256, size, dtype=np.uint8) for size in ((120, 70, 3), (40, 90, 3), (96, 97, 3))]
 """A grid of 2 x 1 tiles, an image of one tile, and a square grid."""
 PROMPTS: list[Any] = [
