@@ -50,9 +50,9 @@ from candle_vllm.core.fields import Fields, read_json
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
 from candle_vllm.core.models.qwen_vl import FAMILY
 from candle_vllm.core.models.registry import family_from_hf
+from candle_vllm.core.models.tower_family import window_order
 from candle_vllm.core.remote import RemoteEngine
 from candle_vllm.core.text.pretokenizers import PRE_TOKENIZERS
-from candle_vllm.core.vision.preprocessing import window_order
 from packages.core.tests.engine.drafted import same_times
 from packages.core.tests.exact_sums import exact_sums
 from packages.core.tests.lazy_stream import LazyStream

@@ -23,13 +23,13 @@ from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImag
 
 from candle_vllm.core.errors import InvalidFileError, InvalidParameterError, UnsupportedModelError
 from candle_vllm.core.fields import Fields
+from candle_vllm.core.models.tower_family import patch_rows
 from candle_vllm.core.vision.pictures import PictureLimits, picture_of
 from candle_vllm.core.vision.preprocessing import (
     CanvasRule,
     Normalisation,
     area_rule,
     fit_rule,
-    patch_rows,
     stretch_rule,
     tile_rule,
 )

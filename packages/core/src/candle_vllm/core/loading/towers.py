@@ -71,6 +71,7 @@ TOWERS: Mapping[str, Mapping[str, str]] = MappingProxyType(
         "MuseGlimmerForConditionalGeneration": {"muse_glimmer_text": "MuseGlimmerForCausalLM"},
         "PaddleOCRVLForConditionalGeneration": {"paddleocr_vl_text": "Ernie4_5ForCausalLM"},
         "PaliGemmaForConditionalGeneration": {"gemma": "GemmaForCausalLM", "gemma2": "Gemma2ForCausalLM"},
+        "Phi3VForCausalLM": {"phi3": "Phi3ForCausalLM"},
         "QianfanOCRForConditionalGeneration": {"qwen3": "Qwen3ForCausalLM"} | _INTERNVL,
         "Qwen2VLForConditionalGeneration": {"qwen2_vl_text": "Qwen2ForCausalLM"},
         "Qwen2_5_VLForConditionalGeneration": {"qwen2_5_vl_text": "Qwen2ForCausalLM"},
@@ -85,7 +86,8 @@ TOWERS: Mapping[str, Mapping[str, str]] = MappingProxyType(
 
 FLAT = frozenset({
     "DeepseekOCR2ForCausalLM", "DeepseekOCRForCausalLM", "DotsOCRForCausalLM", "HunYuanVLForConditionalGeneration",
-    "PaddleOCRVLForConditionalGeneration", "Qwen2VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration",
+    "PaddleOCRVLForConditionalGeneration", "Phi3VForCausalLM", "Qwen2VLForConditionalGeneration",
+    "Qwen2_5_VLForConditionalGeneration",
 })  # fmt: skip
 """Architectures whose published configs have the text model's keys beside `vision_config`, without a `text_config`."""
 
@@ -151,9 +153,9 @@ _DEEP = ("deepstack_layer_map", "spatial_vision_layer", "spatial_target_layers")
 _CARRIED = ("dtype", "torch_dtype")  # keys of the whole model that also apply to the text model
 _TEXT = re.compile(r"(?:language_model\.(?=model\.|lm_head\.|output\.)|model\.(?:language_model|text_model)\.)(.*)")
 _PARTS = (
-    "vit|vision_(?:tower|model|embedder|adapter|projection|encoder)|audio_tower|embed_(?:vision|audio)|merger|mlp_AR|mlp1"
+    "vit|vision_(?:tower|model|embedder|embed_tokens|adapter|projection|encoder)|audio_tower|embed_(?:vision|audio)|merger"
     "|(?:(?:multi_modal|mm)_)?projector|(?:layerwise|spatial)_projectors|vit_large_projector|connector|visual|sam_model"
-    "|qwen2_model"
+    "|mlp_AR|mlp1|qwen2_model"
 )
 _UNUSED = re.compile(r"[^.]*audio|visual\.vision_model\.(?:head|embeddings\.packing_position_embedding)\.")
 """Prefixes of tensors that are not loaded: audio towers, and two unused parts of PaddleOCR-VL's vision tower."""

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
 from candle_vllm.core.fields import Fields
 from candle_vllm.core.models.siglip import MOST_PATCHES, SMALL, gguf_values, hf_values, processor_of_gguf
-from candle_vllm.core.models.tower_family import TileRows, TowerConfig
+from candle_vllm.core.models.tower_family import TileRows, TowerConfig, patch_places
 from candle_vllm.core.quantization.tensors import StoredTensor
-from candle_vllm.core.vision.preprocessing import MAX_TILE, NOTHING, SliceRule, area_rule, over, patch_places
+from candle_vllm.core.vision.preprocessing import MAX_TILE, NOTHING, SliceRule, area_rule, over
 
 OCR = "MiniCPMOcrForConditionalGeneration"
 _HALF = [0.5, 0.5, 0.5]

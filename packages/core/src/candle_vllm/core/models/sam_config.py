@@ -20,9 +20,9 @@ from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
 from candle_vllm.core.fields import Fields
 from candle_vllm.core.loading.config import MAX_LAYERS
 from candle_vllm.core.models.siglip import MOST_PATCHES
-from candle_vllm.core.models.tower_family import TileRows, TowerConfig
+from candle_vllm.core.models.tower_family import TileRows, TowerConfig, patch_places
 from candle_vllm.core.quantization.tensors import StoredTensor
-from candle_vllm.core.vision.preprocessing import MAX_TILE, CanvasRule, StretchRule, over, patch_places, stretch_rule
+from candle_vllm.core.vision.preprocessing import MAX_TILE, CanvasRule, StretchRule, over, stretch_rule
 
 _MOST_CHANNELS = 1 << 14
 

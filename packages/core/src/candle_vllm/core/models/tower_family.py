@@ -21,7 +21,7 @@ from candle_vllm.core.quantization.tensors import StoredTensor
 from candle_vllm.core.text.chat_template import ChatTemplate
 from candle_vllm.core.text.tokenizer import Tokenizer
 from candle_vllm.core.vision.inputs import ImageInput
-from candle_vllm.core.vision.preprocessing import Cut, Rule, patch_places, patch_rows, window_order
+from candle_vllm.core.vision.preprocessing import Cut, Normalisation, Rule
 from candle_vllm.core.vision.prompts import VisionDescription
 
 
@@ -140,6 +140,10 @@ class TowerConfig:
         whole = hidden.reshape(-1, self.cell_rows, self.hidden_size)
         return whole.mean(1) if self.pooled else whole.reshape(len(whole), -1)
 
+    def count(self, tile: NDArray[np.uint8]) -> int:
+        """Number of cells of a tile [h, w, 3]."""
+        return math.prod(tile.shape[:2]) // self.cell_pixels**2
+
     def read(self, tile: NDArray[np.uint8]) -> TileRows:
         """Prepare a tile [h, w, 3] for the encoder."""
         rows, columns = tile.shape[0] // self.cell_pixels, tile.shape[1] // self.cell_pixels
@@ -150,6 +154,47 @@ class TowerConfig:
         order, lengths = window_order(rows, columns, self.window)
         places = places.reshape(-1, each, 2)[order].reshape(-1, 2)
         return TileRows(tile, self, places, order, tuple((lengths * each).tolist()))
+
+
+def window_order(rows: int, columns: int, side: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return cell indices, window by window of `side` x `side` cells (fewer at edges), and each window's cell count."""
+    row, column = np.indices((rows, columns)).reshape(2, -1)
+    window = row // side * -(-columns // side) + column // side
+    return np.argsort(window, kind="stable"), np.bincount(window)
+
+
+def patch_rows(
+    tiles: NDArray[np.uint8], patch: int, cell: int, normalisation: Normalisation
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Convert tiles to the normalised patches that a vision encoder reads.
+
+    The cell x cell patches that become one embedding are consecutive, row by row, and so are the cells of a tile. So
+    merging patches means reading several rows as one. Attention does not depend on the order.
+
+    Args:
+        tiles: the tiles, [N, h, w, 3].
+        patch: pixels of a patch's side.
+        cell: patches of a cell's side; h and w are multiples of cell * patch.
+        normalisation: normalisation of the pixels.
+
+    Returns:
+        Patches [N * P, 3 * patch * patch], channels before pixels; each patch's row and column in its tile [N * P, 2].
+    """
+    count, height, width, _ = tiles.shape
+    grid = (count, height // (cell * patch), cell, patch, width // (cell * patch), cell, patch, 3)
+    order = (0, 1, 4, 2, 5, 7, 3, 6)  # tile; row, column of the cell; of its patch; channel; row, column of the pixel
+    values = tiles.reshape(grid).transpose(order)
+    rows = np.empty(values.shape, np.float32)
+    for channel, table in enumerate(normalisation.table.T):
+        rows[..., channel, :, :] = table[values[..., channel, :, :]]
+    places = patch_places(height // patch, width // patch, cell)
+    return rows.reshape(-1, 3 * patch * patch), np.tile(places, (count, 1))
+
+
+def patch_places(rows: int, columns: int, cell: int) -> NDArray[np.int64]:
+    """Return row and column of the patches of a grid, [rows * columns, 2], in the order of `patch_rows`."""
+    places = np.indices((rows, columns)).reshape(2, rows // cell, cell, columns // cell, cell)
+    return places.transpose(1, 3, 2, 4, 0).reshape(-1, 2)
 
 
 class TileRows(NamedTuple):
@@ -347,6 +392,7 @@ class TowerFamily:
         asks: the token that a chat template writes for an image, see `known_to`; empty if it is `mark`.
         written: the whole text that a chat template writes for an image; empty if it is `asks`.
         template: the chat template for models that are published without a template; empty to leave them so.
+        preface: Jinja that comes before the model's own chat template, such as one that takes texts alone.
         spelled: a text that templates write instead of the token `asks`; empty if they write `asks`.
         stand_in: token that takes the place of `mark` if the tokenizer lacks that; empty if such a model is refused.
         words_around: makes an image's placeholder in a prompt from its `Cut`, and a tile's rows and columns of cells.
@@ -371,6 +417,7 @@ class TowerFamily:
     written: str = ""
     spelled: str = ""
     template: str = ""
+    preface: str = ""
     stand_in: str = ""
     words_around: Callable[[Cut, tuple[int, int]], str]
     arranging: Callable[[Callable[[str], Sequence[int]]], Callable[[list[int]], list[int]]] = lambda _: list
@@ -381,6 +428,10 @@ class TowerFamily:
         """Return a chat template with `asks` in place of `spelled`, or `template` for a model without one."""
         if template is None:
             return ChatTemplate(self.template, tokenizer.special_tokens) if self.template else None
+        if self.preface:
+            texts = template.source
+            made = texts if isinstance(texts, str) else {name: self.preface + text for name, text in texts.items()}
+            return ChatTemplate(self.preface + made if isinstance(made, str) else made, tokenizer.special_tokens)
         known = self.known_to(tokenizer.encode)
         return template.replaced(known.spelled, known.asks or known.mark) if known.spelled else template
 

@@ -489,6 +489,41 @@ class SliceRule(Pixels, frozen=True, kw_only=True, tag=True):
         return max(round(height / self.cell), 1) * self.cell, max(round(width / self.cell), 1) * self.cell
 
 
+class PaddedRule(Pixels, frozen=True, kw_only=True, tag=True):
+    """Rule of Phi-3-vision: a grid of tiles with the image in its middle on white, then all of the grid as it is.
+
+    The grid has nearly the image's shape, and the image fills its longer side. The encoder shrinks the last tile.
+
+    Attributes:
+        tile, cell: pixels of a tile's side, and of a cell's side.
+        most: maximum number of tiles of a grid.
+    """
+
+    tile: int
+    cell: int
+    most: int
+
+    def cut(self, height: int, width: int) -> Cut:
+        """See `Rule`; a vector follows each row of cells, and one the grid."""
+        _require_ratio(height, width)
+        ratio = max(height, width) / min(height, width)
+        longer = max(each for each in range(1, self.most + 1) if each * math.ceil(each / ratio) <= self.most)
+        sides = math.ceil(int(longer * self.tile / ratio) / self.tile), longer
+        rows, columns = sides if height <= width else sides[::-1]
+        return Cut(rows, columns, self.tile, self.tile, more=(rows + 1) * (self.tile // self.cell) + 1)
+
+    def tiles(self, picture: Picture) -> list[NDArray[np.uint8]]:
+        """See `Rule`; a tall image is resized as a wide one, which may round differently."""
+        cut, tall = self.cut(picture.height, picture.width), picture.height > picture.width
+        high, wide = (self.tile * side for side in sorted((cut.rows, cut.columns)))
+        inner = int(wide / (max(picture.height, picture.width) / min(picture.height, picture.width)))
+        canvas, top = np.full((high, wide, 3), 255, np.uint8), (high - inner) // 2
+        pixels = np.ascontiguousarray(picture.pixels.swapaxes(0, 1) if tall else picture.pixels)
+        canvas[top : top + inner] = _resized(pixels, inner, wide, self.resample)
+        canvas = np.ascontiguousarray(canvas.swapaxes(0, 1) if tall else canvas)
+        return [*_grid(canvas, cut), canvas]
+
+
 def _require_ratio(height: int, width: int) -> None:
     if max(height, width) > _MOST_RATIO * min(height, width):
         said = f"{width} x {height} pixels; the longer side may be {_MOST_RATIO} times the other"
@@ -514,7 +549,7 @@ def _grid(canvas: NDArray[np.uint8], cut: Cut) -> NDArray[np.uint8]:
     return grid.reshape(-1, cut.height, cut.width, 3)
 
 
-Rule: TypeAlias = TileRule | FitRule | StretchRule | AreaRule | CanvasRule | GridRule | SliceRule
+Rule: TypeAlias = TileRule | FitRule | StretchRule | AreaRule | CanvasRule | GridRule | SliceRule | PaddedRule
 """Preprocessing rule of a model family; tagged, so that another process decodes the same class. Each rule has
 
 - `normalisation`: normalisation of the pixels,
@@ -640,13 +675,6 @@ def budget_rule(fields: Fields, patch: int, cell: int) -> AreaRule:
     return AreaRule(cell=cell * patch, least=pixels, most=pixels, fills=True, **kept)
 
 
-def window_order(rows: int, columns: int, side: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return cell indices, window by window of `side` x `side` cells (fewer at edges), and each window's cell count."""
-    row, column = np.indices((rows, columns)).reshape(2, -1)
-    window = row // side * -(-columns // side) + column // side
-    return np.argsort(window, kind="stable"), np.bincount(window)
-
-
 def _require_usual(fields: Fields, *others: tuple[str, bool]) -> None:
     for name, usual in (("do_resize", True), ("do_convert_rgb", True), ("do_center_crop", False), *others):
         if bool(fields.get(name, bool, usual)) != usual:
@@ -687,37 +715,3 @@ def _three(fields: Fields, key: str, usual: tuple[float, ...]) -> tuple[float, .
     if len(numbers) != 3:
         raise UnsupportedModelError(f"{fields.path}: {key} has {len(numbers)} numbers; images have 3 channels")
     return tuple(numbers)
-
-
-def patch_rows(
-    tiles: NDArray[np.uint8], patch: int, cell: int, normalisation: Normalisation
-) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Convert tiles to the normalised patches that a vision encoder reads.
-
-    The cell x cell patches that become one embedding are consecutive, row by row, and so are the cells of a tile. So
-    merging patches means reading several rows as one. Attention does not depend on the order.
-
-    Args:
-        tiles: the tiles, [N, h, w, 3].
-        patch: pixels of a patch's side.
-        cell: patches of a cell's side; h and w are multiples of cell * patch.
-        normalisation: normalisation of the pixels.
-
-    Returns:
-        Patches [N * P, 3 * patch * patch], channels before pixels; each patch's row and column in its tile [N * P, 2].
-    """
-    count, height, width, _ = tiles.shape
-    grid = (count, height // (cell * patch), cell, patch, width // (cell * patch), cell, patch, 3)
-    order = (0, 1, 4, 2, 5, 7, 3, 6)  # tile; row, column of the cell; of its patch; channel; row, column of the pixel
-    values = tiles.reshape(grid).transpose(order)
-    rows = np.empty(values.shape, np.float32)
-    for channel, table in enumerate(normalisation.table.T):
-        rows[..., channel, :, :] = table[values[..., channel, :, :]]
-    places = patch_places(height // patch, width // patch, cell)
-    return rows.reshape(-1, 3 * patch * patch), np.tile(places, (count, 1))
-
-
-def patch_places(rows: int, columns: int, cell: int) -> NDArray[np.int64]:
-    """Return row and column of the patches of a grid, [rows * columns, 2], in the order of `patch_rows`."""
-    places = np.indices((rows, columns)).reshape(2, rows // cell, cell, columns // cell, cell)
-    return places.transpose(1, 3, 2, 4, 0).reshape(-1, 2)
