@@ -58,6 +58,7 @@ TOWERS: Mapping[str, Mapping[str, str]] = MappingProxyType(
         "Glm4vForConditionalGeneration": {"glm4v_text": "Glm4ForCausalLM"},
         "Glm4vMoeForConditionalGeneration": {"glm4v_moe_text": "Glm4MoeForCausalLM"},
         "GlmOcrForConditionalGeneration": {"glm_ocr_text": "Glm4ForCausalLM"},
+        "GotOcr2ForConditionalGeneration": {"qwen2": "Qwen2ForCausalLM"},
         "HunYuanVLForConditionalGeneration": {"hunyuan_vl_text": "HunYuanDenseV1ForCausalLM"},
         "Granite4VisionForConditionalGeneration": dict.fromkeys(
             ("granite4_vision_text", "granite"), "GraniteForCausalLM"
@@ -125,8 +126,8 @@ _LLAMA = MappingProxyType({
 })  # fmt: skip
 
 DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType({
-    "qwen2_vl_text": _QWEN2_VL,
-    "qwen2_5_vl_text": _QWEN2_VL,
+    "qwen2": {"max_position_embeddings": 32768, "rms_norm_eps": 1e-6},
+    **dict.fromkeys(("qwen2_vl_text", "qwen2_5_vl_text"), _QWEN2_VL),
     "gemma3_text": {
         "vocab_size": 262208, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256,
         "max_position_embeddings": 131072, "rms_norm_eps": 1e-6, "query_pre_attn_scalar": 256,
