@@ -231,6 +231,7 @@ def test_tiles_are_those_of_the_published_processor(folder: Path) -> None:
             theirs = found.numpy()[tuple(read.places[:-1].T)]
             assert np.abs(read.patches()[:-1] - theirs).max() < 2e-6
             assert (read.grid, len(read.places), config.count(whole)) == ((4, 4), 17, 4)
+        assert config.rule.tiles(picture_of(np.zeros((200, 1, 3), np.uint8)))[-1].shape == (crops * TILE, TILE, 3)
 
 
 def test_a_shrunk_image_is_torchs() -> None:

@@ -508,7 +508,7 @@ class PaddedRule(Pixels, frozen=True, kw_only=True, tag=True):
         _require_ratio(height, width)
         ratio = max(height, width) / min(height, width)
         longer = max(each for each in range(1, self.most + 1) if each * math.ceil(each / ratio) <= self.most)
-        sides = math.ceil(int(longer * self.tile / ratio) / self.tile), longer
+        sides = math.ceil(max(int(longer * self.tile / ratio), 1) / self.tile), longer
         rows, columns = sides if height <= width else sides[::-1]
         return Cut(rows, columns, self.tile, self.tile, more=(rows + 1) * (self.tile // self.cell) + 1)
 
@@ -516,7 +516,7 @@ class PaddedRule(Pixels, frozen=True, kw_only=True, tag=True):
         """See `Rule`; a tall image is resized as a wide one, which may round differently."""
         cut, tall = self.cut(picture.height, picture.width), picture.height > picture.width
         high, wide = (self.tile * side for side in sorted((cut.rows, cut.columns)))
-        inner = int(wide / (max(picture.height, picture.width) / min(picture.height, picture.width)))
+        inner = max(int(wide / (max(picture.height, picture.width) / min(picture.height, picture.width))), 1)
         canvas, top = np.full((high, wide, 3), 255, np.uint8), (high - inner) // 2
         pixels = np.ascontiguousarray(picture.pixels.swapaxes(0, 1) if tall else picture.pixels)
         canvas[top : top + inner] = _resized(pixels, inner, wide, self.resample)
