@@ -7,13 +7,14 @@
 
 has three cases in the common run instead of six: case i has value i of every `parametrize`. Shorter lists are repeated,
 each time rotated by one more, so that two short lists give other pairs. `one_of_each(2)` leaves at most two cases,
-evenly spread over the longest list. `few` names the common cases of one list. `docs/checks.md` says when the
-others run.
+evenly spread over the longest list. `few` names the common cases of one list, and `combined` those of a product of
+lists. `docs/checks.md` says when the others run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pytest
@@ -26,6 +27,13 @@ def few(cases: Iterable[Any], *common: Any) -> list[Any]:
     cases = list(cases)
     assert all(case in cases for case in common), "a common case is no case"
     return [_param(case, marks=[] if case in common else [pytest.mark.every_case]) for case in cases]
+
+
+def combined(
+    names: str, *lists: Iterable[Any], common: Iterable[tuple[Any, ...]], indirect: Sequence[str] = ()
+) -> pytest.MarkDecorator:
+    """Return `parametrize` with every combination of values of the lists; those that are not common get the marker."""
+    return pytest.mark.parametrize(names.split(), few(itertools.product(*lists), *common), indirect=list(indirect))
 
 
 def _param(case: Any, marks: list[pytest.MarkDecorator]) -> Any:

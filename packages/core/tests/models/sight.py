@@ -1,25 +1,33 @@
 # SPDX-License-Identifier: MIT
-"""What tests of models that see share: a tower's answer, answers of an engine, and log-probabilities of a prompt."""
+"""What tests of models that see share: random models and their files, towers, answers of engines, log-probabilities."""
 
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any, TypeAlias
+from unittest import mock
 
 import numpy as np
 import torch
+from gguf import GGMLQuantizationType, GGUFWriter
+from gguf.quants import quantize
 from numpy.typing import NDArray
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForImageTextToText
 
 from candle_vllm.core import EngineConfig, GenerationOutput, InferenceEngine, SamplingParams
 from candle_vllm.core.assembly.model import LoadedModel, load_model
 from candle_vllm.core.config import SpeculativeConfig
-from candle_vllm.core.devices import CPU
+from candle_vllm.core.conversion import write_gguf
+from candle_vllm.core.devices import CPU, choose_device
 from candle_vllm.core.engine.build import preparation_for
 from candle_vllm.core.engine.cache.block_manager import BlockManager
 from candle_vllm.core.engine.cache.states import StatePool
@@ -39,14 +47,139 @@ from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
 from candle_vllm.core.kernels.device_stream import CudaStream, DeviceStream
 from candle_vllm.core.loading.cache_specs import NO_STATES, StateRoom, states
 from candle_vllm.core.remote import RemoteEngine
+from candle_vllm.core.text.pretokenizers import PRE_TOKENIZERS
 from candle_vllm.core.vision.inputs import ImageInput
+from candle_vllm.core.vision.prompts import VisionInput
 from packages.core.tests.engine.drafted import same_times
+from packages.core.tests.exact_sums import exact_sums
 from packages.core.tests.lazy_stream import LazyStream
+from packages.core.tests.models.tiny import randomise
 from packages.core.tests.thread_ranks import Meetings, MeetingStages, ThreadRanks, ToldRanks, in_threads
 
 Answers: TypeAlias = list[tuple[tuple[int, ...], list[float]]]
 """Tokens, and log-probabilities of a prompt."""
 BLOCK, CONTEXT = 16, 256
+Q8_0 = GGMLQuantizationType.Q8_0
+SIZES = {
+    "patch_size": 4, "embedding_length": 32, "block_count": 3, "attention.head_count": 2, "feed_forward_length": 48,
+    "attention.layer_norm_epsilon": 1e-6,
+}  # fmt: skip
+"""Sizes of most of the vision encoders, by llama.cpp's names."""
+RANDOM = np.random.default_rng(3)
+PICTURES = [
+    RANDOM.integers(0, 256, size, dtype=np.uint8) for size in ((40, 33, 3), (19, 70, 3), (100, 9, 3), (5, 5, 3))
+]
+MARKS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+START, END, PAD, VIDEO = range(260, 264)
+TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n"
+    "{% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}"
+    "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}"
+    "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+GPU_STEPS: dict[str, dict[str, Any]] = {
+    "captured": {"captured": 64, "budget": 40},
+    "one by one": {"graphs": False},
+    "guesses": {"drafts": 8},
+}
+
+# ---- random models ---------------------------------------------------------------------------------------------------
+
+
+def random_model(config: Any) -> Any:
+    """transformers' model with this config, of the same random numbers each time."""
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32, attn_implementation="eager")
+    randomise(model)
+    return model
+
+
+def model_of(folder: Path) -> Any:
+    """transformers' model of a folder."""
+    return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+
+
+def loaded_from(folder: Path, **settings: Any) -> LoadedModel:
+    """What is loaded of a folder, on the CPU."""
+    loaded = load_model(EngineConfig(model=str(folder), **settings), choose_device("cpu"), lambda *_: None)
+    assert isinstance(loaded, LoadedModel)
+    return loaded
+
+
+def request_of(loaded: LoadedModel, pictures: list[NDArray[np.uint8]], text: str) -> GenerationRequest:
+    """A prompt with pictures, as the engine gets it."""
+    assert loaded.tower is not None
+    ids, images = loaded.tower.vision.look(loaded.tokenizer.encode(text, parse_special=True), pictures)
+    params = SamplingParams(max_tokens=8, temperature=0)
+    return GenerationRequest(request_id="r", prompt_token_ids=ids, params=params, images=images)
+
+
+def write_tokenizer(folder: Path, marks: Sequence[str] = MARKS, template: str = TEMPLATE) -> None:
+    """Bytes, two merges and Qwen2's cut, which GGUF has a form for, and the marks."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [("t", "h"), ("th", "e")]
+    vocabulary = {text: index for index, text in enumerate([*letters, *(a + b for a, b in merges)])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges))
+    cut = pre_tokenizers.Split(Regex(PRE_TOKENIZERS["qwen2"].patterns[0]), "isolated")
+    spelling = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([cut, spelling])
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|im_end|>", "<|im_start|>", *marks])
+    assert [tokenizer.token_to_id(mark) for mark in marks] == list(range(START, START + len(marks)))
+    tokenizer.save(str(folder / "tokenizer.json"))
+    said = {"eos_token": "<|im_end|>", "chat_template": template}
+    (folder / "tokenizer_config.json").write_text(json.dumps(said))
+
+
+def write_tower(
+    made: Path,
+    kind: str,
+    values: Mapping[str, Any],
+    tensors: Mapping[str, NDArray[np.float32]],
+    images: Mapping[str, Any],
+    quantised: Callable[[str, NDArray[np.float32]], bool] = lambda *_: False,
+) -> Path:
+    """A vision encoder's GGUF file, as llama.cpp's converter leaves it.
+
+    Args:
+        made: the file.
+        kind: its `clip.projector_type`; empty if `values` has it elsewhere.
+        values: further metadata, and other sizes than `SIZES`; names without `clip.` follow `clip.vision.`.
+        tensors: the tensors by their names.
+        images: settings of images, of which the means and deviations are written if they are there.
+        quantised: which tensors are Q8_0.
+    """
+    writer = GGUFWriter(made, "clip")
+    if kind:
+        writer.add_string("clip.projector_type", kind)
+    adds = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+    means = {key: images[key] for key in ("image_mean", "image_std") if key in images}
+    for key, value in {**SIZES, **means, **values}.items():
+        add: Any = adds.get(type(value), writer.add_array)
+        add(key if key.startswith("clip.") else f"clip.vision.{key}", value)
+    for name, data in tensors.items():
+        if quantised(name, data):
+            writer.add_tensor(name, quantize(data, Q8_0), raw_dtype=Q8_0)
+        else:
+            writer.add_tensor(name, data)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return made
+
+
+def without_torchvision(name: str) -> Any:
+    """A module of transformers that imports torchvision, with modules that are empty in its place."""
+    names = ["torchvision", *(f"torchvision.transforms{end}" for end in ("", ".v2", ".v2.functional"))]
+    made: dict[str, Any] = {name: ModuleType(name) for name in names}
+    made[names[2]].functional = made[names[3]]
+    with mock.patch.dict(sys.modules, made):
+        return importlib.import_module(f"transformers.models.{name}")
+
+
+# ---- towers ----------------------------------------------------------------------------------------------------------
 
 
 def nbytes(tower: RecordedTower) -> int:
@@ -85,6 +218,40 @@ def require_embeddings(
         team.close()
 
 
+def require_same_embeddings(
+    folder: Path, asks: int, pictures: list[NDArray[np.uint8]], wanted: Iterable[Any], *, eager: bool, most: int
+) -> tuple[VisionInput, tuple[ImageInput, ...]]:
+    """See `require_embeddings`; a prompt has as many placeholders. Returns how pictures are prepared, and the images.
+
+    Args:
+        folder: the model's.
+        asks: the token that a template writes for a picture.
+        pictures, wanted: pictures, and the embeddings [n, E] of each, tensors or arrays.
+        eager, most: see `require_embeddings`.
+    """
+    loaded, arrays = loaded_from(folder, op_by_op=eager), [np.asarray(each) for each in wanted]
+    assert loaded.tower is not None
+    vision = loaded.tower.vision
+    ids, images = vision.look([asks] * len(pictures), pictures)
+    assert [len(each) for each in vision.places(ids, images)] == [len(each) for each in arrays]
+    require_embeddings(loaded, images, arrays, eager=eager, most=most)
+    return vision, images
+
+
+def require_nearly_same_when_quantised(folder: Path, mark: int, picture: NDArray[np.uint8]) -> None:
+    """The embeddings of a tower that is quantised to Q8_0 as it is loaded."""
+    made = list[NDArray[np.float32]]()
+    for more in ({}, {"isq": "q8_0"}):
+        loaded = loaded_from(folder, op_by_op=True, **more)
+        assert loaded.tower is not None
+        image = loaded.tower.vision.look([mark], [picture])[1][0]
+        made.append(finished(EagerTower(loaded.tower.tower, CPU), tiles_of(image), image.whole)[0])
+    assert 0 < np.abs(made[1] - made[0]).max() < 0.1 * np.abs(made[0]).max()
+
+
+# ---- answers ---------------------------------------------------------------------------------------------------------
+
+
 def without_template(folder: Path, bare: Path) -> Path:
     """Copy a model's folder without its chat template."""
     shutil.copytree(folder, bare, ignore=shutil.ignore_patterns("chat_template*"))
@@ -100,6 +267,42 @@ def require_same_when_cached(engine: InferenceEngine, prompts: list[Any], alone:
     again = engine.generate(prompts, SamplingParams(max_tokens=8, temperature=0, ignore_eos=True), use_tqdm=False)
     assert [tuple(each.outputs[0].token_ids) for each in again] == alone
     assert all(each.num_cached_tokens for each in again[:2])
+
+
+def require_same_in_steps(folder: Path, prompts: list[Any], alone: list[tuple[int, ...]], tokens: int) -> None:
+    """Answers are those of prompts alone: together, cut into steps of so many tokens, cold and warm."""
+    with InferenceEngine(folder, max_num_batched_tokens=tokens, max_num_seqs=8) as engine:
+        require_same_when_cached(engine, prompts, alone)
+
+
+def require_same_from_gguf(
+    folder: Path, tower: Path, prompts: list[Any], wanted: list[tuple[int, ...]], architecture: str, **settings: Any
+) -> None:
+    """Answers of the text model's GGUF file, which is written here, and of that of its vision encoder."""
+    text = tower.with_name("model.gguf")
+    write_gguf(EngineConfig(model=str(folder), dtype="f32"), text)
+    with InferenceEngine(text, mmproj=tower, tokenizer=folder, **settings) as engine:
+        assert engine.model_info.architecture == architecture
+        assert answers(engine, prompts) == wanted
+
+
+def require_same_on_a_gpu(
+    folder: Path, prompts: list[tuple[str, list[NDArray[np.uint8]]]], how: str = "captured", **more: Any
+) -> None:
+    """Answers of a GPU's steps, by the references of its kernels, are those of steps op by op."""
+    loaded, settings = loaded_from(folder, op_by_op=True), GPU_STEPS[how] | more
+    tokens = 12 if "drafts" in settings else 6
+    with exact_sums():
+        found, stream = answers_of_a_gpu(loaded, prompts, tokens=tokens, **settings)
+        require_same(found, answers_op_by_op(loaded, prompts, tokens))
+    assert isinstance(stream, LazyStream)
+    assert bool(stream.replayed) == settings.get("graphs", True)
+
+
+def answers_of(folder: Path, prompts: list[Any], **settings: Any) -> list[tuple[int, ...]]:
+    """Answers to prompts that are asked together."""
+    with InferenceEngine(folder, **settings) as engine:
+        return answers(engine, prompts)
 
 
 def answers(engine: InferenceEngine | RemoteEngine, prompts: list[Any], **params: Any) -> list[tuple[int, ...]]:

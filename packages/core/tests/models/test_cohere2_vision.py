@@ -3,13 +3,10 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -17,7 +14,8 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForImageTextToText
+from tokenizers import Tokenizer
+from transformers import AutoConfig
 from transformers.models.aya_vision.processing_aya_vision import AyaVisionProcessor
 from transformers.models.cohere2_vision.processing_cohere2_vision import Cohere2VisionProcessor
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
@@ -28,20 +26,22 @@ from candle_vllm.core.fields import Fields
 from candle_vllm.core.models import aya_vision_tower, cohere2_vision_tower
 from candle_vllm.core.models.registry import family_from_hf, tower_family
 from candle_vllm.core.vision.pictures import picture_of
-from packages.core.tests.exact_sums import exact_sums
 from packages.core.tests.models.sight import (
+    GPU_STEPS,
     answers,
     answers_alone,
-    answers_of_a_gpu,
-    answers_op_by_op,
-    require_embeddings,
+    loaded_from,
+    model_of,
+    random_model,
     require_logits,
-    require_same,
-    require_same_when_cached,
+    require_same_embeddings,
+    require_same_in_steps,
+    require_same_on_a_gpu,
+    without_torchvision,
+    write_tokenizer,
 )
-from packages.core.tests.models.test_qwen_vl import GPU_STEPS, loaded_from, write_tokenizer
-from packages.core.tests.models.tiny import SMALL, randomise
-from tests.common_run import few
+from packages.core.tests.models.tiny import SMALL
+from tests.common_run import combined, few
 
 MARKS = ("<|IMG_PATCH|>", "<|START_OF_IMG|>", "<|END_OF_IMG|>")
 PAD, START, END = range(260, 263)
@@ -100,11 +100,7 @@ def prompts(kind: str) -> list[Any]:
 @pytest.fixture(scope="module")
 def tiled() -> Any:
     """The module of Cohere 2 Vision's image processor, with Pillow's resampling for that of torchvision."""
-    names = ["torchvision", *(f"torchvision.transforms{end}" for end in ("", ".v2", ".v2.functional"))]
-    made: dict[str, Any] = {name: ModuleType(name) for name in names}
-    made[names[2]].functional = made[names[3]]
-    with mock.patch.dict(sys.modules, made):
-        theirs = importlib.import_module("transformers.models.cohere2_vision.image_processing_cohere2_vision")
+    theirs = without_torchvision("cohere2_vision.image_processing_cohere2_vision")
 
     class Processor(theirs.Cohere2VisionImageProcessor):  # type: ignore[misc,name-defined]
         def __init__(self, **said: Any) -> None:
@@ -143,9 +139,7 @@ def write(folder: Path, kind: str) -> Path:
     config = AutoConfig.for_model(
         name, text_config=text, vision_config=VISION | vision, downsample_factor=2, image_token_id=PAD, **own
     )
-    torch.manual_seed(0)
-    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32, attn_implementation="eager")
-    randomise(model)
+    model = random_model(config)
     with torch.no_grad():  # embeddings of words as long as those of pictures, so that layers matter
         model.model.language_model.embed_tokens.weight.mul_(0.05)
     model.save_pretrained(folder)
@@ -168,7 +162,7 @@ def folder(kind: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def theirs(folder: Path) -> Any:
-    return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    return model_of(folder)
 
 
 # ---- tiles and placeholders ------------------------------------------------------------------------------------------
@@ -214,7 +208,10 @@ def test_placeholders_of_aya_vision_are_those_of_transformers() -> None:
         assert aya_vision_tower.FAMILY.words_around(cut, cut.cells(28)) == text
 
 
-@pytest.mark.parametrize("said", [{}, {"max_patches": 6}, {"crop_to_patches": False}])
+@combined(
+    "kind said", KINDS, ({}, {"max_patches": 6}, {"crop_to_patches": False}),
+    common=[*((kind, {}) for kind in ("command", "aya"))], indirect=["kind"],
+)  # fmt: skip
 def test_pixels_are_those_of_transformers(said: dict[str, Any], kind: str, folder: Path, tiled: Any) -> None:
     loaded = loaded_from(folder, mm_processor_kwargs=said)
     assert loaded.tower is not None
@@ -230,24 +227,22 @@ def test_pixels_are_those_of_transformers(said: dict[str, Any], kind: str, folde
 # ---- embeddings, logits, answers -------------------------------------------------------------------------------------
 
 
-@pytest.mark.one_of_each(3)
-@pytest.mark.parametrize("eager", [True, False])
+@combined("kind eager", KINDS, (True, False), common=[("command", False), ("aya", False)], indirect=["kind"])
 def test_embeddings_are_those_of_transformers(eager: bool, kind: str, folder: Path, theirs: Any, tiled: Any) -> None:
-    loaded = loaded_from(folder, op_by_op=eager)
-    assert loaded.tower is not None
     given = their_tiles(kind, tiled, PICTURES)
     with torch.inference_mode():
         expected = theirs.model.get_image_features(pixel_values=given["pixel_values"]).pooler_output
     counts = [int(count) for count in given["num_patches"]]
     wanted = [each.reshape(-1, 64).numpy() for each in expected.split(counts)]
-    images = loaded.tower.vision.look([loaded.tower.vision.parts.asks] * len(PICTURES), PICTURES)[1]
+    asked = Tokenizer.from_file(str(folder / "tokenizer.json")).token_to_id(asks(kind))
+    _, images = require_same_embeddings(folder, asked, PICTURES, wanted, eager=eager, most=64)
     assert [len(image.sizes) for image in images] == counts
-    require_embeddings(loaded, images, wanted, eager=eager, most=64)
 
 
-@pytest.mark.one_of_each(3)
-@pytest.mark.parametrize("eager", [True, False])
-@pytest.mark.parametrize("tokens", [512, 23])
+@combined(
+    "kind eager tokens", KINDS, (True, False), (512, 23),
+    common=[("command", False, 23), ("aya", False, 512), ("aya 32B", True, 23)], indirect=["kind"],
+)  # fmt: skip
 def test_logits_are_those_of_transformers(
     tokens: int, eager: bool, kind: str, folder: Path, theirs: Any, tiled: Any
 ) -> None:
@@ -265,24 +260,22 @@ def alone(kind: str, folder: Path) -> list[tuple[int, ...]]:
     return answers_alone(folder, prompts(kind))
 
 
-@pytest.mark.parametrize("tokens", few([512, 64, 31, 23, 17, 13, 11, 9], 512, 11))
+@combined("kind tokens", KINDS, (512, 64, 31, 23, 17, 13, 11, 9), common=[("command", 11)], indirect=["kind"])
 def test_answers_are_the_same_in_a_batch_in_chunks_and_cached(
     tokens: int, kind: str, folder: Path, alone: list[tuple[int, ...]]
 ) -> None:
-    with InferenceEngine(folder, max_num_batched_tokens=tokens, max_num_seqs=8) as engine:
-        require_same_when_cached(engine, prompts(kind), alone)
+    require_same_in_steps(folder, prompts(kind), alone, tokens)
 
 
-@pytest.mark.parametrize("how", few(GPU_STEPS, "captured"))
+@pytest.mark.every_case
+@pytest.mark.parametrize("how", GPU_STEPS)
 def test_steps_of_a_gpu_have_the_same_answers(how: str, kind: str, folder: Path) -> None:
-    """By the references of its kernels."""
-    loaded, given = loaded_from(folder, op_by_op=True), prompts(kind)
+    given = prompts(kind)
     asked = [(given[0]["prompt"], PICTURES[:2]), ("Nothing to see.", []), (given[2]["prompt"], PICTURES[3:4])]
-    with exact_sums():
-        found, _ = answers_of_a_gpu(loaded, asked, **GPU_STEPS[how])
-        require_same(found, answers_op_by_op(loaded, asked))
+    require_same_on_a_gpu(folder, asked, how)
 
 
+@pytest.mark.parametrize("kind", few(KINDS, "command"), indirect=True)
 def test_a_template_writes_the_mark_of_an_image(folder: Path) -> None:
     content: Any = [{"type": "image", "image": PICTURES[0]}, {"type": "text", "text": "What is this?"}]
     with InferenceEngine(folder) as engine:
@@ -335,11 +328,13 @@ def test_configs_that_do_not_fit_are_named(
         family.config_from_hf(Fields(config, folder), Fields(images, folder), 64, {})
 
 
+@pytest.mark.parametrize("kind", few(KINDS, "command"), indirect=True)
 def test_settings_of_an_operator_are_checked(folder: Path) -> None:
     with pytest.raises(ConfigError, match="max_patches"):
         loaded_from(folder, mm_processor_kwargs={"max_patches": 65})
 
 
+@pytest.mark.parametrize("kind", few(KINDS, "command", "aya"), indirect=True)
 def test_names_of_published_checkpoints_are_read(
     kind: str, folder: Path, tmp_path: Path, alone: list[tuple[int, ...]]
 ) -> None:

@@ -5,20 +5,19 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from gguf import GGUFWriter
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig
 from transformers.models.deepseek_ocr2.image_processing_pil_deepseek_ocr2 import DeepseekOcr2ImageProcessorPil
 
-from candle_vllm.core import EngineConfig, InferenceEngine, SamplingParams
-from candle_vllm.core.conversion import write_gguf
+from candle_vllm.core import InferenceEngine, SamplingParams
 from candle_vllm.core.errors import CandleVllmError, ConfigError
 from candle_vllm.core.fields import Fields
 from candle_vllm.core.models.deepseek_ocr2_tower import FAMILY
@@ -27,18 +26,25 @@ from candle_vllm.core.vision.pictures import picture_of
 from packages.core.tests.exact_sums import exact_sums
 from packages.core.tests.models.families import DEEPSEEK_OCR
 from packages.core.tests.models.sight import (
+    RANDOM,
     answers,
+    answers_of,
     answers_of_a_gpu,
     answers_op_by_op,
-    require_embeddings,
+    loaded_from,
+    model_of,
+    random_model,
     require_logits,
     require_same,
-    require_same_when_cached,
+    require_same_embeddings,
+    require_same_from_gguf,
+    require_same_in_steps,
     without_template,
+    write_tokenizer,
+    write_tower,
 )
-from packages.core.tests.models.test_qwen_vl import RANDOM, loaded_from, write_tokenizer
-from packages.core.tests.models.tiny import SMALL, randomise
-from tests.common_run import few
+from packages.core.tests.models.tiny import SMALL
+from tests.common_run import combined, few
 
 IMAGE = 262
 TEMPLATE = (
@@ -79,9 +85,7 @@ def write(folder: Path, kind: str = "usual") -> Path:
     sam, encoder = KINDS[kind]
     vision = {"sam_config": SAM | sam, "encoder_config": ENCODER | encoder}
     config = AutoConfig.for_model("deepseek_ocr2", text_config=TEXT, vision_config=vision, image_token_id=IMAGE)
-    torch.manual_seed(0)
-    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32, attn_implementation="eager")
-    randomise(model)
+    model = random_model(config)
     with torch.no_grad():  # embeddings of pictures as long as those of words
         model.model.multi_modal_projector.weight.mul_(3)
     model.save_pretrained(folder)
@@ -90,14 +94,14 @@ def write(folder: Path, kind: str = "usual") -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", params=few(KINDS, "small"))
+@pytest.fixture(scope="module", params=few(KINDS, "usual"))
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write(tmp_path_factory.mktemp("deepseek_ocr2"), request.param)
 
 
 @pytest.fixture(scope="module")
 def theirs(folder: Path) -> Any:
-    return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    return model_of(folder)
 
 
 def their_pixels(*pictures: NDArray[np.uint8], **said: Any) -> dict[str, Any]:
@@ -115,24 +119,30 @@ EDGES = (
 """Widths and heights."""
 
 
-def rule_of(said: dict[str, Any]) -> Any:
+def rule_of(said: dict[str, Any], scale: int) -> Any:
+    """Of the published sizes, or of those divided by `scale`."""
+    vision = PUBLISHED["vision_config"]
+    config = PUBLISHED | {"vision_config": vision | {"sam_config": vision["sam_config"] | {"patch_size": 16 // scale}}}
     path = Path("config.json")
-    return FAMILY.config_from_hf(Fields(PUBLISHED, path), Fields({}, path), 1280, said).rule
+    return FAMILY.config_from_hf(Fields(config, path), Fields({}, path), 1280, said).rule
 
 
-@pytest.mark.one_of_each(2)
-@pytest.mark.parametrize("said", [{}, {"max_patches": 9}, {"min_patches": 3}, {"crop_to_patches": False}])
-def test_images_have_the_tiles_and_placeholders_of_transformers(said: dict[str, Any]) -> None:
-    rule = rule_of(said)
+@combined(
+    "said scale", ({}, {"max_patches": 9}, {"min_patches": 3}, {"crop_to_patches": False}), (1, 8),
+    common=[({}, 8), ({"max_patches": 9}, 8), ({"crop_to_patches": False}, 8)],
+)  # fmt: skip
+def test_images_have_the_tiles_and_placeholders_of_transformers(said: dict[str, Any], scale: int) -> None:
+    said = said | {"tile_size": 768 // scale, "size": {"height": 1024 // scale, "width": 1024 // scale}}
+    rule = rule_of(said, scale)
     theirs: Any = DeepseekOcr2ImageProcessorPil(**said)
-    for width, height in EDGES:
+    for width, height in [tuple(max(side // scale, 1) for side in edges) for edges in EDGES]:
         cut = rule.cut(height, width)
         found = theirs(images=[RANDOM.integers(0, 256, (height, width, 3), dtype=np.uint8)], return_tensors="pt")
         pixels = [*found.get("pixel_values_local", ()), *found["pixel_values"]]
         assert cut.tiles == len(pixels), (width, height)
-        whole = (found["pixel_values"].shape[-1] // 64) ** 2
+        whole = (found["pixel_values"].shape[-1] // (64 // scale)) ** 2
         count = found["num_local_patches"][0] * 144 + whole + 1
-        assert FAMILY.words_around(cut, cut.cells(64)).count("<image>") == count, (width, height)
+        assert FAMILY.words_around(cut, cut.cells(64 // scale)).count("<image>") == count, (width, height)
 
 
 @pytest.mark.parametrize("said", [{}, {"crop_to_patches": False}, {"background_color": [9, 9, 9], "resample": 2}])
@@ -151,26 +161,22 @@ def test_pixels_are_those_of_transformers(said: dict[str, Any], folder: Path) ->
 # ---- embeddings, logits, answers -------------------------------------------------------------------------------------
 
 
-@pytest.mark.one_of_each(2)
-@pytest.mark.parametrize("eager", [True, False])
+@pytest.mark.parametrize("eager", few([True, False], False))
 def test_embeddings_are_those_of_transformers(eager: bool, folder: Path, theirs: Any) -> None:
-    loaded, wanted = loaded_from(folder, op_by_op=eager), list[NDArray[np.float32]]()
-    assert loaded.tower is not None
-    for picture in PICTURES:
+    shown = slice(None) if eager else slice(1, 2)
+    pictures, wanted = PICTURES[shown], list[NDArray[np.float32]]()
+    for picture in pictures:
         with torch.inference_mode():
             wanted.append(theirs.model.get_image_features(**their_pixels(picture)).pooler_output[0].numpy())
-    ids, given = loaded.tower.vision.look([IMAGE] * len(PICTURES), PICTURES)
+    _, given = require_same_embeddings(folder, IMAGE, pictures, wanted, eager=eager, most=8)
     assert [each.sizes for each in given] == [
         ((96, 96),) * 2 + ((128, 128),),
         ((128, 128),),
         ((96, 96),) * 4 + ((128, 128),),
-    ]
-    assert [len(each) for each in loaded.tower.vision.places(ids, given)] == [len(each) for each in wanted]
-    require_embeddings(loaded, given, wanted, eager=eager, most=8)
+    ][shown]
 
 
-@pytest.mark.one_of_each(2)
-@pytest.mark.parametrize("eager", [True, False])
+@pytest.mark.parametrize("eager", few([True, False], False))
 def test_logits_are_those_of_transformers(eager: bool, folder: Path, theirs: Any) -> None:
     def wanted(ids: torch.Tensor) -> torch.Tensor:
         return theirs(input_ids=ids, **their_pixels(PICTURES[0])).logits[0].log_softmax(-1)
@@ -186,32 +192,31 @@ def alone(folder: Path) -> list[tuple[int, ...]]:
     return found
 
 
-@pytest.mark.parametrize("tokens", [1024, 77])
+@pytest.mark.parametrize("tokens", few([1024, 77], 77))
 def test_answers_are_the_same_in_a_batch_in_chunks_and_cached(
     tokens: int, folder: Path, alone: list[tuple[int, ...]]
 ) -> None:
-    with InferenceEngine(folder, max_num_batched_tokens=tokens, max_num_seqs=8) as engine:
-        require_same_when_cached(engine, PROMPTS, alone)
+    require_same_in_steps(folder, PROMPTS, alone, tokens)
 
 
 def test_a_template_writes_the_mark_of_an_image(folder: Path) -> None:
-    content: Any = [{"type": "image", "image": PICTURES[0]}, {"type": "text", "text": "\nFree OCR."}]
+    content: Any = [{"type": "image", "image": PICTURES[1]}, {"type": "text", "text": "\nFree OCR."}]
     with InferenceEngine(folder) as engine:
         output = engine.chat([{"role": "user", "content": content}], SamplingParams(max_tokens=1), use_tqdm=False)
     ids = list(output.prompt_token_ids)
-    assert ids[: 2 * 144 + 257] == [IMAGE] * (2 * 144 + 257)
-    assert ids.count(IMAGE) == 2 * 144 + 257
+    assert ids[:257] == [IMAGE] * 257
+    assert ids.count(IMAGE) == 257
 
 
 def test_published_files_have_no_template(folder: Path, tmp_path: Path) -> None:
-    content: Any = [{"type": "image", "image": PICTURES[0]}, {"type": "text", "text": "Free OCR."}]
+    content: Any = [{"type": "image", "image": PICTURES[1]}, {"type": "text", "text": "Free OCR."}]
     with InferenceEngine(without_template(folder, tmp_path / "bare")) as engine:
         params = SamplingParams(max_tokens=1)
         plain = [each.prompt_token_ids for each in engine.generate(["Hi", "\nFree OCR."], params, use_tqdm=False)]
         said: Any = [{"role": "user", "content": content}]
         ids = engine.chat(said, params, use_tqdm=False).prompt_token_ids
         assert engine.chat([{"role": "user", "content": "Hi"}], params, use_tqdm=False).prompt_token_ids == plain[0]
-    assert list(ids) == [IMAGE] * (2 * 144 + 257) + list(plain[1])
+    assert list(ids) == [IMAGE] * 257 + list(plain[1])
 
 
 def test_an_operator_sets_tiles(folder: Path) -> None:
@@ -227,11 +232,10 @@ def test_an_operator_sets_tiles(folder: Path) -> None:
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
-def test_names_of_transformers_are_read(tmp_path: Path) -> None:
+@pytest.mark.parametrize("folder", few(KINDS, "usual"), indirect=True)
+def test_names_of_transformers_are_read(folder: Path, tmp_path: Path, alone: list[tuple[int, ...]]) -> None:
     """Which saves the names of the original files."""
-    folder = write(tmp_path / "model")
-    with InferenceEngine(folder) as engine:
-        wanted = answers(engine, PROMPTS[:2])
+    made = shutil.copytree(folder, tmp_path / "made")
     stored = load_file(folder / "model.safetensors")
     assert "model.sam_model.net_2.weight" in stored
     names = {
@@ -251,9 +255,8 @@ def test_names_of_transformers_are_read(tmp_path: Path) -> None:
         else:
             name = re.sub(r"^model\.", "model.language_model.", name)
         renamed[name] = tensor
-    save_file(renamed, folder / "model.safetensors", {"format": "pt"})
-    with InferenceEngine(folder) as engine:
-        assert answers(engine, PROMPTS[:2]) == wanted
+    save_file(renamed, made / "model.safetensors", {"format": "pt"})
+    assert answers_of(made, PROMPTS[1:2]) == alone[1:2]
 
 
 GGUF_NAMES = {
@@ -273,18 +276,12 @@ GGUF_NAMES = {
 
 def write_mmproj(folder: Path, made: Path) -> Path:
     """The checkpoint's vision encoders as llama.cpp's converter writes them."""
-    writer = GGUFWriter(made, "clip")
-    writer.add_string("clip.projector_type", "deepseekocr2")
-    writer.add_bool("clip.use_gelu", True)
-    for key, value in {
-        "image_size": 128, "patch_size": 2, "embedding_length": 32, "block_count": 2, "attention.head_count": 2,
-        "attention.head_count_kv": 1, "feed_forward_length": 48, "window_size": 14, "sam.block_count": 3,
-        "sam.embedding_length": 32, "sam.head_count": 2, "preproc_min_tiles": 2, "preproc_max_tiles": 4,
-    }.items():  # fmt: skip
-        writer.add_uint32(f"clip.vision.{key}", value)
-    writer.add_float32("clip.vision.attention.layer_norm_epsilon", 1e-6)
-    for key in ("image_mean", "image_std"):
-        writer.add_array(f"clip.vision.{key}", IMAGES[key])
+    values: dict[str, Any] = {
+        "image_size": 128, "patch_size": 2, "block_count": 2, "attention.head_count_kv": 1, "window_size": 14,
+        "sam.block_count": 3, "sam.embedding_length": 32, "sam.head_count": 2, "preproc_min_tiles": 2,
+        "preproc_max_tiles": 4, "clip.use_gelu": True,
+    }  # fmt: skip
+    tensors = dict[str, NDArray[np.float32]]()
     for name, tensor in load_file(folder / "model.safetensors").items():
         if not re.match(r"model\.(sam_model|qwen2_model|projector|view)", name):
             continue
@@ -295,27 +292,19 @@ def write_mmproj(folder: Path, made: Path) -> Path:
         at = "" if found is None else f"v.{'sam.' if name.startswith('sam') else ''}blk.{found[2]}."
         part = name if found is None else name[found.end() :]
         stem, _, kind = part.rpartition(".")
-        writer.add_tensor(
-            at + (GGUF_NAMES[part] if part in GGUF_NAMES else f"{GGUF_NAMES[stem]}.{kind}"), tensor.numpy()
-        )
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return made
+        tensors[at + (GGUF_NAMES[part] if part in GGUF_NAMES else f"{GGUF_NAMES[stem]}.{kind}")] = tensor.numpy()
+    return write_tower(made, "deepseekocr2", values, tensors, IMAGES)
 
 
-def test_a_gguf_file_and_that_of_its_tower_are_the_same_model(tmp_path: Path) -> None:
-    folder = write(tmp_path / "model")
-    with InferenceEngine(folder) as engine:
-        wanted = answers(engine, PROMPTS)
-    text, tower = tmp_path / "model.gguf", write_mmproj(folder, tmp_path / "mmproj.gguf")
-    write_gguf(EngineConfig(model=str(folder), dtype="f32"), text)
-    with InferenceEngine(text, mmproj=tower, tokenizer=folder) as engine:
-        assert engine.model_info.architecture == "deepseek2-ocr"
-        assert answers(engine, PROMPTS) == wanted
+@pytest.mark.parametrize("folder", ["usual"], indirect=True)
+def test_a_gguf_file_and_that_of_its_tower_are_the_same_model(
+    folder: Path, tmp_path: Path, alone: list[tuple[int, ...]]
+) -> None:
+    tower = write_mmproj(folder, tmp_path / "mmproj.gguf")
+    require_same_from_gguf(folder, tower, PROMPTS[1:], alone[1:], "deepseek2-ocr")
 
 
+@pytest.mark.every_case
 def test_steps_of_a_gpu_have_the_same_answers(tmp_path: Path) -> None:
     """By the references of its kernels."""
     loaded = loaded_from(write(tmp_path, "small"), op_by_op=True, mm_processor_kwargs={"crop_to_patches": False})

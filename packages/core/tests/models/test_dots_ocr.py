@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gguf import GGUFWriter
 from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -23,26 +22,25 @@ from transformers.models.dots3_note.configuration_dots3_note import Dots3NoteVis
 from transformers.models.dots3_note.modeling_dots3_note import Dots3NoteVisionModel
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from candle_vllm.core import EngineConfig, InferenceEngine
-from candle_vllm.core.conversion import write_gguf
 from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
 from candle_vllm.core.fields import Fields
 from candle_vllm.core.models import dots_ocr_tower
 from candle_vllm.core.models.registry import family_from_hf
-from packages.core.tests.exact_sums import exact_sums
 from packages.core.tests.models.sight import (
-    answers,
+    GPU_STEPS,
+    PICTURES,
+    TEMPLATE,
     answers_alone,
-    answers_of_a_gpu,
-    answers_op_by_op,
-    require_embeddings,
     require_logits,
-    require_same,
-    require_same_when_cached,
+    require_same_embeddings,
+    require_same_from_gguf,
+    require_same_in_steps,
+    require_same_on_a_gpu,
+    write_tokenizer,
+    write_tower,
 )
-from packages.core.tests.models.test_qwen_vl import GPU_STEPS, PICTURES, TEMPLATE, loaded_from, write_tokenizer
 from packages.core.tests.models.tiny import SMALL, randomise
-from tests.common_run import few
+from tests.common_run import combined, few
 
 PAD = 262
 MARKS = ("<|img|>", "<|endofimg|>", "<|imgpad|>", "<|video_pad|>")
@@ -135,15 +133,12 @@ def folder(theirs: Theirs, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write(tmp_path_factory.mktemp("dots"), theirs)
 
 
-@pytest.mark.parametrize("eager", [True, False])
+@pytest.mark.parametrize("eager", few([True, False], False))
 def test_embeddings_are_those_of_transformers(eager: bool, folder: Path, theirs: Theirs) -> None:
-    loaded = loaded_from(folder, op_by_op=eager)
-    assert loaded.tower is not None
-    images = loaded.tower.vision.look([PAD] * len(PICTURES), PICTURES)[1]
-    require_embeddings(loaded, images, [each.numpy() for each in theirs.images(PICTURES)], eager=eager, most=16)
+    require_same_embeddings(folder, PAD, PICTURES, theirs.images(PICTURES), eager=eager, most=16)
 
 
-@pytest.mark.parametrize(("eager", "tokens"), few([(e, t) for e in (True, False) for t in (512, 23)], (True, 23)))
+@combined("eager tokens", (True, False), (512, 23), common=[(False, 23)])
 def test_logits_are_those_of_transformers(tokens: int, eager: bool, folder: Path, theirs: Theirs) -> None:
     require_logits(
         folder, PROMPTS[0], lambda ids: theirs.logits(ids[0].tolist(), PICTURES[:2]), eager=eager, tokens=tokens
@@ -159,18 +154,14 @@ def alone(folder: Path) -> list[tuple[int, ...]]:
 def test_answers_are_the_same_in_a_batch_in_chunks_and_cached(
     tokens: int, folder: Path, alone: list[tuple[int, ...]]
 ) -> None:
-    with InferenceEngine(folder, max_num_batched_tokens=tokens, max_num_seqs=8) as engine:
-        require_same_when_cached(engine, PROMPTS, alone)
+    require_same_in_steps(folder, PROMPTS, alone, tokens)
 
 
-@pytest.mark.parametrize("how", few(GPU_STEPS, "captured"))
+@pytest.mark.every_case
+@pytest.mark.parametrize("how", GPU_STEPS)
 def test_steps_of_a_gpu_have_the_same_answers(folder: Path, how: str) -> None:
-    """By the references of its kernels."""
-    loaded = loaded_from(folder, op_by_op=True)
     asked = [(ASK, PICTURES[:2]), ("Nothing to see.", []), (f"{ONE}What is this?", PICTURES[3:])]
-    with exact_sums():
-        found, _ = answers_of_a_gpu(loaded, asked, **GPU_STEPS[how])
-        require_same(found, answers_op_by_op(loaded, asked))
+    require_same_on_a_gpu(folder, asked, how)
 
 
 GGUF_NAMES = {
@@ -183,38 +174,24 @@ GGUF_NAMES = {
 
 def write_mmproj(folder: Path, made: Path) -> Path:
     """The checkpoint's tower as llama.cpp's converter writes it."""
-    writer = GGUFWriter(made, "clip")
-    writer.add_string("clip.projector_type", "dots_ocr")
-    for key, value in {
-        "image_size": 0, "patch_size": 4, "embedding_length": 32, "block_count": 3, "attention.head_count": 2,
-        "feed_forward_length": 48, "image_min_pixels": 256, "image_max_pixels": 1600, "projector.scale_factor": 2,
-    }.items():  # fmt: skip
-        writer.add_uint32(f"clip.vision.{key}", value)
-    writer.add_float32("clip.vision.attention.layer_norm_epsilon", 1e-5)
-    writer.add_bool("clip.use_silu", True)
-    for key in ("image_mean", "image_std"):
-        writer.add_array(f"clip.vision.{key}", PROCESSOR[key])
+    values: dict[str, Any] = {
+        "image_size": 0, "image_min_pixels": 256, "image_max_pixels": 1600, "projector.scale_factor": 2,
+        "attention.layer_norm_epsilon": 1e-5, "clip.use_silu": True,
+    }  # fmt: skip
+    tensors = dict[str, NDArray[np.float32]]()
     for name, tensor in load_file(folder / "model.safetensors").items():
         if name.startswith("vision_tower."):
             (part, _, kind), block = name.removeprefix("vision_tower.").rpartition("."), ""
             if (found := re.match(r"blocks\.(\d+)\.", part)) is not None:
                 block, part = f"v.blk.{found[1]}.", part[found.end() :]
-            writer.add_tensor(f"{block}{GGUF_NAMES[part]}.{kind}", tensor.numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return made
+            tensors[f"{block}{GGUF_NAMES[part]}.{kind}"] = tensor.numpy()
+    return write_tower(made, "dots_ocr", values, tensors, PROCESSOR)
 
 
 def test_a_gguf_file_and_that_of_its_tower_are_the_same_model(
     folder: Path, tmp_path: Path, alone: list[tuple[int, ...]]
 ) -> None:
-    text, tower = tmp_path / "model.gguf", write_mmproj(folder, tmp_path / "mmproj.gguf")
-    write_gguf(EngineConfig(model=str(folder), dtype="f32"), text)
-    with InferenceEngine(text, mmproj=tower, tokenizer=folder) as engine:
-        assert engine.model_info.architecture == "qwen2"
-        assert answers(engine, PROMPTS) == alone
+    require_same_from_gguf(folder, write_mmproj(folder, tmp_path / "mmproj.gguf"), PROMPTS, alone, "qwen2")
 
 
 PUBLISHED: dict[str, Any] = {

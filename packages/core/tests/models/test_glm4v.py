@@ -12,39 +12,39 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gguf import GGUFWriter
 from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig
 from transformers.models.glm4v.image_processing_pil_glm4v import Glm4vImageProcessorPil
 from transformers.models.paddleocr_vl.image_processing_pil_paddleocr_vl import PaddleOCRVLImageProcessorPil
 
-from candle_vllm.core import EngineConfig, InferenceEngine
-from candle_vllm.core.conversion import write_gguf
-from candle_vllm.core.devices import choose_device
-from candle_vllm.core.engine.runners.eager_runner import EagerTower
-from candle_vllm.core.engine.runners.images import tiles_of
+from candle_vllm.core import InferenceEngine
 from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
 from candle_vllm.core.fields import Fields, read_json
 from candle_vllm.core.models import glm4v_tower, paddleocr_tower
 from candle_vllm.core.models.registry import family_from_hf
-from packages.core.tests.exact_sums import exact_sums
 from packages.core.tests.models.families import ROWS
 from packages.core.tests.models.sight import (
+    GPU_STEPS,
+    PICTURES,
+    TEMPLATE,
     answers,
     answers_alone,
-    answers_of_a_gpu,
-    answers_op_by_op,
-    finished,
-    require_embeddings,
+    loaded_from,
+    model_of,
+    random_model,
     require_logits,
-    require_same,
-    require_same_when_cached,
+    require_nearly_same_when_quantised,
+    require_same_embeddings,
+    require_same_from_gguf,
+    require_same_in_steps,
+    require_same_on_a_gpu,
+    write_tokenizer,
+    write_tower,
 )
-from packages.core.tests.models.test_qwen_vl import GPU_STEPS, PICTURES, TEMPLATE, loaded_from, write_tokenizer
-from packages.core.tests.models.tiny import SMALL, randomise
-from tests.common_run import few
+from packages.core.tests.models.tiny import SMALL
+from tests.common_run import combined, few
 
 START, END, PAD, VIDEO = range(260, 264)
 GLM = ("<|begin_of_image|>", "<|end_of_image|>", "<|image|>", "<|video|>")
@@ -107,9 +107,7 @@ def write(folder: Path, kind: str, **vision: Any) -> Path:
         image_token_id=PAD, video_token_id=VIDEO, image_start_token_id=START, image_end_token_id=END,
         tie_word_embeddings=False,
     )  # fmt: skip
-    torch.manual_seed(0)
-    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32, attn_implementation="eager")
-    randomise(model)
+    model = random_model(config)
     with torch.no_grad():  # embeddings of pictures as long as those of words
         inner = model.model
         (inner.projector.linear_2 if kind == "paddleocr_vl" else inner.visual.merger.down_proj).weight.mul_(6)
@@ -126,7 +124,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(scope="module")
 def theirs(folder: Path) -> Any:
-    return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    return model_of(folder)
 
 
 def their_pixels(folder: Path, pictures: list[NDArray[np.uint8]]) -> dict[str, torch.Tensor]:
@@ -137,20 +135,21 @@ def their_pixels(folder: Path, pictures: list[NDArray[np.uint8]]) -> dict[str, t
     return {key: found[key] for key in ("pixel_values", "image_grid_thw")}
 
 
-@pytest.mark.one_of_each(4)
-@pytest.mark.parametrize("eager", [True, False])
+@combined(
+    "folder eager", TEXTS, (True, False),
+    common=[*((kind, False) for kind in ("glm4v", "glm_ocr", "paddleocr_vl"))], indirect=["folder"],
+)  # fmt: skip
 def test_embeddings_are_those_of_transformers(eager: bool, folder: Path, theirs: Any) -> None:
-    loaded = loaded_from(folder, op_by_op=eager)
-    assert loaded.tower is not None
     with torch.inference_mode():
         expected = theirs.model.get_image_features(**their_pixels(folder, PICTURES)).pooler_output
-    images = loaded.tower.vision.look([PAD] * len(PICTURES), PICTURES)[1]
-    require_embeddings(loaded, images, [each.numpy() for each in expected], eager=eager, most=16)
+    require_same_embeddings(folder, PAD, PICTURES, expected, eager=eager, most=16)
 
 
-@pytest.mark.one_of_each(2)
-@pytest.mark.parametrize("eager", [True, False])
-@pytest.mark.parametrize("tokens", [512, 23])
+@combined(
+    "folder eager tokens", TEXTS, (True, False), (512, 23),
+    common=[("glm4v_moe", True, 512), *((kind, False, 23) for kind in ("glm4v", "glm_ocr", "paddleocr_vl"))],
+    indirect=["folder"],
+)  # fmt: skip
 def test_logits_are_those_of_transformers(tokens: int, eager: bool, folder: Path, theirs: Any) -> None:
     pixels = their_pixels(folder, PICTURES[:2])
 
@@ -165,27 +164,22 @@ def alone(folder: Path) -> list[tuple[int, ...]]:
     return answers_alone(folder, prompts(folder))
 
 
-@pytest.mark.one_of_each(2)
-@pytest.mark.parametrize("tokens", [512, 17])
+@combined("folder tokens", TEXTS, (512, 17), common=[("glm4v", 17), ("paddleocr_vl", 512)], indirect=["folder"])
 def test_answers_are_the_same_in_a_batch_in_chunks_and_cached(
     tokens: int, folder: Path, alone: list[tuple[int, ...]]
 ) -> None:
-    with InferenceEngine(folder, max_num_batched_tokens=tokens, max_num_seqs=8) as engine:
-        require_same_when_cached(engine, prompts(folder), alone)
+    require_same_in_steps(folder, prompts(folder), alone, tokens)
 
 
+@pytest.mark.every_case
 @pytest.mark.parametrize(
-    ("folder", "how"), few([(kind, how) for kind in TEXTS for how in GPU_STEPS], ("glm_ocr", "captured")),
+    ("folder", "how"), [(kind, how) for kind in TEXTS for how in GPU_STEPS],
     indirect=["folder"],
 )  # fmt: skip
 def test_steps_of_a_gpu_have_the_same_answers(folder: Path, how: str) -> None:
-    """By the references of its kernels."""
-    loaded = loaded_from(folder, op_by_op=True)
     kind = read_json(folder / "config.json")["model_type"]
     asked = [(ask(kind), PICTURES[:2]), ("Nothing to see.", []), (f"{one(kind)}What is this?", PICTURES[3:])]
-    with exact_sums():
-        found, _ = answers_of_a_gpu(loaded, asked, **GPU_STEPS[how])
-        require_same(found, answers_op_by_op(loaded, asked))
+    require_same_on_a_gpu(folder, asked, how)
 
 
 def test_the_multi_token_prediction_layer_is_not_loaded(tmp_path: Path) -> None:
@@ -327,18 +321,13 @@ NAMES = {
 
 def write_mmproj(folder: Path, made: Path) -> Path:
     """The checkpoint's tower as llama.cpp's converter writes it."""
-    writer, paddle = GGUFWriter(made, "clip"), read_json(folder / "config.json")["model_type"] == "paddleocr_vl"
-    writer.add_string("clip.projector_type", "paddleocr" if paddle else "glm4v")
-    for key, value in {
-        "image_size": 40 if paddle else 28, "patch_size": 4, "embedding_length": 32, "block_count": 3,
-        "attention.head_count": 2,
-        "feed_forward_length": 48, "image_min_pixels": 256, "image_max_pixels": 1600,
-    }.items():  # fmt: skip
-        writer.add_uint32(f"clip.vision.{key}", value)
-    writer.add_float32("clip.vision.attention.layer_norm_epsilon", 1e-6 if paddle else 1e-5)
-    writer.add_bool("clip.use_gelu" if paddle else "clip.use_silu", True)
-    for key in ("image_mean", "image_std"):
-        writer.add_array(f"clip.vision.{key}", PROCESSOR[key])
+    paddle = read_json(folder / "config.json")["model_type"] == "paddleocr_vl"
+    values: dict[str, Any] = {
+        "image_size": 40 if paddle else 28, "image_min_pixels": 256, "image_max_pixels": 1600,
+        "attention.layer_norm_epsilon": 1e-6 if paddle else 1e-5,
+        "clip.use_gelu" if paddle else "clip.use_silu": True,
+    }  # fmt: skip
+    tensors = dict[str, NDArray[np.float32]]()
     for name, tensor in load_file(folder / "model.safetensors").items():
         found = re.fullmatch(r"(?:model\.)?(?:visual|mlp_AR)\.(?:vision_model\.)?(.*)", name)
         if found is None:
@@ -349,41 +338,25 @@ def write_mmproj(folder: Path, made: Path) -> Path:
             block, part = f"v.blk.{found[1]}.", part[found.end() :]
         if part == "patch_embed.proj" and kind == "weight":
             for frame in range(2):
-                writer.add_tensor("v.patch_embd.weight" + (".1" if frame else ""), data[:, :, frame].copy())
+                tensors["v.patch_embd.weight" + (".1" if frame else "")] = data[:, :, frame].copy()
         else:
-            writer.add_tensor(f"{block}{NAMES[part]}.{kind}", data)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return made
+            tensors[f"{block}{NAMES[part]}.{kind}"] = data
+    return write_tower(made, "paddleocr" if paddle else "glm4v", values, tensors, PROCESSOR)
 
 
-@pytest.mark.parametrize("folder", few(TEXTS, "glm4v", "glm_ocr"), indirect=True)
+@pytest.mark.parametrize("folder", few(TEXTS, "glm4v", "paddleocr_vl"), indirect=True)
 def test_a_gguf_file_and_that_of_its_tower_are_the_same_model(
     folder: Path, tmp_path: Path, alone: list[tuple[int, ...]]
 ) -> None:
     """Rows of queries and keys are as llama.cpp's M-RoPE wants them, which the written file is read back by."""
-    text, tower = tmp_path / "model.gguf", write_mmproj(folder, tmp_path / "mmproj.gguf")
-    write_gguf(EngineConfig(model=str(folder), dtype="f32"), text)
-    with InferenceEngine(text, mmproj=tower, tokenizer=folder) as engine:
-        kind = read_json(folder / "config.json")["model_type"]
-        known = {"glm4v_moe": "glm4moe", "paddleocr_vl": "paddleocr"}
-        assert engine.model_info.architecture == known.get(kind, "glm4")
-        assert answers(engine, prompts(folder)) == alone
+    known = {"glm4v_moe": "glm4moe", "paddleocr_vl": "paddleocr"}
+    name = known.get(read_json(folder / "config.json")["model_type"], "glm4")
+    require_same_from_gguf(folder, write_mmproj(folder, tmp_path / "mmproj.gguf"), prompts(folder), alone, name)
 
 
 @pytest.mark.parametrize("folder", few(TEXTS, "glm_ocr"), indirect=True)
 def test_a_tower_may_be_quantised_as_it_is_loaded(folder: Path) -> None:
-    exact = loaded_from(folder, op_by_op=True)
-    found = loaded_from(folder, op_by_op=True, isq="q8_0")
-    assert exact.tower is not None
-    assert found.tower is not None
-    cpu = choose_device("cpu")
-    image = exact.tower.vision.look([PAD], PICTURES[:1])[1][0]
-    tiles = tiles_of(image)
-    ours, wanted = (finished(EagerTower(each.tower.tower, cpu), tiles)[0] for each in (found, exact) if each.tower)
-    assert 0 < np.abs(ours - wanted).max() < 0.1 * np.abs(wanted).max()
+    require_nearly_same_when_quantised(folder, PAD, PICTURES[0])
 
 
 def test_limits_of_the_area_may_be_set(tmp_path: Path) -> None:

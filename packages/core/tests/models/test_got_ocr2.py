@@ -25,16 +25,19 @@ from candle_vllm.core.models.registry import family_from_hf, tower_family
 from candle_vllm.core.vision.pictures import picture_of
 from packages.core.tests.exact_sums import exact_sums
 from packages.core.tests.models.sight import (
+    GPU_STEPS,
+    RANDOM,
     answers_alone,
     answers_of_a_gpu,
     answers_op_by_op,
+    loaded_from,
     require_embeddings,
     require_logits,
     require_same,
     require_same_when_cached,
     without_template,
+    write_tokenizer,
 )
-from packages.core.tests.models.test_qwen_vl import GPU_STEPS, RANDOM, loaded_from, write_tokenizer
 from packages.core.tests.models.tiny import SMALL, randomise
 from tests.common_run import few
 

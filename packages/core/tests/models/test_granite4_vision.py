@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig
 from transformers.models.granite4_vision.processing_granite4_vision import Granite4VisionProcessor
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
@@ -27,21 +27,22 @@ from candle_vllm.core.models.granite4_vision_tower import FAMILY
 from candle_vllm.core.models.registry import family_from_gguf, family_from_hf, tower_family
 from candle_vllm.core.vision.pictures import picture_of
 from candle_vllm.core.vision.preprocessing import NOTHING
-from packages.core.tests.exact_sums import exact_sums
 from packages.core.tests.models.sight import (
+    GPU_STEPS,
     answers,
     answers_alone,
-    answers_of_a_gpu,
-    answers_op_by_op,
-    require_embeddings,
+    loaded_from,
+    model_of,
+    random_model,
     require_logits,
-    require_same,
-    require_same_when_cached,
+    require_same_embeddings,
+    require_same_in_steps,
+    require_same_on_a_gpu,
+    write_tokenizer,
 )
 from packages.core.tests.models.test_llava_onevision import ASK, EDGES, MARKS, PAD, PICTURES, PROMPTS, TEMPLATE
-from packages.core.tests.models.test_qwen_vl import GPU_STEPS, loaded_from, write_tokenizer
-from packages.core.tests.models.tiny import SMALL, randomise
-from tests.common_run import few
+from packages.core.tests.models.tiny import SMALL
+from tests.common_run import combined, few
 
 TEXT = {
     **SMALL, "num_hidden_layers": 6, "embedding_multiplier": 3.0, "residual_multiplier": 0.4, "logits_scaling": 2.0,
@@ -78,9 +79,7 @@ def write(folder: Path, kind: str = "all") -> Path:
             "cross_attention_frequency": 1, "layer_norm_eps": 1e-6,
         },
     )  # fmt: skip
-    torch.manual_seed(0)
-    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32, attn_implementation="eager")
-    randomise(model)
+    model = random_model(config)
     with torch.no_grad():  # vectors of pictures as long as those of words
         for each in (*model.model.layerwise_projectors, *model.model.spatial_projectors):
             each.out_linear.weight.mul_(20)
@@ -96,10 +95,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {kind: write(tmp_path_factory.mktemp("granite4_vision"), kind) for kind in KINDS}
 
 
-def theirs(folder: Path) -> Any:
-    return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
-
-
 def their_pixels(pictures: list[NDArray[np.uint8]]) -> Any:
     given = [Image.fromarray(each) for each in pictures]
     return LlavaNextImageProcessorPil(**IMAGES)(images=given, return_tensors="pt")
@@ -110,28 +105,21 @@ def config_of(folder: Path, processor: Mapping[str, Any] = NOTHING, **change: An
     return FAMILY.config_from_hf(Fields(config | change, folder), Fields(images | dict(processor), folder), 64, {})
 
 
-@pytest.mark.one_of_each(2)
-@pytest.mark.parametrize("eager", [True, False])
-@pytest.mark.parametrize("kind", KINDS)
+@combined("kind eager", KINDS, (True, False), common=[("some", False)])
 def test_embeddings_are_those_of_transformers(kind: str, eager: bool, folders: dict[str, Path]) -> None:
     """The vectors for all layers of the text model, side by side."""
-    loaded, model = loaded_from(folders[kind], op_by_op=eager), theirs(folders[kind])
-    assert loaded.tower is not None
-    wanted = list[NDArray[np.float32]]()
+    model, wanted = model_of(folders[kind]), list[NDArray[np.float32]]()
     for picture in PICTURES:
         with torch.inference_mode():
             found = model.model.get_image_features(**their_pixels([picture])).deepstack_features
         layers = [each[0].numpy() / 0.4 for _, each in sorted(found, key=lambda each: each[0])]
         wanted.append(np.concatenate(layers, 1))
-    ids, images = loaded.tower.vision.look([PAD] * len(PICTURES), PICTURES)
-    assert [len(each) for each in loaded.tower.vision.places(ids, images)] == [len(each) for each in wanted]
-    require_embeddings(loaded, images, wanted, eager=eager, most=64)
+    require_same_embeddings(folders[kind], PAD, PICTURES, wanted, eager=eager, most=64)
 
 
-@pytest.mark.parametrize("eager", [True, False])
-@pytest.mark.parametrize(("kind", "tokens"), few([(k, t) for k in KINDS for t in (512, 23)], ("all", 23)))
+@combined("kind eager tokens", KINDS, (True, False), (512, 23), common=[("all", False, 23)])
 def test_logits_are_those_of_transformers(kind: str, tokens: int, eager: bool, folders: dict[str, Path]) -> None:
-    pixels, model = their_pixels(PICTURES[:2]), theirs(folders[kind])
+    pixels, model = their_pixels(PICTURES[:2]), model_of(folders[kind])
 
     def wanted(ids: torch.Tensor) -> torch.Tensor:
         return model(input_ids=ids, **pixels).logits[0].log_softmax(-1)
@@ -139,23 +127,15 @@ def test_logits_are_those_of_transformers(kind: str, tokens: int, eager: bool, f
     require_logits(folders[kind], PROMPTS[0], wanted, eager=eager, tokens=tokens)
 
 
-@pytest.mark.parametrize(
-    ("kind", "tokens"), few([(k, t) for k in ("all", "no offsets") for t in (512, 17)], ("all", 17))
-)
+@combined("kind tokens", ("all", "no offsets"), (512, 17), common=[("all", 17)])
 def test_answers_are_the_same_in_a_batch_in_chunks_and_cached(kind: str, tokens: int, folders: dict[str, Path]) -> None:
-    alone = answers_alone(folders[kind], PROMPTS)
-    with InferenceEngine(folders[kind], max_num_batched_tokens=tokens, max_num_seqs=8) as engine:
-        require_same_when_cached(engine, PROMPTS, alone)
+    require_same_in_steps(folders[kind], PROMPTS, answers_alone(folders[kind], PROMPTS), tokens)
 
 
 @pytest.mark.parametrize("how", few(list(GPU_STEPS), "captured"))
 def test_steps_of_a_gpu_have_the_same_answers(how: str, folders: dict[str, Path]) -> None:
-    """By the references of its kernels."""
-    loaded = loaded_from(folders["all"], op_by_op=True)
     asked = [(ASK, PICTURES[:2]), ("Nothing to see.", []), ("<image>What is this?", PICTURES[3:4])]
-    with exact_sums():
-        found, _ = answers_of_a_gpu(loaded, asked, **GPU_STEPS[how])
-        require_same(found, answers_op_by_op(loaded, asked))
+    require_same_on_a_gpu(folders["all"], asked, how)
 
 
 def test_a_gguf_file_of_the_text_model_is_the_same_text_model(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,20 +14,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gguf import GGUFWriter
 from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig
 from transformers.models.hunyuan_vl.image_processing_pil_hunyuan_vl import HunYuanVLImageProcessorPil
 from transformers.models.hunyuan_vl.modeling_hunyuan_vl import HunYuanVLRotaryEmbedding
 
 from candle_vllm.core import EngineConfig, InferenceEngine
 from candle_vllm.core.conversion import write_gguf
-from candle_vllm.core.devices import choose_device
 from candle_vllm.core.engine.build import preparation_for
-from candle_vllm.core.engine.runners.eager_runner import EagerTower
-from candle_vllm.core.engine.runners.images import tiles_of
 from candle_vllm.core.engine.step.batch import rotary_positions
 from candle_vllm.core.engine.step.live import LiveSequence
 from candle_vllm.core.engine.step.sequence import Run
@@ -36,27 +33,29 @@ from candle_vllm.core.models import hunyuan, hunyuan_tower
 from candle_vllm.core.models.registry import family_from_hf
 from packages.core.tests.exact_sums import exact_sums
 from packages.core.tests.models.sight import (
-    answers,
-    answers_alone,
-    answers_of_a_gpu,
-    answers_of_ranks,
-    answers_op_by_op,
-    finished,
-    require_embeddings,
-    require_logits,
-    require_same,
-    require_same_when_cached,
-)
-from packages.core.tests.models.test_qwen_vl import (
     GPU_STEPS,
     PICTURES,
     TEMPLATE,
+    answers_alone,
+    answers_of,
+    answers_of_ranks,
+    answers_op_by_op,
     loaded_from,
+    model_of,
+    random_model,
     request_of,
+    require_logits,
+    require_nearly_same_when_quantised,
+    require_same,
+    require_same_embeddings,
+    require_same_from_gguf,
+    require_same_in_steps,
+    require_same_on_a_gpu,
     write_tokenizer,
+    write_tower,
 )
-from packages.core.tests.models.tiny import SMALL, randomise
-from tests.common_run import few
+from packages.core.tests.models.tiny import SMALL
+from tests.common_run import combined, few
 
 START, END, PAD = range(260, 263)
 MARKS = tuple(f"<｜hy_place▁holder▁no▁{number}｜>" for number in (100, 101, 102, 103))
@@ -110,9 +109,7 @@ def write(folder: Path, kind: str = "four", **vision: Any) -> Path:
         image_token_id=PAD, im_start_id=START, im_end_id=END, im_newline_id=PAD + 1, tie_word_embeddings=False,
     )  # fmt: skip
     config.text_config.tie_word_embeddings = config.tie_word_embeddings = False
-    torch.manual_seed(0)
-    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32, attn_implementation="eager")
-    randomise(model)
+    model = random_model(config)
     model.save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
     write_tokenizer(folder, MARKS, TEMPLATE.replace("<|vision_start|><|image_pad|><|vision_end|>", ONE))
@@ -126,7 +123,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(scope="module")
 def theirs(folder: Path) -> Any:
-    return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    return model_of(folder)
 
 
 def their_pixels(pictures: list[NDArray[np.uint8]]) -> dict[str, torch.Tensor]:
@@ -135,20 +132,14 @@ def their_pixels(pictures: list[NDArray[np.uint8]]) -> dict[str, torch.Tensor]:
     return {key: found[key] for key in ("pixel_values", "image_grid_thw")}
 
 
-@pytest.mark.one_of_each(2)
-@pytest.mark.parametrize("eager", [True, False])
+@pytest.mark.parametrize("eager", few([True, False], False))
 def test_embeddings_are_those_of_transformers(eager: bool, folder: Path, theirs: Any) -> None:
-    loaded = loaded_from(folder, op_by_op=eager)
-    assert loaded.tower is not None
     with torch.inference_mode():
         expected = theirs.model.get_image_features(**their_pixels(PICTURES)).pooler_output
-    images = loaded.tower.vision.look([PAD] * len(PICTURES), PICTURES)[1]
-    require_embeddings(loaded, images, [each.numpy() for each in expected], eager=eager, most=16)
+    require_same_embeddings(folder, PAD, PICTURES, expected, eager=eager, most=16)
 
 
-@pytest.mark.one_of_each(2)
-@pytest.mark.parametrize("eager", [True, False])
-@pytest.mark.parametrize("tokens", [512, 23])
+@combined("eager tokens", (True, False), (512, 23), common=[(False, 23)])
 def test_logits_are_those_of_transformers(tokens: int, eager: bool, folder: Path, theirs: Any) -> None:
     pixels = their_pixels(PICTURES[:2])
 
@@ -189,13 +180,11 @@ def alone(folder: Path) -> list[tuple[int, ...]]:
     return answers_alone(folder, PROMPTS)
 
 
-@pytest.mark.one_of_each
-@pytest.mark.parametrize("tokens", [512, 17])
+@pytest.mark.parametrize("tokens", few([512, 17], 17))
 def test_answers_are_the_same_in_a_batch_in_chunks_and_cached(
     tokens: int, folder: Path, alone: list[tuple[int, ...]]
 ) -> None:
-    with InferenceEngine(folder, max_num_batched_tokens=tokens, max_num_seqs=8) as engine:
-        require_same_when_cached(engine, PROMPTS, alone)
+    require_same_in_steps(folder, PROMPTS, alone, tokens)
 
 
 ASKED = [(ASK, PICTURES[:2]), ("Nothing to see.", []), (f"{ONE}What is this?", PICTURES[3:])]
@@ -203,14 +192,11 @@ ASKED = [(ASK, PICTURES[:2]), ("Nothing to see.", []), (f"{ONE}What is this?", P
 
 @pytest.mark.parametrize("how", few(GPU_STEPS, "captured"))
 def test_steps_of_a_gpu_have_the_same_answers(how: str, folder: Path) -> None:
-    """By the references of its kernels."""
-    loaded = loaded_from(folder, op_by_op=True)
-    with exact_sums():
-        found, _ = answers_of_a_gpu(loaded, ASKED, **GPU_STEPS[how])
-        require_same(found, answers_op_by_op(loaded, ASKED))
+    require_same_on_a_gpu(folder, ASKED, how)
 
 
-@pytest.mark.parametrize("gpu", few([False, True], False))
+@pytest.mark.every_case
+@pytest.mark.parametrize("gpu", [False, True])
 def test_ranks_have_the_same_answers(gpu: bool, folder: Path) -> None:
     with exact_sums():
         wanted = answers_op_by_op(loaded_from(folder, op_by_op=True), ASKED)
@@ -237,17 +223,16 @@ def renamed(name: str) -> str:
     return name
 
 
-def test_names_may_be_those_of_modules_and_a_config_flat(tmp_path: Path) -> None:
-    folder = write(tmp_path)
-    with InferenceEngine(folder) as engine:
-        wanted = answers(engine, PROMPTS)
+@pytest.mark.parametrize("folder", ["four"], indirect=True)
+def test_names_may_be_those_of_modules_and_a_config_flat(
+    folder: Path, tmp_path: Path, alone: list[tuple[int, ...]]
+) -> None:
+    made = shutil.copytree(folder, tmp_path / "made")
     stored = load_file(folder / "model.safetensors")
-    made = {renamed(name): each for name, each in stored.items()}
-    model = AutoModelForImageTextToText.from_pretrained(folder)
-    assert made.keys() == dict(model.named_parameters()).keys()
-    save_file(made, folder / "model.safetensors", {"format": "pt"})
-    with InferenceEngine(folder) as engine:
-        assert answers(engine, PROMPTS) == wanted
+    tensors = {renamed(name): each for name, each in stored.items()}
+    assert tensors.keys() == dict(model_of(folder).named_parameters()).keys()
+    save_file(tensors, made / "model.safetensors", {"format": "pt"})
+    assert answers_of(made, PROMPTS) == alone
     config = read_json(folder / "config.json")
     text = config.pop("text_config") | {"model_type": "hunyuan_vl"}
     rope = text.pop("rope_parameters")
@@ -255,9 +240,8 @@ def test_names_may_be_those_of_modules_and_a_config_flat(tmp_path: Path) -> None
     rope["xdrope_section"] = [float(each) for each in rope.pop("mrope_section")]
     del rope["rope_type"]
     text["rope_scaling"] = rope | {"type": "xdrope", "beta_fast": 32, "beta_slow": 1, "mscale": 1.0}
-    (folder / "config.json").write_text(json.dumps(config | text))
-    with InferenceEngine(folder) as engine:
-        assert answers(engine, PROMPTS) == wanted
+    (made / "config.json").write_text(json.dumps(config | text))
+    assert answers_of(made, PROMPTS) == alone
 
 
 @pytest.mark.parametrize(
@@ -407,17 +391,11 @@ NAMES = {
 
 def write_mmproj(folder: Path, made: Path) -> Path:
     """The checkpoint's tower as llama.cpp's converter writes it."""
-    writer = GGUFWriter(made, "clip")
-    writer.add_string("clip.projector_type", "hunyuanvl")
-    for key, value in {
-        "image_size": 28, "patch_size": 4, "embedding_length": 32, "block_count": 3, "attention.head_count": 2,
-        "feed_forward_length": 48, "spatial_merge_size": 2, "image_min_pixels": 256, "image_max_pixels": 1600,
-    }.items():  # fmt: skip
-        writer.add_uint32(f"clip.vision.{key}", value)
-    writer.add_float32("clip.vision.attention.layer_norm_epsilon", 1e-4)
-    writer.add_bool("clip.use_gelu", True)
-    for key in ("image_mean", "image_std"):
-        writer.add_array(f"clip.vision.{key}", PROCESSOR[key])
+    values: dict[str, Any] = {
+        "image_size": 28, "spatial_merge_size": 2, "image_min_pixels": 256, "image_max_pixels": 1600,
+        "attention.layer_norm_epsilon": 1e-4, "clip.use_gelu": True,
+    }  # fmt: skip
+    tensors = dict[str, NDArray[np.float32]]()
     for name, tensor in load_file(folder / "model.safetensors").items():
         if not name.startswith("vit."):
             continue
@@ -427,23 +405,15 @@ def write_mmproj(folder: Path, made: Path) -> Path:
         if "position_embedding" in plain:
             data = data[1:].copy()
         part, dot, kind = plain.rpartition(".") if plain.endswith(("weight", "bias")) else (plain, "", "")
-        writer.add_tensor(f"{block}{NAMES[part]}{dot}{kind}", data)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return made
+        tensors[f"{block}{NAMES[part]}{dot}{kind}"] = data
+    return write_tower(made, "hunyuanvl", values, tensors, PROCESSOR)
 
 
 @pytest.mark.parametrize("folder", ["four"], indirect=True)
 def test_a_gguf_file_and_that_of_its_tower_are_the_same_model(
     folder: Path, tmp_path: Path, alone: list[tuple[int, ...]]
 ) -> None:
-    text, tower = tmp_path / "model.gguf", write_mmproj(folder, tmp_path / "mmproj.gguf")
-    write_gguf(EngineConfig(model=str(folder), dtype="f32"), text)
-    with InferenceEngine(text, mmproj=tower, tokenizer=folder) as engine:
-        assert engine.model_info.architecture == "hunyuan_vl"
-        assert answers(engine, PROMPTS) == alone
+    require_same_from_gguf(folder, write_mmproj(folder, tmp_path / "mmproj.gguf"), PROMPTS, alone, "hunyuan_vl")
 
 
 def test_the_alpha_of_llama_cpps_files_scales_the_base() -> None:
@@ -469,13 +439,7 @@ def test_a_gguf_file_needs_a_section_of_positions(tmp_path: Path) -> None:
 
 
 def test_a_tower_may_be_quantised_as_it_is_loaded(folder: Path) -> None:
-    exact, found = (loaded_from(folder, op_by_op=True, **more) for more in ({}, {"isq": "q8_0"}))
-    cpu, made = choose_device("cpu"), list[NDArray[np.float32]]()
-    for each in (found, exact):
-        assert each.tower is not None
-        image = each.tower.vision.look([PAD], PICTURES[:1])[1][0]
-        made.append(finished(EagerTower(each.tower.tower, cpu), tiles_of(image), image.whole)[0])
-    assert 0 < np.abs(made[0] - made[1]).max() < 0.1 * np.abs(made[1]).max()
+    require_nearly_same_when_quantised(folder, PAD, PICTURES[0])
 
 
 def test_limits_of_the_area_may_be_set(tmp_path: Path) -> None:

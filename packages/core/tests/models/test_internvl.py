@@ -13,8 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gguf import GGMLQuantizationType, GGUFWriter
-from gguf.quants import quantize
 from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -32,25 +30,28 @@ from candle_vllm.core.fields import Fields, read_json
 from candle_vllm.core.models.internvl_tower import FAMILY
 from candle_vllm.core.models.registry import family_from_hf
 from candle_vllm.core.vision.pictures import picture_of
-from packages.core.tests.exact_sums import exact_sums
 from packages.core.tests.models.families import ROWS
 from packages.core.tests.models.sight import (
+    GPU_STEPS,
+    PICTURES,
     answers,
     answers_alone,
-    answers_of_a_gpu,
-    answers_op_by_op,
     finished,
-    require_embeddings,
+    loaded_from,
+    model_of,
+    random_model,
     require_logits,
-    require_same,
-    require_same_when_cached,
+    require_same_embeddings,
+    require_same_from_gguf,
+    require_same_in_steps,
+    require_same_on_a_gpu,
+    write_tokenizer,
+    write_tower,
 )
-from packages.core.tests.models.test_qwen_vl import GPU_STEPS, PICTURES, loaded_from, write_tokenizer
 from packages.core.tests.models.test_renamed import internlm2
-from packages.core.tests.models.tiny import SMALL, randomise
-from tests.common_run import few
+from packages.core.tests.models.tiny import SMALL
+from tests.common_run import combined, few
 
-Q8_0 = GGMLQuantizationType.Q8_0
 MARKS = ("<img>", "</img>", "<IMG_CONTEXT>", "<video>")
 START, END, PAD, _ = range(260, 264)
 TEMPLATE = (  # of the published files
@@ -109,9 +110,7 @@ def write(folder: Path, name: str, **vision: Any) -> Path:
         vision_config=TOWER | tower | vision,
         image_token_id=PAD, image_seq_length=4, tie_word_embeddings=False,
     )  # fmt: skip
-    torch.manual_seed(0)
-    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32, attn_implementation="eager")
-    randomise(model)
+    model = random_model(config)
     with torch.no_grad():  # embeddings of pictures as long as those of words
         model.model.multi_modal_projector.linear_2.weight.mul_(6)
     model.save_pretrained(folder, save_original_format="qianfan" not in name)
@@ -127,7 +126,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(scope="module")
 def theirs(folder: Path) -> Any:
-    return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    return model_of(folder)
 
 
 def their_tiles(pictures: list[NDArray[np.uint8]], **said: Any) -> Any:
@@ -136,24 +135,25 @@ def their_tiles(pictures: list[NDArray[np.uint8]], **said: Any) -> Any:
     return processor(images=[Image.fromarray(each) for each in pictures], return_tensors="pt")
 
 
-@pytest.mark.one_of_each(4)
-@pytest.mark.parametrize("eager", [True, False])
+@combined(
+    "folder eager", TEXTS, (True, False),
+    common=[*((kind, False) for kind in ("internvl qwen3", "internvl qwen3_moe"))], indirect=["folder"],
+)  # fmt: skip
 def test_embeddings_are_those_of_transformers(eager: bool, folder: Path, theirs: Any) -> None:
-    loaded = loaded_from(folder, op_by_op=eager)
-    assert loaded.tower is not None
     given = their_tiles(PICTURES)
     with torch.inference_mode():
         expected = theirs.model.get_image_features(pixel_values=given["pixel_values"]).pooler_output
     counts = [int(count) for count in given["num_patches"]]
     wanted = [each.reshape(-1, 64).numpy() for each in expected.split(counts)]
-    images = loaded.tower.vision.look([PAD] * len(PICTURES), PICTURES)[1]
+    _, images = require_same_embeddings(folder, PAD, PICTURES, wanted, eager=eager, most=64)
     assert [len(image.sizes) for image in images] == counts
-    require_embeddings(loaded, images, wanted, eager=eager, most=64)
 
 
-@pytest.mark.one_of_each(2)
-@pytest.mark.parametrize("eager", [True, False])
-@pytest.mark.parametrize("tokens", [512, 23])
+@combined(
+    "folder eager tokens", TEXTS, (True, False), (512, 23),
+    common=[("internvl qwen2", False, 512), ("internvl qwen3_moe", True, 23), ("qianfan_ocr qwen3", False, 23)],
+    indirect=["folder"],
+)  # fmt: skip
 def test_logits_are_those_of_transformers(tokens: int, eager: bool, folder: Path, theirs: Any) -> None:
     # keys and values are bfloat16 in the compiled steps
     require_theirs(folder, theirs, eager=eager, tokens=tokens)
@@ -192,26 +192,21 @@ def alone(folder: Path) -> list[tuple[int, ...]]:
     return answers_alone(folder, PROMPTS)
 
 
-@pytest.mark.one_of_each(2)
-@pytest.mark.parametrize("tokens", [512, 17])
+@combined("folder tokens", TEXTS, (512, 17), common=[("internvl qwen3", 17)], indirect=["folder"])
 def test_answers_are_the_same_in_a_batch_in_chunks_and_cached(
     tokens: int, folder: Path, alone: list[tuple[int, ...]]
 ) -> None:
-    with InferenceEngine(folder, max_num_batched_tokens=tokens, max_num_seqs=8) as engine:
-        require_same_when_cached(engine, PROMPTS, alone)
+    require_same_in_steps(folder, PROMPTS, alone, tokens)
 
 
+@pytest.mark.every_case
 @pytest.mark.parametrize(
-    ("folder", "how"), few([(kind, how) for kind in TEXTS for how in GPU_STEPS], ("internvl qwen3", "captured")),
+    ("folder", "how"), [(kind, how) for kind in TEXTS for how in GPU_STEPS],
     indirect=["folder"],
 )  # fmt: skip
 def test_steps_of_a_gpu_have_the_same_answers(folder: Path, how: str) -> None:
-    """By the references of its kernels."""
-    loaded = loaded_from(folder, op_by_op=True)
     asked = [(ASK, PICTURES[:2]), ("Nothing to see.", []), (f"{ONE}What is this?", PICTURES[3:])]
-    with exact_sums():
-        found, _ = answers_of_a_gpu(loaded, asked, **GPU_STEPS[how])
-        require_same(found, answers_op_by_op(loaded, asked))
+    require_same_on_a_gpu(folder, asked, how)
 
 
 # ---- tiles and tokens ------------------------------------------------------------------------------------------------
@@ -223,6 +218,7 @@ SIZES = (
 """Widths and heights."""
 
 
+@pytest.mark.one_of_each(2)
 @pytest.mark.parametrize("said", [{}, {"max_patches": 6}, {"min_patches": 2, "max_patches": 12}, {"max_patches": 1}])
 def test_images_have_the_tiles_of_transformers(said: dict[str, Any]) -> None:
     """Their number for many sizes, and their pixels for some."""
@@ -311,6 +307,7 @@ def test_pixels_are_normalised_as_transformers_does_without_a_mean() -> None:
         assert found.rule.normalisation.mean == tuple(GotOcr2ImageProcessorPil().image_mean)
 
 
+@pytest.mark.parametrize("folder", few(TEXTS, "qianfan_ocr qwen3"), indirect=True)
 def test_the_number_of_tiles_may_be_set(folder: Path) -> None:
     for said, count in (({"max_patches": 2}, 3), ({"crop_to_patches": False}, 1), ({"min_patches": 4}, 5)):
         loaded = loaded_from(folder, mm_processor_kwargs=said)
@@ -392,6 +389,7 @@ def write_original(folder: Path, to: Path) -> Path:
     return to
 
 
+@pytest.mark.parametrize("folder", few(TEXTS, "internvl qwen3", "internvl qwen3_moe"), indirect=True)
 def test_the_original_format_is_the_same_model(folder: Path, tmp_path: Path, alone: list[tuple[int, ...]]) -> None:
     with InferenceEngine(write_original(folder, tmp_path)) as engine:
         assert answers(engine, PROMPTS) == alone
@@ -399,44 +397,31 @@ def test_the_original_format_is_the_same_model(folder: Path, tmp_path: Path, alo
 
 def write_mmproj(folder: Path, made: Path, quantised: bool = False) -> Path:
     """The checkpoint's tower as llama.cpp's converter writes it; matrices of blocks may be Q8_0."""
-    writer = GGUFWriter(made, "clip")
-    writer.add_string("clip.projector_type", "internvl")
-    for key, value in {
-        "image_size": 16, "patch_size": 4, "embedding_length": 32, "block_count": 3, "attention.head_count": 2,
-        "feed_forward_length": 48, "projection_dim": 64, "projector.scale_factor": 2, "preproc_min_tiles": 1,
-        "preproc_max_tiles": 4,
-    }.items():  # fmt: skip
-        writer.add_uint32(f"clip.vision.{key}", value)
-    writer.add_float32("clip.vision.attention.layer_norm_epsilon", 1e-6)
-    writer.add_bool("clip.use_gelu", True)
-    for key in ("image_mean", "image_std"):
-        writer.add_array(f"clip.vision.{key}", PROCESSOR[key])
+    values: dict[str, Any] = {
+        "image_size": 16, "projection_dim": 64, "projector.scale_factor": 2, "preproc_min_tiles": 1,
+        "preproc_max_tiles": 4, "clip.use_gelu": True,
+    }  # fmt: skip
+    tensors = dict[str, NDArray[np.float32]]()
     for name, tensor in stored_tensors(folder).items():
         if (found := TENSOR.fullmatch(name)) is not None:
             layer, part, kind = found.groups()
             at = "" if layer is None else f"v.blk.{layer}."
             kind = None if part == "cls_token" else kind or "weight"
             stem = at + NAMES[part][1]
-            name, data = stem if kind is None else f"{stem}.{kind}", tensor.numpy()
-            if quantised and name.startswith("v.blk.") and data.ndim == 2 and not data.shape[1] % 32:
-                writer.add_tensor(name, quantize(data, Q8_0), raw_dtype=Q8_0)
-            else:
-                writer.add_tensor(name, data)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return made
+            tensors[stem if kind is None else f"{stem}.{kind}"] = tensor.numpy()
+
+    def is_quantised(name: str, data: NDArray[np.float32]) -> bool:
+        return quantised and name.startswith("v.blk.") and data.ndim == 2 and not data.shape[1] % 32
+
+    return write_tower(made, "internvl", values, tensors, PROCESSOR, is_quantised)
 
 
-@pytest.mark.parametrize("folder", list(TEXTS)[1:], indirect=True)
+@pytest.mark.parametrize("folder", few(list(TEXTS)[1:], "internvl qwen3"), indirect=True)
 def test_a_gguf_file_and_that_of_its_tower_are_the_same_model(
     folder: Path, tmp_path: Path, alone: list[tuple[int, ...]]
 ) -> None:
-    text, tower = tmp_path / "model.gguf", write_mmproj(folder, tmp_path / "mmproj.gguf")
-    write_gguf(EngineConfig(model=str(folder), dtype="f32"), text)
-    with InferenceEngine(text, mmproj=tower, tokenizer=folder) as engine:
-        assert answers(engine, PROMPTS) == alone
+    kind = read_json(folder / "config.json")["text_config"]["model_type"].replace("_", "")
+    require_same_from_gguf(folder, write_mmproj(folder, tmp_path / "mmproj.gguf"), PROMPTS, alone, kind)
 
 
 def embeddings(folder: Path, **settings: Any) -> NDArray[np.float32]:

@@ -7,6 +7,7 @@ import ast
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,36 +15,35 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from gguf import GGUFWriter
 from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig
 
-from candle_vllm.core import EngineConfig, InferenceEngine
-from candle_vllm.core.conversion import write_gguf
-from candle_vllm.core.devices import choose_device
-from candle_vllm.core.engine.runners.eager_runner import EagerTower
-from candle_vllm.core.engine.runners.images import tiles_of
 from candle_vllm.core.errors import ConfigError, InvalidFileError, UnsupportedModelError
 from candle_vllm.core.fields import Fields, read_json
 from candle_vllm.core.models import kimi_tower
-from packages.core.tests.exact_sums import exact_sums
 from packages.core.tests.models.families import DEEPSEEK
 from packages.core.tests.models.sight import (
-    answers,
+    GPU_STEPS,
+    PICTURES,
+    TEMPLATE,
     answers_alone,
-    answers_of_a_gpu,
-    answers_op_by_op,
-    finished,
-    require_embeddings,
+    answers_of,
+    loaded_from,
+    model_of,
+    random_model,
     require_logits,
-    require_same,
-    require_same_when_cached,
+    require_nearly_same_when_quantised,
+    require_same_embeddings,
+    require_same_from_gguf,
+    require_same_in_steps,
+    require_same_on_a_gpu,
+    write_tokenizer,
+    write_tower,
 )
-from packages.core.tests.models.test_qwen_vl import GPU_STEPS, PICTURES, TEMPLATE, loaded_from, write_tokenizer
-from packages.core.tests.models.tiny import SMALL, randomise
-from tests.common_run import few
+from packages.core.tests.models.tiny import SMALL
+from tests.common_run import combined, few
 
 PAD = 262
 MARKS = ("<|media_begin|>", "<|media_content|>", "<|media_pad|>", "<|media_end|>")
@@ -83,9 +83,7 @@ def write(folder: Path, kind: str = "usual", **vision: Any) -> Path:
         projection_hidden_size=32, projection_layer_norm_eps=1e-3, image_token_id=PAD, video_token_id=271,
         tie_word_embeddings=False,
     )  # fmt: skip
-    torch.manual_seed(0)
-    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32, attn_implementation="eager")
-    randomise(model)
+    model = random_model(config)
     with torch.no_grad():  # as far apart as embedded patches
         model.model.vision_tower.patch_embed.pos_emb.position_embeddings.normal_()
     model.save_pretrained(folder)
@@ -104,7 +102,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(scope="module")
 def theirs(folder: Path) -> Any:
-    return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    return model_of(folder)
 
 
 def navit_resize() -> Any:
@@ -131,20 +129,14 @@ def their_pixels(pictures: list[NDArray[np.uint8]]) -> dict[str, torch.Tensor]:
     return {"pixel_values": torch.from_numpy(np.concatenate(patches)), "image_grid_thw": torch.tensor(grids)}
 
 
-@pytest.mark.one_of_each(2)
-@pytest.mark.parametrize("eager", [True, False])
+@pytest.mark.parametrize("eager", few([True, False], False))
 def test_embeddings_are_those_of_transformers(eager: bool, folder: Path, theirs: Any) -> None:
-    loaded = loaded_from(folder, op_by_op=eager)
-    assert loaded.tower is not None
     with torch.inference_mode():
         expected = theirs.model.get_image_features(**their_pixels(PICTURES)).pooler_output
-    images = loaded.tower.vision.look([PAD] * len(PICTURES), PICTURES)[1]
-    require_embeddings(loaded, images, [each.numpy() for each in expected], eager=eager, most=24)
+    require_same_embeddings(folder, PAD, PICTURES, expected, eager=eager, most=24)
 
 
-@pytest.mark.one_of_each(2)
-@pytest.mark.parametrize("eager", [True, False])
-@pytest.mark.parametrize("tokens", [512, 23])
+@combined("eager tokens", (True, False), (512, 23), common=[(False, 23)])
 def test_logits_are_those_of_transformers(tokens: int, eager: bool, folder: Path, theirs: Any) -> None:
     pixels = their_pixels(PICTURES[:2])
 
@@ -159,23 +151,18 @@ def alone(folder: Path) -> list[tuple[int, ...]]:
     return answers_alone(folder, PROMPTS)
 
 
-@pytest.mark.one_of_each
-@pytest.mark.parametrize("tokens", [512, 17])
+@pytest.mark.parametrize("tokens", few([512, 17], 17))
 def test_answers_are_the_same_in_a_batch_in_chunks_and_cached(
     tokens: int, folder: Path, alone: list[tuple[int, ...]]
 ) -> None:
-    with InferenceEngine(folder, max_num_batched_tokens=tokens, max_num_seqs=8) as engine:
-        require_same_when_cached(engine, PROMPTS, alone)
+    require_same_in_steps(folder, PROMPTS, alone, tokens)
 
 
-@pytest.mark.parametrize("how", few(GPU_STEPS, "captured"))
+@pytest.mark.every_case
+@pytest.mark.parametrize("how", GPU_STEPS)
 def test_steps_of_a_gpu_have_the_same_answers(how: str, folder: Path) -> None:
-    """By the references of its kernels."""
-    loaded = loaded_from(folder, op_by_op=True)
     asked = [(ASK, PICTURES[:2]), ("Nothing to see.", []), (f"{ONE}What is this?", PICTURES[3:])]
-    with exact_sums():
-        found, _ = answers_of_a_gpu(loaded, asked, **GPU_STEPS[how])
-        require_same(found, answers_op_by_op(loaded, asked))
+    require_same_on_a_gpu(folder, asked, how)
 
 
 VISION_NAMES = {
@@ -200,31 +187,26 @@ def renamed(name: str) -> str:
     return name
 
 
-def test_names_may_be_those_of_modules(tmp_path: Path) -> None:
-    folder = write(tmp_path)
+@pytest.mark.parametrize("folder", ["usual"], indirect=True)
+def test_names_may_be_those_of_modules(folder: Path, tmp_path: Path, theirs: Any, alone: list[tuple[int, ...]]) -> None:
     stored = load_file(folder / "model.safetensors")
     assert any(name.endswith("blocks.0.wqkv.weight") for name in stored)
-    with InferenceEngine(folder) as engine:
-        wanted = answers(engine, PROMPTS)
-    model = AutoModelForImageTextToText.from_pretrained(folder)
-    of_modules = {name: each for name, each in model.state_dict().items() if "language_model" not in name}
+    of_modules = {name: each for name, each in theirs.state_dict().items() if "language_model" not in name}
+    other = shutil.copytree(folder, tmp_path / "other")
     made = {renamed(name): each for name, each in stored.items() if "wqkv" not in name}
     made |= {name: each.contiguous() for name, each in of_modules.items() if re.search(r"attn\.[qkv]_proj", name)}
     assert {name for name in made if "language_model" not in name} == of_modules.keys() - {"lm_head.weight"}
     made["model.vision_tower.patch_embed.pos_emb.time_weight"] = torch.zeros(4, 1, 32)
-    save_file(made, folder / "model.safetensors", {"format": "pt"})
-    with InferenceEngine(folder) as engine:
-        assert answers(engine, PROMPTS) == wanted
+    save_file(made, other / "model.safetensors", {"format": "pt"})
+    assert answers_of(other, PROMPTS) == alone
     made = {name.replace("r.patch_embed.proj", "r.encoder.patch_embed.proj"): each for name, each in stored.items()}
-    save_file(made, folder / "model.safetensors", {"format": "pt"})
-    with InferenceEngine(folder) as engine:
-        assert answers(engine, PROMPTS) == wanted
+    save_file(made, other / "model.safetensors", {"format": "pt"})
+    assert answers_of(other, PROMPTS) == alone
 
 
-def test_published_files_have_keys_of_their_own(tmp_path: Path) -> None:
-    folder = write(tmp_path)
-    with InferenceEngine(folder) as engine:
-        wanted = answers(engine, PROMPTS)
+@pytest.mark.parametrize("folder", ["usual"], indirect=True)
+def test_published_files_have_keys_of_their_own(folder: Path, tmp_path: Path, alone: list[tuple[int, ...]]) -> None:
+    made = shutil.copytree(folder, tmp_path / "made")
     config = read_json(folder / "config.json")
     config["architectures"] = ["KimiK25ForConditionalGeneration"]
     config["vision_config"] = {
@@ -236,14 +218,13 @@ def test_published_files_have_keys_of_their_own(tmp_path: Path) -> None:
     }  # fmt: skip
     del config["projection_layer_norm_eps"], config["projection_hidden_size"]
     config["text_config"]["model_type"] = "kimi_k2"
-    (folder / "config.json").write_text(json.dumps(config))
+    (made / "config.json").write_text(json.dumps(config))
     media = {
         "in_patch_limit": 60, "patch_limit_on_one_side": 18, "patch_size": 4, "merge_kernel_size": 2,
         "fixed_output_tokens": None, "image_mean": PROCESSOR["image_mean"], "image_std": PROCESSOR["image_std"],
     }  # fmt: skip
-    (folder / "preprocessor_config.json").write_text(json.dumps({"media_proc_cfg": media}))
-    with InferenceEngine(folder) as engine:
-        assert answers(engine, PROMPTS) == wanted
+    (made / "preprocessor_config.json").write_text(json.dumps({"media_proc_cfg": media}))
+    assert answers_of(made, PROMPTS) == alone
 
 
 PATH = Path("config.json")
@@ -321,17 +302,11 @@ def as_in_mmproj(data: NDArray[np.float32]) -> NDArray[np.float32]:
 
 def write_mmproj(folder: Path, made: Path) -> Path:
     """The checkpoint's tower as llama.cpp's converter writes it."""
-    writer = GGUFWriter(made, "clip")
-    writer.add_string("clip.projector_type", "kimik25")
-    for key, value in {
-        "image_size": 28, "patch_size": 4, "embedding_length": 32, "block_count": 3, "attention.head_count": 2,
-        "feed_forward_length": 48, "projector.scale_factor": 2, "image_min_pixels": 128, "image_max_pixels": 960,
-    }.items():  # fmt: skip
-        writer.add_uint32(f"clip.vision.{key}", value)
-    writer.add_float32("clip.vision.attention.layer_norm_epsilon", 1e-5)
-    writer.add_bool("clip.use_gelu", True)
-    for key in ("image_mean", "image_std"):
-        writer.add_array(f"clip.vision.{key}", PROCESSOR[key])
+    values: dict[str, Any] = {
+        "image_size": 28, "projector.scale_factor": 2, "image_min_pixels": 128, "image_max_pixels": 960,
+        "attention.layer_norm_epsilon": 1e-5, "clip.use_gelu": True,
+    }  # fmt: skip
+    tensors = dict[str, NDArray[np.float32]]()
     for name, tensor in load_file(folder / "model.safetensors").items():
         if not name.startswith(("vision_tower.", "mm_projector.")):
             continue
@@ -339,12 +314,8 @@ def write_mmproj(folder: Path, made: Path) -> Path:
         if (found := re.match(r"encoder\.blocks\.(\d+)\.", plain)) is not None:
             block, plain = f"v.blk.{found[1]}.", plain[found.end() :]
         part, _, kind = plain.rpartition(".")
-        writer.add_tensor(f"{block}{NAMES[part]}.{kind}", as_in_mmproj(data) if part == "wqkv" else data)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return made
+        tensors[f"{block}{NAMES[part]}.{kind}"] = as_in_mmproj(data) if part == "wqkv" else data
+    return write_tower(made, "kimik25", values, tensors, PROCESSOR)
 
 
 def test_heads_of_a_million_elements_are_refused() -> None:
@@ -364,23 +335,12 @@ def test_a_gguf_file_and_that_of_its_tower_are_the_same_model(tmp_path: Path) ->
     config["projection_layer_norm_eps"] = 1e-5  # llama.cpp has one epsilon, and its files have no longest side
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "preprocessor_config.json").write_text(json.dumps(processor))
-    with InferenceEngine(folder) as engine:
-        wanted = answers(engine, PROMPTS)
-    text, tower = tmp_path / "model.gguf", write_mmproj(folder, tmp_path / "mmproj.gguf")
-    write_gguf(EngineConfig(model=str(folder), dtype="f32"), text)
-    with InferenceEngine(text, mmproj=tower, tokenizer=folder) as engine:
-        assert engine.model_info.architecture == "deepseek2"
-        assert answers(engine, PROMPTS) == wanted
+    wanted = answers_of(folder, PROMPTS)
+    require_same_from_gguf(folder, write_mmproj(folder, tmp_path / "mmproj.gguf"), PROMPTS, wanted, "deepseek2")
 
 
 def test_a_tower_may_be_quantised_as_it_is_loaded(folder: Path) -> None:
-    exact, found = (loaded_from(folder, op_by_op=True, **more) for more in ({}, {"isq": "q8_0"}))
-    cpu, made = choose_device("cpu"), list[NDArray[np.float32]]()
-    for each in (found, exact):
-        assert each.tower is not None
-        image = each.tower.vision.look([PAD], PICTURES[:1])[1][0]
-        made.append(finished(EagerTower(each.tower.tower, cpu), tiles_of(image))[0])
-    assert 0 < np.abs(made[0] - made[1]).max() < 0.1 * np.abs(made[1]).max()
+    require_nearly_same_when_quantised(folder, PAD, PICTURES[0])
 
 
 def test_the_number_of_patches_may_be_set(tmp_path: Path) -> None:

@@ -3,47 +3,48 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import re
-import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-from gguf import GGUFWriter
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig
 from transformers.models.lfm2_vl.processing_lfm2_vl import Lfm2VlProcessor
 
-from candle_vllm.core import EngineConfig, InferenceEngine, SamplingParams
-from candle_vllm.core.conversion import write_gguf
+from candle_vllm.core import InferenceEngine, SamplingParams
 from candle_vllm.core.errors import ConfigError, InvalidFileError, InvalidParameterError, UnsupportedModelError
 from candle_vllm.core.fields import Fields
 from candle_vllm.core.models.lfm2_vl_tower import FAMILY
 from candle_vllm.core.models.registry import family_from_hf
 from candle_vllm.core.vision.pictures import picture_of
-from packages.core.tests.exact_sums import exact_sums
 from packages.core.tests.models.families import LFM2
 from packages.core.tests.models.sight import (
+    GPU_STEPS,
+    RANDOM,
     answers,
     answers_alone,
-    answers_of_a_gpu,
-    answers_op_by_op,
-    require_embeddings,
+    answers_of,
+    loaded_from,
+    model_of,
+    random_model,
     require_logits,
-    require_same,
-    require_same_when_cached,
+    require_same_embeddings,
+    require_same_from_gguf,
+    require_same_in_steps,
+    require_same_on_a_gpu,
+    without_torchvision,
+    write_tokenizer,
+    write_tower,
 )
-from packages.core.tests.models.test_qwen_vl import GPU_STEPS, RANDOM, loaded_from, write_tokenizer
-from packages.core.tests.models.tiny import SMALL, randomise
-from tests.common_run import few
+from packages.core.tests.models.tiny import SMALL
+from tests.common_run import combined, few
 
 START, END, PAD, THUMBNAIL = range(260, 264)
 MARKS = ("<|image_start|>", "<|image_end|>", "<image>", "<|img_thumbnail|>")
@@ -89,11 +90,7 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 @pytest.fixture(scope="module")
 def images() -> Any:
     """transformers' image processor, whose resampling torch computes, as in torchvision."""
-    names = ["torchvision", *(f"torchvision.transforms{end}" for end in ("", ".v2", ".v2.functional"))]
-    made: dict[str, Any] = {name: ModuleType(name) for name in names}
-    made[names[2]].functional = made[names[3]]
-    with mock.patch.dict(sys.modules, made):
-        theirs = importlib.import_module("transformers.models.lfm2_vl.image_processing_lfm2_vl")
+    theirs = without_torchvision("lfm2_vl.image_processing_lfm2_vl")
     backend = theirs.Lfm2VlImageProcessor.__mro__[1]
 
     class Resampling(backend):  # type: ignore[misc,valid-type]
@@ -137,15 +134,18 @@ def their_pixels(pictures: list[NDArray[np.uint8]], rule: Any, images: Any) -> d
     return {"pixel_values": pixels, "pixel_attention_mask": mask, "spatial_shapes": shapes}
 
 
+def rule_of(folder: Path) -> Any:
+    config = json.loads((folder / "config.json").read_text())
+    return FAMILY.config_from_hf(Fields(config, folder), Fields(IMAGES, folder), 64, {}).rule
+
+
 def write(folder: Path, kind: str) -> Path:
     own, vision = KINDS[kind]
     config = AutoConfig.for_model(
         "lfm2_vl", text_config=TEXT, vision_config=VISION | vision, image_token_id=PAD, projector_hidden_size=40,
         downsample_factor=2, **own,
     )  # fmt: skip
-    torch.manual_seed(0)
-    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32, attn_implementation="eager")
-    randomise(model)
+    model = random_model(config)
     with torch.no_grad():  # embeddings of pictures as long as those of words
         model.model.multi_modal_projector.linear_2.weight.mul_(6)
     model.save_pretrained(folder)
@@ -167,7 +167,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(scope="module")
 def theirs(folder: Path) -> Any:
-    return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    return model_of(folder)
 
 
 # ---- tiles and placeholders ------------------------------------------------------------------------------------------
@@ -179,6 +179,7 @@ EDGES = (
 """Widths and heights."""
 
 
+@pytest.mark.one_of_each(1)
 @pytest.mark.parametrize(
     "said", [{}, {"max_tiles": 4}, {"do_image_splitting": False}, {"min_image_tokens": 1, "max_image_tokens": 84}]
 )
@@ -229,31 +230,21 @@ def test_an_extreme_shape_is_refused(folder: Path) -> None:
 # ---- embeddings, logits, answers -------------------------------------------------------------------------------------
 
 
-@pytest.mark.one_of_each(2)
-@pytest.mark.parametrize("eager", [True, False])
+@combined("folder eager", KINDS, (True, False), common=[*((kind, False) for kind in KINDS)], indirect=["folder"])
 def test_embeddings_are_those_of_transformers(eager: bool, folder: Path, theirs: Any, images: Any) -> None:
-    loaded = loaded_from(folder, op_by_op=eager)
-    assert loaded.tower is not None
-    rule = loaded.tower.tower.config.rule
+    rule = rule_of(folder)
     wanted = list[NDArray[np.float32]]()
     for picture in PICTURES:
         with torch.inference_mode():
             found = theirs.model.get_image_features(**their_pixels([picture], rule, images)).pooler_output
         wanted.append(torch.cat(list(found)).numpy())
-    ids, given = loaded.tower.vision.look([PAD] * len(PICTURES), PICTURES)
+    _, given = require_same_embeddings(folder, PAD, PICTURES, wanted, eager=eager, most=64)
     assert [len(set(each.sizes)) for each in given] == [2, 1, 1, 1, 2]
-    assert [len(each) for each in loaded.tower.vision.places(ids, given)] == [len(each) for each in wanted]
-    require_embeddings(loaded, given, wanted, eager=eager, most=64)
 
 
-@pytest.mark.one_of_each(2)
-@pytest.mark.parametrize("eager", [True, False])
-@pytest.mark.parametrize("tokens", [512, 23])
+@combined("folder eager tokens", KINDS, (True, False), (512, 23), common=[("norm", False, 23)], indirect=["folder"])
 def test_logits_are_those_of_transformers(tokens: int, eager: bool, folder: Path, theirs: Any, images: Any) -> None:
-    rule = FAMILY.config_from_hf(
-        Fields(json.loads((folder / "config.json").read_text()), folder), Fields(IMAGES, folder), 64, {}
-    ).rule
-    pixels = their_pixels(PICTURES[:2], rule, images)
+    pixels = their_pixels(PICTURES[:2], rule_of(folder), images)
 
     def wanted(ids: torch.Tensor) -> torch.Tensor:
         return theirs(input_ids=ids, **pixels).logits[0].log_softmax(-1)
@@ -266,25 +257,21 @@ def alone(folder: Path) -> list[tuple[int, ...]]:
     return answers_alone(folder, PROMPTS)
 
 
-@pytest.mark.parametrize("tokens", few([512, 64, 31, 23, 17, 13, 11, 9], 512, 11))
+@combined("folder tokens", KINDS, (512, 64, 31, 23, 17, 13, 11, 9), common=[("norm", 11)], indirect=["folder"])
 def test_answers_are_the_same_in_a_batch_in_chunks_and_cached(
     tokens: int, folder: Path, alone: list[tuple[int, ...]]
 ) -> None:
-    with InferenceEngine(folder, max_num_batched_tokens=tokens, max_num_seqs=8) as engine:
-        require_same_when_cached(engine, PROMPTS, alone)
+    require_same_in_steps(folder, PROMPTS, alone, tokens)
 
 
+@pytest.mark.every_case
 @pytest.mark.parametrize(
-    ("folder", "how"), few([(kind, how) for kind in KINDS for how in GPU_STEPS], ("norm", "captured")),
+    ("folder", "how"), [(kind, how) for kind in KINDS for how in GPU_STEPS],
     indirect=["folder"],
 )  # fmt: skip
 def test_steps_of_a_gpu_have_the_same_answers(folder: Path, how: str) -> None:
-    """By the references of its kernels."""
-    loaded = loaded_from(folder, op_by_op=True)
     asked = [(ASK, PICTURES[:2]), ("Nothing to see.", []), ("<image>What is this?", PICTURES[3:4])]
-    with exact_sums():
-        found, _ = answers_of_a_gpu(loaded, asked, **GPU_STEPS[how])
-        require_same(found, answers_op_by_op(loaded, asked))
+    require_same_on_a_gpu(folder, asked, how)
 
 
 def test_a_template_writes_the_mark_of_an_image(tmp_path: Path) -> None:
@@ -321,6 +308,7 @@ def test_an_operator_sets_tiles_and_tokens(tmp_path: Path) -> None:
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("folder", few(KINDS, "norm"), indirect=True)
 def test_names_of_published_checkpoints_are_read(folder: Path, tmp_path: Path, alone: list[tuple[int, ...]]) -> None:
     """Which have the name that the vision model's class had in transformers 4."""
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
@@ -345,17 +333,8 @@ TENSOR = re.compile(r"model\.(?:vision_tower|multi_modal_projector)\.(?:encoder\
 
 def write_mmproj(folder: Path, made: Path) -> Path:
     """The checkpoint's vision encoder as llama.cpp's converter writes it."""
-    writer = GGUFWriter(made, "clip")
-    writer.add_string("clip.projector_type", "lfm2")
-    writer.add_bool("clip.use_gelu", True)
-    for key, value in {
-        "image_size": 256, "patch_size": 4, "embedding_length": 32, "block_count": 3, "attention.head_count": 2,
-        "feed_forward_length": 48, "projector.scale_factor": 2,
-    }.items():  # fmt: skip
-        writer.add_uint32(f"clip.vision.{key}", value)
-    writer.add_float32("clip.vision.attention.layer_norm_epsilon", 1e-6)
-    for key in ("image_mean", "image_std"):
-        writer.add_array(f"clip.vision.{key}", IMAGES[key])
+    values: dict[str, Any] = {"image_size": 256, "projector.scale_factor": 2, "clip.use_gelu": True}
+    tensors = dict[str, NDArray[np.float32]]()
     for name, tensor in load_file(folder / "model.safetensors").items():
         if (found := TENSOR.fullmatch(name)) is None or ".head." in name:
             continue
@@ -363,25 +342,17 @@ def write_mmproj(folder: Path, made: Path) -> Path:
         if (part, kind) == ("embeddings.patch_embedding", "weight"):
             tensor = tensor.view(-1, 4, 4, 3).permute(0, 3, 1, 2).contiguous()
         block = "" if layer is None else f"v.blk.{layer}."
-        writer.add_tensor(f"{block}{GGUF_NAMES[part]}.{kind}", tensor.numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return made
+        tensors[f"{block}{GGUF_NAMES[part]}.{kind}"] = tensor.numpy()
+    return write_tower(made, "lfm2", values, tensors, IMAGES)
 
 
+@pytest.mark.parametrize("folder", few(KINDS, "plain"), indirect=True)
 def test_a_gguf_file_and_that_of_its_tower_are_the_same_model(folder: Path, tmp_path: Path) -> None:
     """With published settings of images, which the file does not contain, but for the numbers of tokens."""
-    text, tower = tmp_path / "model.gguf", write_mmproj(folder, tmp_path / "mmproj.gguf")
-    write_gguf(EngineConfig(model=str(folder), dtype="f32"), text)
-    bounds = {"min_image_tokens": 3, "max_image_tokens": 8}
+    bounds: dict[str, Any] = {"mm_processor_kwargs": {"min_image_tokens": 3, "max_image_tokens": 8}}
     asked = [{"prompt": ASK, "multi_modal_data": {"image": [PICTURES[1], PICTURES[3]]}}, *PROMPTS[2:]]
-    with InferenceEngine(folder, mm_processor_kwargs=bounds) as engine:
-        wanted = answers(engine, asked)
-    with InferenceEngine(text, mmproj=tower, tokenizer=folder, mm_processor_kwargs=bounds) as engine:
-        assert engine.model_info.architecture == "lfm2"
-        assert answers(engine, asked) == wanted
+    tower = write_mmproj(folder, tmp_path / "mmproj.gguf")
+    require_same_from_gguf(folder, tower, asked, answers_of(folder, asked, **bounds), "lfm2", **bounds)
 
 
 PUBLISHED: dict[str, Any] = {

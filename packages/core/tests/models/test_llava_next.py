@@ -12,11 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gguf import GGUFWriter
 from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.llava_next.processing_llava_next import LlavaNextProcessor
 
@@ -32,14 +31,17 @@ from packages.core.tests.models.gguf_export import export_gguf
 from packages.core.tests.models.sight import (
     answers,
     answers_alone,
-    require_embeddings,
+    model_of,
+    random_model,
     require_logits,
-    require_same_when_cached,
+    require_same_embeddings,
+    require_same_in_steps,
+    write_tokenizer,
+    write_tower,
 )
 from packages.core.tests.models.test_llava_onevision import EDGES, MARKS, PAD, PICTURES, PROMPTS, TEMPLATE
-from packages.core.tests.models.test_qwen_vl import loaded_from, write_tokenizer
-from packages.core.tests.models.tiny import SMALL, randomise
-from tests.common_run import few
+from packages.core.tests.models.tiny import SMALL
+from tests.common_run import combined, few
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 2, "patch_size": 4}
 KINDS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
@@ -83,9 +85,7 @@ def write(folder: Path, kind: str) -> Path:
         "llava_next", text_config={**SMALL, **text}, vision_config={**SIZES, **vision}, image_token_index=PAD,
         image_grid_pinpoints=images["image_grid_pinpoints"], **own,
     )  # fmt: skip
-    torch.manual_seed(0)
-    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32, attn_implementation="eager")
-    randomise(model)
+    model = random_model(config)
     with torch.no_grad():  # embeddings of pictures as long as those of words
         model.model.multi_modal_projector.linear_2.weight.mul_(6)
         model.model.image_newline.normal_()
@@ -98,10 +98,6 @@ def write(folder: Path, kind: str) -> Path:
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {kind: write(tmp_path_factory.mktemp("llava_next"), kind) for kind in KINDS}
-
-
-def theirs(folder: Path) -> Any:
-    return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
 
 
 def their_pixels(kind: str, pictures: list[NDArray[np.uint8]]) -> Any:
@@ -137,26 +133,20 @@ def test_tiles_are_those_of_transformers(kind: str, folders: dict[str, Path]) ->
         assert np.abs(expected[:, :, :12, :12] - ours).max() < 1e-6
 
 
-@pytest.mark.parametrize("eager", [True, False])
-@pytest.mark.parametrize("kind", KINDS)
+@combined("kind eager", KINDS, (True, False), common=[*((kind, False) for kind in KINDS)])
 def test_embeddings_are_those_of_transformers(kind: str, eager: bool, folders: dict[str, Path]) -> None:
-    loaded, model = loaded_from(folders[kind], op_by_op=eager), theirs(folders[kind])
-    assert loaded.tower is not None
-    wanted = list[NDArray[np.float32]]()
+    model, wanted = model_of(folders[kind]), list[NDArray[np.float32]]()
     for picture in PICTURES:
         with torch.inference_mode():
             wanted.append(model.model.get_image_features(**their_pixels(kind, [picture])).pooler_output[0].numpy())
         text = model.config.text_config  # the residual stream is stored divided by `residual_multiplier`
         wanted[-1] = wanted[-1] * getattr(text, "embedding_multiplier", 1.0) / getattr(text, "residual_multiplier", 1.0)
-    ids, images = loaded.tower.vision.look([PAD] * len(PICTURES), PICTURES)
-    assert [len(each) for each in loaded.tower.vision.places(ids, images)] == [len(each) for each in wanted]
-    require_embeddings(loaded, images, wanted, eager=eager, most=64)
+    require_same_embeddings(folders[kind], PAD, PICTURES, wanted, eager=eager, most=64)
 
 
-@pytest.mark.parametrize("eager", [True, False])
-@pytest.mark.parametrize(("kind", "tokens"), few([(k, t) for k in KINDS for t in (512, 23)], ("SigLIP", 23)))
+@combined("kind eager tokens", KINDS, (True, False), (512, 23), common=[("SigLIP", False, 23)])
 def test_logits_are_those_of_transformers(kind: str, tokens: int, eager: bool, folders: dict[str, Path]) -> None:
-    pixels, model = their_pixels(kind, PICTURES[:2]), theirs(folders[kind])
+    pixels, model = their_pixels(kind, PICTURES[:2]), model_of(folders[kind])
 
     def wanted(ids: torch.Tensor) -> torch.Tensor:
         scale = getattr(model.config.text_config, "logits_scaling", 1.0)  # transformers leaves it out in this class
@@ -165,11 +155,9 @@ def test_logits_are_those_of_transformers(kind: str, tokens: int, eager: bool, f
     require_logits(folders[kind], PROMPTS[0], wanted, eager=eager, tokens=tokens)
 
 
-@pytest.mark.parametrize(("kind", "tokens"), few([(k, t) for k in KINDS for t in (512, 17)], ("CLIP", 17)))
+@combined("kind tokens", KINDS, (512, 17), common=[("CLIP", 17)])
 def test_answers_are_the_same_in_a_batch_in_chunks_and_cached(kind: str, tokens: int, folders: dict[str, Path]) -> None:
-    alone = answers_alone(folders[kind], PROMPTS)
-    with InferenceEngine(folders[kind], max_num_batched_tokens=tokens, max_num_seqs=8) as engine:
-        require_same_when_cached(engine, PROMPTS, alone)
+    require_same_in_steps(folders[kind], PROMPTS, answers_alone(folders[kind], PROMPTS), tokens)
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
@@ -201,40 +189,28 @@ def write_gguf(kind: str, folder: Path, made: Path, **keys: Any) -> dict[str, An
     save_file({k if "lm_head" in k else f"model.{k}": each for k, each in kept.items()}, text / "model.safetensors")
     (text / "config.json").write_text(json.dumps(config["text_config"] | {"tie_word_embeddings": False}))
     export_gguf(text, made / "model.gguf", "granite" if kind == "SigLIP" else "llama")
-    writer, vision = GGUFWriter(made / "mmproj.gguf", "clip"), config["vision_config"]
     layers = config["vision_feature_layer"]
     layers = [layer if layer >= 0 else 5 + layer for layer in (layers if isinstance(layers, list) else [layers])]
-    writer.add_string("clip.projector_type", "mlp")
-    writer.add_bool("clip.use_gelu", kind == "SigLIP")
-    numbers = {
-        "image_size": vision["image_size"], "patch_size": 4, "embedding_length": 32, "feed_forward_length": 48,
-        "projection_dim": 8, "attention.head_count": 2, "block_count": max(layers),
+    values: dict[str, Any] = {
+        "image_size": config["vision_config"]["image_size"], "projection_dim": 8, "block_count": max(layers),
+        "clip.use_gelu": kind == "SigLIP", "attention.layer_norm_epsilon": 1e-6 if kind == "SigLIP" else 1e-5,
+        "image_grid_pinpoints": [side for grid in images["image_grid_pinpoints"] for side in grid[::-1]],
+        "mm_patch_merge_type": "spatial_unpad", "image_aspect_ratio": "anyres", **keys,
     }  # fmt: skip
-    for key, value in numbers.items():
-        writer.add_uint32(f"clip.vision.{key}", value)
-    writer.add_float32("clip.vision.attention.layer_norm_epsilon", 1e-6 if kind == "SigLIP" else 1e-5)
-    grids = [side for grid in images["image_grid_pinpoints"] for side in grid[::-1]]
-    told = {"image_grid_pinpoints": grids, "mm_patch_merge_type": "spatial_unpad", "image_aspect_ratio": "anyres"}
-    told |= {"image_mean": images["image_mean"], "image_std": images["image_std"]} | keys
-    told |= {"feature_layer": layers} if layers[1:] else {}
-    for key, value in told.items():
-        if value is not None:
-            add: Any = writer.add_array if isinstance(value, list) else writer.add_string
-            add(f"clip.vision.{key}", value)
+    values |= {"feature_layer": layers} if layers[1:] else {}
+    stored = dict[str, NDArray[np.float32]]()
     for name, tensor in tensors.items():
         number = re.search(r"encoder\.layers\.(\d+)\.", name)
         dropped = number is not None and int(number[1]) >= max(layers)
-        unused = "post_layernorm" in name or (name == "image_newline" and not told["image_grid_pinpoints"])
+        unused = "post_layernorm" in name or (name == "image_newline" and not values["image_grid_pinpoints"])
         if of_tower(name) and not dropped and not unused:
-            writer.add_tensor(older(name), np.ascontiguousarray(tensor.float().numpy().squeeze()))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+            stored[older(name)] = np.ascontiguousarray(tensor.float().numpy().squeeze())
+    said = {key: value for key, value in values.items() if value is not None}
+    write_tower(made / "mmproj.gguf", "mlp", said, stored, images)
     return {"model": str(made / "model.gguf"), "mmproj": made / "mmproj.gguf", "tokenizer": folder}
 
 
-@pytest.mark.parametrize("kind", ["CLIP", "Mistral"])
+@pytest.mark.parametrize("kind", few(["CLIP", "Mistral"], "Mistral"))
 def test_a_gguf_file_beside_the_model_is_the_same_tower(kind: str, folders: dict[str, Path], tmp_path: Path) -> None:
     files = write_gguf(kind, folders[kind], tmp_path)
     with InferenceEngine(folders[kind]) as engine:

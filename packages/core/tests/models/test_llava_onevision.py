@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForImageTextToText, SiglipVisionConfig
+from transformers import AutoConfig, SiglipVisionConfig
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 from transformers.models.llava_onevision.processing_llava_onevision import LlavaOnevisionProcessor
 
@@ -24,20 +24,22 @@ from candle_vllm.core.models import llava_onevision_tower
 from candle_vllm.core.models.llava_onevision_tower import FAMILY
 from candle_vllm.core.models.registry import family_from_hf
 from candle_vllm.core.vision.pictures import picture_of
-from packages.core.tests.exact_sums import exact_sums
 from packages.core.tests.models.sight import (
+    GPU_STEPS,
+    RANDOM,
     answers,
     answers_alone,
-    answers_of_a_gpu,
-    answers_op_by_op,
-    require_embeddings,
+    loaded_from,
+    model_of,
+    random_model,
     require_logits,
-    require_same,
-    require_same_when_cached,
+    require_same_embeddings,
+    require_same_in_steps,
+    require_same_on_a_gpu,
+    write_tokenizer,
 )
-from packages.core.tests.models.test_qwen_vl import GPU_STEPS, RANDOM, loaded_from, write_tokenizer
-from packages.core.tests.models.tiny import SMALL, randomise
-from tests.common_run import few
+from packages.core.tests.models.tiny import SMALL
+from tests.common_run import combined, few
 
 PAD = 262
 MARKS = ("<|vision_start|>", "<|vision_end|>", "<image>", "<video>")
@@ -74,9 +76,7 @@ def write(folder: Path) -> Path:
         "llava_onevision", text_config=text, vision_config=VISION, image_token_index=PAD, image_grid_pinpoints=GRIDS,
         vision_aspect_ratio="anyres_max_4",
     )  # fmt: skip
-    torch.manual_seed(0)
-    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32, attn_implementation="eager")
-    randomise(model)
+    model = random_model(config)
     with torch.no_grad():  # embeddings of pictures as long as those of words
         model.model.multi_modal_projector.linear_2.weight.mul_(6)
         model.model.image_newline.normal_()
@@ -93,7 +93,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def theirs(folder: Path) -> Any:
-    return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    return model_of(folder)
 
 
 def their_pixels(pictures: list[NDArray[np.uint8]], **said: Any) -> Any:
@@ -149,21 +149,17 @@ def test_an_extreme_shape_is_refused(folder: Path) -> None:
 # ---- embeddings, logits, answers -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("eager", [True, False])
+@pytest.mark.parametrize("eager", few([True, False], False))
 def test_embeddings_are_those_of_transformers(eager: bool, folder: Path, theirs: Any) -> None:
-    loaded = loaded_from(folder, op_by_op=eager)
-    assert loaded.tower is not None
     wanted = list[NDArray[np.float32]]()
     for picture in PICTURES:
         with torch.inference_mode():
             found = theirs.model.get_image_features(**their_pixels([picture]))
         wanted.append(found.pooler_output[0].numpy())
-    ids, images = loaded.tower.vision.look([PAD] * len(PICTURES), PICTURES)
-    assert [len(each) for each in loaded.tower.vision.places(ids, images)] == [len(each) for each in wanted]
-    cuts = [loaded.tower.vision.parts.rule.cut(*each.whole) for each in images]
+    vision, images = require_same_embeddings(folder, PAD, PICTURES, wanted, eager=eager, most=64)
+    cuts = [vision.parts.rule.cut(*each.whole) for each in images]
     assert any(cut.shown != cut.joined for cut in cuts)
     assert any(cut.shown == cut.joined for cut in cuts)
-    require_embeddings(loaded, images, wanted, eager=eager, most=64)
 
 
 @pytest.mark.parametrize(("piece", "steps"), [(0.0, True), (300.0, False)])
@@ -181,7 +177,7 @@ def test_steps_run_between_the_rows_of_a_large_image(
     assert sum(1 for _ in joined) == steps * rule.cut(*images[0].whole).joined[0]
 
 
-@pytest.mark.parametrize(("eager", "tokens"), few([(e, t) for e in (True, False) for t in (512, 23)], (True, 23)))
+@combined("eager tokens", (True, False), (512, 23), common=[(False, 23)])
 def test_logits_are_those_of_transformers(tokens: int, eager: bool, folder: Path, theirs: Any) -> None:
     pixels = their_pixels(PICTURES[:2])
 
@@ -196,22 +192,18 @@ def alone(folder: Path) -> list[tuple[int, ...]]:
     return answers_alone(folder, PROMPTS)
 
 
-@pytest.mark.parametrize("tokens", few([512, 31, 17, 11], 512, 17))
+@pytest.mark.parametrize("tokens", few([512, 31, 17, 11], 17))
 def test_answers_are_the_same_in_a_batch_in_chunks_and_cached(
     tokens: int, folder: Path, alone: list[tuple[int, ...]]
 ) -> None:
-    with InferenceEngine(folder, max_num_batched_tokens=tokens, max_num_seqs=8) as engine:
-        require_same_when_cached(engine, PROMPTS, alone)
+    require_same_in_steps(folder, PROMPTS, alone, tokens)
 
 
-@pytest.mark.parametrize("how", few(GPU_STEPS, "captured"))
+@pytest.mark.every_case
+@pytest.mark.parametrize("how", GPU_STEPS)
 def test_steps_of_a_gpu_have_the_same_answers(folder: Path, how: str) -> None:
-    """By the references of its kernels."""
-    loaded = loaded_from(folder, op_by_op=True)
     asked = [(ASK, PICTURES[:2]), ("Nothing to see.", []), ("<image>What is this?", PICTURES[3:4])]
-    with exact_sums():
-        found, _ = answers_of_a_gpu(loaded, asked, **GPU_STEPS[how])
-        require_same(found, answers_op_by_op(loaded, asked))
+    require_same_on_a_gpu(folder, asked, how)
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------

@@ -5,31 +5,25 @@ files, and answers."""
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 import math
 import re
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-from gguf import GGUFWriter
 from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig
 from transformers.models.minicpmv4_6.image_processing_pil_minicpmv4_6 import MiniCPMV4_6ImageProcessorPil
 from transformers.models.minicpmv4_6.processing_minicpmv4_6 import MiniCPMV4_6Processor
 from transformers.vision_utils import get_vision_nearest_position_ids
 
-from candle_vllm.core import EngineConfig, InferenceEngine, SamplingParams
-from candle_vllm.core.conversion import write_gguf
+from candle_vllm.core import InferenceEngine, SamplingParams
 from candle_vllm.core.engine.build import preparation_for
 from candle_vllm.core.engine.runners.images import tiles_of
 from candle_vllm.core.engine.runners.recorded_tower import RecordedTower
@@ -43,23 +37,30 @@ from candle_vllm.core.models.minicpmv_tower import FAMILY, MiniCPMVTower
 from candle_vllm.core.models.registry import family_from_hf
 from candle_vllm.core.remote import RemoteEngine
 from candle_vllm.core.vision.pictures import picture_of
-from packages.core.tests.exact_sums import exact_sums
 from packages.core.tests.models.families import EVEN_HEADS, QWEN35
 from packages.core.tests.models.sight import (
+    GPU_STEPS,
+    RANDOM,
     answers,
     answers_alone,
-    answers_of_a_gpu,
-    answers_op_by_op,
+    answers_of,
     answers_without_torch,
     finished,
-    require_embeddings,
+    loaded_from,
+    model_of,
+    random_model,
+    request_of,
     require_logits,
-    require_same,
-    require_same_when_cached,
+    require_same_embeddings,
+    require_same_from_gguf,
+    require_same_in_steps,
+    require_same_on_a_gpu,
+    without_torchvision,
+    write_tokenizer,
+    write_tower,
 )
-from packages.core.tests.models.test_qwen_vl import GPU_STEPS, RANDOM, loaded_from, request_of, write_tokenizer
-from packages.core.tests.models.tiny import SMALL, randomise
-from tests.common_run import few
+from packages.core.tests.models.tiny import SMALL
+from tests.common_run import combined, few
 
 MARKS = ("<image>", "</image>", "<|image_pad|>", "<slice>")
 MORE = ("</slice>", "<image_id>", "</image_id>")
@@ -151,9 +152,7 @@ def write(folder: Path, kind: str, **sizes: Any) -> Path:
         tie_word_embeddings=False,
         **own,
     )
-    torch.manual_seed(0)
-    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32, attn_implementation="eager")
-    randomise(model)
+    model = random_model(config)
     with torch.no_grad():  # embeddings of pictures as long as those of words
         model.model.merger.mlp[0].linear_2.weight.mul_(6)
     model.save_pretrained(folder)
@@ -181,7 +180,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(scope="module")
 def theirs(folder: Path) -> Any:
-    return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    return model_of(folder)
 
 
 # ---- tiles and placeholders ------------------------------------------------------------------------------------------
@@ -209,7 +208,7 @@ PUBLISHED: dict[str, Any] = {
 }  # fmt: skip
 """Keys as transformers writes them for a model of the size of MiniCPM-V 4.6."""
 EDGES = (
-    (640, 480), (1920, 1080), (448, 448), (449, 448), (600, 600), (1344, 1344), (1280, 1024), (4000, 3000), (20, 20),
+    (640, 480), (1920, 1080), (448, 448), (449, 448), (600, 600), (1344, 1344), (1280, 1024), (2000, 1500), (20, 20),
     (300, 10), (14, 2100), (16, 2080), (2100, 14), (1000, 500), (500, 1000), (1600, 1200), (3000, 56), (1, 1), (5, 900),
     (896, 448), (1345, 1343), (777, 333), (6000, 40),
 )  # fmt: skip
@@ -221,7 +220,7 @@ def rule_of(said: dict[str, Any], config: dict[str, Any] = PUBLISHED) -> Any:
     return FAMILY.config_from_hf(Fields(config, path), Fields({}, path), 1024, said)
 
 
-@pytest.mark.one_of_each(2)
+@pytest.mark.one_of_each(1)
 @pytest.mark.parametrize(
     "said",
     [
@@ -281,14 +280,10 @@ def test_pixels_are_those_of_transformers(said: dict[str, Any]) -> None:
         assert np.abs(found - kept["pixel_values"].numpy()).max() < 1e-6
 
 
-@pytest.mark.parametrize("upsize", ["always", "never"])
+@pytest.mark.parametrize("upsize", few(["always", "never"], "never"))
 def test_small_images_are_resized_as_in_transformers(upsize: str) -> None:
     """MiniCPM-OCR's processor, which needs torchvision; torch resizes here."""
-    names = ["torchvision", *(f"torchvision.transforms{end}" for end in ("", ".v2", ".v2.functional"))]
-    made: dict[str, Any] = {name: ModuleType(name) for name in names}
-    made[names[2]].functional = made[names[3]]
-    with mock.patch.dict(sys.modules, made):
-        module = importlib.import_module("transformers.models.minicpm_ocr.image_processing_minicpm_ocr")
+    module = without_torchvision("minicpm_ocr.image_processing_minicpm_ocr")
 
     class Processor(module.MiniCPMOcrImageProcessor):  # type: ignore[misc,name-defined]
         def __init__(self) -> None: ...
@@ -333,25 +328,24 @@ def test_an_extreme_shape_is_refused(tmp_path: Path) -> None:
 # ---- embeddings, logits, answers -------------------------------------------------------------------------------------
 
 
-@pytest.mark.one_of_each(5)
-@pytest.mark.parametrize("eager", [True, False])
+@combined(
+    "folder eager", KINDS, (True, False),
+    common=[*((kind, False) for kind in ("first", "middle", "last", "4x"))], indirect=["folder"],
+)  # fmt: skip
 def test_embeddings_are_those_of_transformers(eager: bool, folder: Path, theirs: Any) -> None:
-    loaded = loaded_from(folder, op_by_op=eager)
-    assert loaded.tower is not None
     wanted = list[NDArray[np.float32]]()
     for picture in PICTURES:
         with torch.inference_mode():
             found = theirs.model.get_image_features(**their_pixels([picture], said_of(folder))[1]).pooler_output
         wanted.append(torch.cat(list(found)).numpy())
-    ids, given = loaded.tower.vision.look([PAD] * len(PICTURES), PICTURES)
+    _, given = require_same_embeddings(folder, PAD, PICTURES, wanted, eager=eager, most=64)
     assert [len(each.sizes) for each in given] == [3, 1, 4, 1, 3]
-    assert [len(each) for each in loaded.tower.vision.places(ids, given)] == [len(each) for each in wanted]
-    require_embeddings(loaded, given, wanted, eager=eager, most=64)
 
 
-@pytest.mark.one_of_each(5)
-@pytest.mark.parametrize("eager", [True, False])
-@pytest.mark.parametrize("tokens", [512, 23])
+@combined(
+    "folder eager tokens", KINDS, (True, False), (512, 23),
+    common=[("canvas", False, 23), ("middle", True, 512), ("ocr", False, 23)], indirect=["folder"],
+)  # fmt: skip
 def test_logits_are_those_of_transformers(tokens: int, eager: bool, folder: Path, theirs: Any) -> None:
     pixels = their_pixels(PICTURES[:2], said_of(folder))[1]
 
@@ -362,6 +356,7 @@ def test_logits_are_those_of_transformers(tokens: int, eager: bool, folder: Path
     require_logits(folder, PROMPTS[0], wanted, eager=eager, tokens=tokens)
 
 
+@pytest.mark.one_of_each
 @pytest.mark.parametrize(("folder", "mode"), [("canvas", "16x"), ("canvas 4x", "4x")], indirect=["folder"])
 @pytest.mark.parametrize("chunks", [[1000], [7], [1, 2, 30]])
 @pytest.mark.parametrize(
@@ -407,25 +402,20 @@ def alone(folder: Path) -> list[tuple[int, ...]]:
     return answers_alone(folder, PROMPTS)
 
 
-@pytest.mark.parametrize("tokens", few([512, 64, 31, 23, 17, 13, 11, 9], 512, 11))
+@combined(
+    "folder tokens", KINDS, (512, 64, 31, 23, 17, 13, 11, 9),
+    common=[("middle", 11), ("canvas", 512)], indirect=["folder"],
+)  # fmt: skip
 def test_answers_are_the_same_in_a_batch_in_chunks_and_cached(
     tokens: int, folder: Path, alone: list[tuple[int, ...]]
 ) -> None:
-    with InferenceEngine(folder, max_num_batched_tokens=tokens, max_num_seqs=8) as engine:
-        require_same_when_cached(engine, PROMPTS, alone)
+    require_same_in_steps(folder, PROMPTS, alone, tokens)
 
 
-@pytest.mark.parametrize(
-    ("folder", "how"), few([(kind, how) for kind in KINDS for how in GPU_STEPS], ("middle", "captured")),
-    indirect=["folder"],
-)  # fmt: skip
+@combined("folder how", KINDS, GPU_STEPS, common=[("middle", "captured")], indirect=["folder"])
 def test_steps_of_a_gpu_have_the_same_answers(folder: Path, how: str) -> None:
-    """By the references of its kernels."""
-    loaded = loaded_from(folder, op_by_op=True)
     asked = [(ASK, PICTURES[:2]), ("Nothing to see.", []), ("<|image_pad|>What is this?", PICTURES[3:4])]
-    with exact_sums():
-        found, _ = answers_of_a_gpu(loaded, asked, **GPU_STEPS[how])
-        require_same(found, answers_op_by_op(loaded, asked))
+    require_same_on_a_gpu(folder, asked, how)
 
 
 def test_a_template_writes_the_mark_of_an_image_and_images_are_numbered(tmp_path: Path) -> None:
@@ -454,6 +444,7 @@ def test_answers_are_the_same_in_another_process_and_without_torch(tmp_path: Pat
     assert answers_without_torch([(folder, ASK, PICTURES[:2])]) == alone[:1]
 
 
+@pytest.mark.every_case
 @pytest.mark.parametrize("kind", ["middle", "4x"])
 def test_quantised_while_loading_the_embeddings_are_nearly_the_same(kind: str, tmp_path: Path) -> None:
     """Rows of matrices are whole blocks of 32 values."""
@@ -511,18 +502,11 @@ TENSOR = re.compile(r"model\.(?:vision_tower|merger)\.(?:(vit_merger)\.|encoder\
 def write_mmproj(folder: Path, made: Path, kind: str) -> Path:
     """The checkpoint's vision encoder as llama.cpp's converter writes it."""
     merged = mode_of(kind) == "16x"
-    writer = GGUFWriter(made, "clip")
-    writer.add_string("clip.projector_type", "minicpmv4_6")
-    writer.add_bool("clip.use_gelu", True)
-    for key, value in {
-        "image_size": 32, "patch_size": 4, "embedding_length": 32, "block_count": 3, "attention.head_count": 2,
-        "feed_forward_length": 48, "projector.scale_factor": 4 if merged else 2,
-    }.items():  # fmt: skip
-        writer.add_uint32(f"clip.vision.{key}", value)
-    writer.add_array("clip.vision.wa_layer_indexes", [KINDS[kind][1]["insert_layer_id"]])
-    writer.add_float32("clip.vision.attention.layer_norm_epsilon", 1e-6)
-    for key in ("image_mean", "image_std"):
-        writer.add_array(f"clip.vision.{key}", IMAGES[key])
+    values: dict[str, Any] = {
+        "image_size": 32, "projector.scale_factor": 4 if merged else 2, "clip.use_gelu": True,
+        "wa_layer_indexes": [KINDS[kind][1]["insert_layer_id"]],
+    }  # fmt: skip
+    tensors = dict[str, NDArray[np.float32]]()
     for name, tensor in load_file(folder / "model.safetensors").items():
         if (found := TENSOR.fullmatch(name)) is None:
             continue
@@ -530,28 +514,19 @@ def write_mmproj(folder: Path, made: Path, kind: str) -> Path:
         if merger and not merged:
             continue
         block = "v.vit_merger." if merger else "" if layer is None else f"v.blk.{layer}."
-        writer.add_tensor(f"{block}{GGUF_NAMES[part]}.{tail}", tensor.numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return made
+        tensors[f"{block}{GGUF_NAMES[part]}.{tail}"] = tensor.numpy()
+    return write_tower(made, "minicpmv4_6", values, tensors, IMAGES)
 
 
-@pytest.mark.parametrize("kind", ["first", "last", "4x"])
+@pytest.mark.parametrize("kind", few(["first", "last", "4x"], "last"))
 def test_a_gguf_file_and_that_of_its_tower_are_the_same_model(kind: str, tmp_path: Path) -> None:
     """With published settings of images, which the file does not contain, but for the number of tiles."""
     folder = tmp_path / "folder"
     folder.mkdir()
     write(folder, kind)
-    text, tower = tmp_path / "model.gguf", write_mmproj(folder, tmp_path / "mmproj.gguf", kind)
-    write_gguf(EngineConfig(model=str(folder), dtype="f32"), text)
-    said = {"max_slice_nums": 4}
-    with InferenceEngine(folder, mm_processor_kwargs=said) as engine:
-        wanted = answers(engine, PROMPTS)
-    with InferenceEngine(text, mmproj=tower, tokenizer=folder, mm_processor_kwargs=said) as engine:
-        assert engine.model_info.architecture == "qwen35"
-        assert answers(engine, PROMPTS) == wanted
+    said: dict[str, Any] = {"mm_processor_kwargs": {"max_slice_nums": 4}}
+    tower = write_mmproj(folder, tmp_path / "mmproj.gguf", kind)
+    require_same_from_gguf(folder, tower, PROMPTS, answers_of(folder, PROMPTS, **said), "qwen35", **said)
 
 
 @pytest.mark.parametrize("layer", [{}, [], None, "x", 0.5])

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedTokenizerFast
+from transformers import AutoConfig, PreTrainedTokenizerFast
 from transformers.models.paligemma.processing_paligemma import PaliGemmaProcessor
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
@@ -29,20 +29,21 @@ from candle_vllm.core.fields import Fields
 from candle_vllm.core.models.paligemma_tower import FAMILY
 from candle_vllm.core.models.registry import family_from_hf
 from candle_vllm.core.vllm.beam_search import beam_search
-from packages.core.tests.exact_sums import exact_sums
 from packages.core.tests.models.sight import (
+    GPU_STEPS,
     answers,
     answers_alone,
-    answers_of_a_gpu,
-    answers_op_by_op,
-    require_embeddings,
+    loaded_from,
+    model_of,
+    random_model,
     require_logits,
-    require_same,
+    require_same_embeddings,
+    require_same_on_a_gpu,
     without_template,
+    write_tokenizer,
 )
-from packages.core.tests.models.test_qwen_vl import GPU_STEPS, loaded_from, write_tokenizer
-from packages.core.tests.models.tiny import SMALL, randomise
-from tests.common_run import few
+from packages.core.tests.models.tiny import SMALL
+from tests.common_run import combined, few
 
 MARK, BOS = 260, 261
 MARKS = ("<image>", "<bos>", "<loc0000>", "<seg000>")
@@ -97,9 +98,7 @@ def write(folder: Path, kind: str) -> Path:
         "paligemma", text_config=text, vision_config=VISION | vision, image_token_index=MARK, projection_dim=64,
         hidden_size=64, tie_word_embeddings=text["tie_word_embeddings"],
     )  # fmt: skip
-    torch.manual_seed(0)
-    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32, attn_implementation="eager")
-    randomise(model)
+    model = random_model(config)
     with torch.no_grad():  # so that layers matter: the model multiplies it by 8
         model.model.language_model.embed_tokens.weight.mul_(0.02)
     model.save_pretrained(folder)
@@ -115,7 +114,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(scope="module")
 def theirs(folder: Path) -> Any:
-    return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    return model_of(folder)
 
 
 def processor(folder: Path) -> PaliGemmaProcessor:
@@ -129,7 +128,11 @@ def processor(folder: Path) -> PaliGemmaProcessor:
 # ---- prompts and pixels ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", range(5))
+@combined(
+    "folder number", KINDS, range(5),
+    common=[*(("gemma", number) for number in (0, 4)), *(("gemma2", number) for number in (1, 3))],
+    indirect=["folder"],
+)  # fmt: skip
 def test_prompts_and_pixels_are_those_of_transformers(number: int, folder: Path) -> None:
     """However much of the form is written out."""
     prompt = PROMPTS[number]
@@ -150,6 +153,7 @@ def test_prompts_and_pixels_are_those_of_transformers(number: int, folder: Path)
         assert np.abs(ours - pixels.transpose(1, 2, 0)).max() < 1e-5
 
 
+@pytest.mark.parametrize("folder", few(KINDS, "gemma"), indirect=True)
 def test_a_template_needs_to_write_the_mark_alone(folder: Path) -> None:
     content: Any = [{"type": "image", "image": PICTURES[0]}, {"type": "text", "text": "caption en"}]
     with InferenceEngine(folder) as engine:
@@ -158,6 +162,7 @@ def test_a_template_needs_to_write_the_mark_alone(folder: Path) -> None:
     assert output.prompt_token_ids == again.prompt_token_ids
 
 
+@pytest.mark.parametrize("folder", few(KINDS, "gemma"), indirect=True)
 def test_published_files_have_no_template(folder: Path, tmp_path: Path) -> None:
     bare = without_template(folder, tmp_path / "bare")
     for content in ([{"type": "image", "image": PICTURES[0]}, {"type": "text", "text": "caption en"}], "caption en"):
@@ -173,21 +178,18 @@ def test_published_files_have_no_template(folder: Path, tmp_path: Path) -> None:
 # ---- embeddings, logits, answers -------------------------------------------------------------------------------------
 
 
-@pytest.mark.one_of_each(2)
-@pytest.mark.parametrize("eager", [True, False])
+@combined("folder eager", KINDS, (True, False), common=[("gemma2", False)], indirect=["folder"])
 def test_embeddings_are_those_of_transformers(eager: bool, folder: Path, theirs: Any) -> None:
-    loaded = loaded_from(folder, op_by_op=eager)
-    assert loaded.tower is not None
     with torch.inference_mode():
         pixels = SiglipImageProcessorPil(**IMAGES)(images=[Image.fromarray(each) for each in PICTURES])["pixel_values"]
         wanted = theirs.model.get_image_features(torch.from_numpy(np.stack(pixels))).pooler_output.numpy()
-    _, given = loaded.tower.vision.look([MARK] * len(PICTURES), PICTURES)
-    require_embeddings(loaded, given, list(wanted), eager=eager, most=64)
+    require_same_embeddings(folder, MARK, PICTURES, wanted, eager=eager, most=64)
 
 
-@pytest.mark.one_of_each(2)
-@pytest.mark.parametrize("eager", [True, False])
-@pytest.mark.parametrize("number", range(5))
+@combined(
+    "folder number eager", KINDS, range(5), (True, False),
+    common=[("gemma", 1, False), ("gemma2", 0, False)], indirect=["folder"],
+)  # fmt: skip
 def test_logits_are_those_of_transformers(number: int, eager: bool, folder: Path, theirs: Any) -> None:
     """Of a prompt whose tokens see each other, and of an answer that is causal."""
     given = PROMPTS[number]["multi_modal_data"]["image"]
@@ -202,6 +204,7 @@ def test_logits_are_those_of_transformers(number: int, eager: bool, folder: Path
     require_logits(folder, PROMPTS[number], wanted, eager=eager)
 
 
+@pytest.mark.parametrize("folder", few(KINDS, "gemma"), indirect=True)
 def test_a_prompt_without_an_image_is_causal(folder: Path, theirs: Any) -> None:
     require_logits(folder, PROMPTS[5], lambda ids: theirs(input_ids=ids).logits[0].log_softmax(-1), eager=True)
 
@@ -211,7 +214,7 @@ def alone(folder: Path) -> list[tuple[int, ...]]:
     return answers_alone(folder, PROMPTS)
 
 
-@pytest.mark.parametrize("tokens", few([512, 128, 99, 98], 512, 98))
+@combined("folder tokens", KINDS, (512, 128, 99, 98), common=[("gemma", 512), ("gemma2", 98)], indirect=["folder"])
 def test_answers_are_the_same_in_a_batch_and_cached(tokens: int, folder: Path, alone: list[tuple[int, ...]]) -> None:
     """A prompt with an image is found in the cache if all of it is the same, for its keys depend on all of it."""
     with InferenceEngine(folder, max_num_batched_tokens=tokens, max_num_seqs=8, block_size=16) as engine:
@@ -225,6 +228,7 @@ def test_answers_are_the_same_in_a_batch_and_cached(tokens: int, folder: Path, a
         assert longer.num_cached_tokens == 0
 
 
+@pytest.mark.parametrize("folder", few(KINDS, "gemma2"), indirect=True)
 def test_answers_survive_preemption(folder: Path) -> None:
     layers = json.loads((folder / "config.json").read_text())["text_config"]["num_hidden_layers"]
     memory = 18 * 16 * layers * 2 * 2 * 16 * 2
@@ -234,6 +238,7 @@ def test_answers_survive_preemption(folder: Path) -> None:
         assert engine.stats().preemptions
 
 
+@pytest.mark.parametrize("folder", few(KINDS, "gemma2"), indirect=True)
 def test_beams_see_the_prompt_in_both_directions_alone(folder: Path, alone: list[tuple[int, ...]]) -> None:
     with InferenceEngine(folder, block_size=16) as engine:
         prompt = asked("<image>caption en", 0)
@@ -241,17 +246,10 @@ def test_beams_see_the_prompt_in_both_directions_alone(folder: Path, alone: list
         assert tuple(found.sequences[0].tokens[-8:]) == alone[0]
 
 
-@pytest.mark.parametrize(
-    ("folder", "how"), few([(kind, how) for kind in KINDS for how in GPU_STEPS], ("gemma2", "captured")),
-    indirect=["folder"],
-)  # fmt: skip
+@combined("folder how", KINDS, GPU_STEPS, common=[("gemma2", "captured")], indirect=["folder"])
 def test_steps_of_a_gpu_have_the_same_answers(folder: Path, how: str) -> None:
-    """By the references of its kernels."""
-    loaded = loaded_from(folder, op_by_op=True)
     given = [("<image><image>which", PICTURES[:2]), ("Nothing to see.", []), ("<image>caption", PICTURES[3:4])]
-    with exact_sums():
-        found, _ = answers_of_a_gpu(loaded, given, **GPU_STEPS[how] | {"budget": 96})
-        require_same(found, answers_op_by_op(loaded, given))
+    require_same_on_a_gpu(folder, given, how, budget=96)
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------
@@ -298,7 +296,7 @@ def test_configs_that_do_not_fit_are_named(part: str, said: dict[str, Any], why:
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("begin", ["", "model."])
+@combined("folder begin", KINDS, ("", "model."), common=[("gemma", "model."), ("gemma2", "")], indirect=["folder"])
 def test_other_names_of_tensors_are_read(
     begin: str, folder: Path, tmp_path: Path, alone: list[tuple[int, ...]]
 ) -> None:
@@ -380,5 +378,6 @@ def test_published_configs_are_read(name: str) -> None:
     assert caps.final_softcap == getattr(wanted, "final_logit_softcapping", None)
 
 
+@pytest.mark.parametrize("folder", ["gemma"], indirect=True)
 def test_the_tokenizer_is_one_with_the_marks(folder: Path) -> None:
     assert [Tokenizer.from_file(str(folder / "tokenizer.json")).token_to_id(each) for each in MARKS[:2]] == [MARK, BOS]

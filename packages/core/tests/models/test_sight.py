@@ -47,6 +47,7 @@ from candle_vllm.core.vision.prompts import VisionDescription, VisionInput
 from packages.core.tests.models.sight import answers, finished, nbytes, prompt_error
 from packages.core.tests.toy_gguf import write_toy_gguf
 from packages.core.tests.toy_sight import toy_sight_config, write_toy_sight
+from tests.common_run import few
 
 RANDOM = np.random.default_rng(3)
 PICTURES = [RANDOM.integers(0, 256, size, dtype=np.uint8) for size in ((40, 70, 3), (32, 32, 3), (9, 100, 3))]
@@ -72,7 +73,7 @@ def their_pixels(folder: Path, pictures: list[NDArray[np.uint8]]) -> torch.Tenso
     return torch.from_numpy(np.concatenate(tiles))[None]
 
 
-@pytest.mark.parametrize("eager", [True, False])
+@pytest.mark.parametrize("eager", few([True, False], False))
 def test_embeddings_are_those_of_transformers(eager: bool, folder: Path, theirs: Any) -> None:
     config = EngineConfig(model=str(folder), op_by_op=eager)
     loaded = load_model(config, choose_device("cpu"), lambda *_: None)
@@ -102,7 +103,7 @@ def test_embeddings_are_those_of_transformers(eager: bool, folder: Path, theirs:
     assert np.array_equal(alone, found[16:32])
 
 
-@pytest.mark.parametrize("eager", [True, False])
+@pytest.mark.parametrize("eager", few([True, False], False))
 def test_logits_are_those_of_transformers(eager: bool, folder: Path, theirs: Any) -> None:
     with InferenceEngine(folder, op_by_op=eager, enable_prefix_caching=False) as engine:
         params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=1)
@@ -132,7 +133,7 @@ def test_the_pictures_are_what_answers_depend_on(alone: list[tuple[int, ...]]) -
     assert len(set(alone)) == len(alone)
 
 
-@pytest.mark.parametrize("tokens", [512, 64, 17])
+@pytest.mark.parametrize("tokens", few([512, 64, 17], 64))
 def test_answers_are_the_same_in_a_batch_in_chunks_and_cached(
     tokens: int, folder: Path, alone: list[tuple[int, ...]]
 ) -> None:
@@ -317,7 +318,7 @@ def write_towers(
     return {"model": str(made / "model.gguf"), "mmproj": made / "mmproj.gguf", "tokenizer": folder}
 
 
-@pytest.mark.parametrize("swapped", [False, True])
+@pytest.mark.parametrize("swapped", few([False, True], True))
 def test_a_gguf_file_beside_the_model_is_the_same_tower(
     swapped: bool, folder: Path, tmp_path: Path, alone: list[tuple[int, ...]]
 ) -> None:

@@ -8,14 +8,13 @@ import dataclasses
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from gguf import GGUFWriter
 from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -28,11 +27,9 @@ from transformers.models.llama4.processing_llama4 import Llama4Processor
 from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
 
 from candle_vllm.core import InferenceEngine, SamplingParams
-from candle_vllm.core.devices import choose_device
 from candle_vllm.core.engine.drafts.draft_model import DraftModel
 from candle_vllm.core.engine.runners import recorded_tower
-from candle_vllm.core.engine.runners.eager_runner import EagerTower
-from candle_vllm.core.engine.runners.images import TowerRunner, tiles_of
+from candle_vllm.core.engine.runners.images import tiles_of
 from candle_vllm.core.engine.runners.recorded_tower import RecordedTower
 from candle_vllm.core.errors import (
     ConfigError,
@@ -45,29 +42,27 @@ from candle_vllm.core.fields import Fields, read_json
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
 from candle_vllm.core.loading.towers import of_tower
 from candle_vllm.core.models import clip_tower, gemma4_tower_config, gemma4_unified_tower, llama4_tower, siglip
+from candle_vllm.core.models.canvas_rules import CanvasRule
 from candle_vllm.core.models.registry import tower_family
 from candle_vllm.core.remote import RemoteEngine
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model, write_toy_tokenizer
 from candle_vllm.core.vision.pictures import picture_of
-from candle_vllm.core.vision.preprocessing import CanvasRule, Normalisation
+from candle_vllm.core.vision.preprocessing import Normalisation
 from packages.core.tests.engine.drafted import same_times
-from packages.core.tests.exact_sums import exact_sums
-from packages.core.tests.lazy_stream import LazyStream
 from packages.core.tests.models import families
 from packages.core.tests.models.gguf_export import export_gguf
 from packages.core.tests.models.sight import (
     answers,
-    answers_of_a_gpu,
-    answers_op_by_op,
     answers_without_torch,
-    finished,
-    nbytes,
+    model_of,
     prompt_error,
-    require_same,
+    require_same_embeddings,
+    require_same_on_a_gpu,
+    write_tower,
 )
 from packages.core.tests.models.tiny import SMALL, config_of, load, randomise
 from packages.core.tests.toy_sight import write_toy_sight
-from tests.common_run import few
+from tests.common_run import combined, few
 
 RANDOM = np.random.default_rng(3)
 SIZES = ((40, 70), (32, 32), (9, 100), (3, 2), (47, 15))
@@ -201,7 +196,6 @@ TEMPLATE = (
 
 
 OLDER = ("Mistral 3", "Pixtral", "Gemma 3")
-EVERY = few(list(ROWS), *OLDER, "LightOnOCR")
 IN_GGUF = few([name for name, row in ROWS.items() if row.gguf[1]], *OLDER)
 
 
@@ -247,7 +241,7 @@ def small_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def theirs(folder: Path) -> Any:
-    return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    return model_of(folder)
 
 
 def canvas_tiles(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -291,33 +285,19 @@ def their_features(name: str, folder: Path, model: Any, picture: NDArray[np.uint
     return found[0].reshape(-1, 64).numpy()
 
 
-@pytest.mark.one_of_each(4)
-@pytest.mark.parametrize("eager", [True, False])
-@pytest.mark.parametrize("name", ROWS)
+@combined(
+    "name eager", ROWS, (True, False),
+    common=[*((name, False) for name in ("Mistral 3", "LLaVA 1.5", "Gemma 4 E2B", "Gemma 4 12B", "Llama 4"))],
+)  # fmt: skip
 def test_embeddings_are_those_of_transformers(name: str, eager: bool, folders: Callable[[str], Path]) -> None:
     folder = folders(name)
-    loaded, model = load(folder, op_by_op=eager, max_images=64), theirs(folder)
-    assert loaded.tower is not None
-    asks = loaded.tower.vision.parts.asks
-    ids, images = loaded.tower.vision.look([asks] * len(PICTURES), PICTURES)
-    places = loaded.tower.vision.places(ids, images)
-    team = ThreadTeam(2)
-    try:
-        tower = loaded.tower.tower
-        runner: TowerRunner = EagerTower(tower, choose_device("cpu")) if eager else RecordedTower(tower, team)
-        for picture, image, place in zip(PICTURES, images, places):
-            found, _ = finished(runner, tiles_of(image))
-            expected = their_features(name, folder, model, picture)
-            assert found.shape == expected.shape == (len(place), 64)
-            assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
-        if isinstance(runner, RecordedTower):  # what is put aside is enough
-            most = 32 if name == "Llama 4" else 16  # its tiles are the smallest
-            assert nbytes(runner) < tower.config.step_bytes(2) < most * nbytes(runner)
-    finally:
-        team.close()
+    model, asks = theirs(folder), Tokenizer.from_file(str(folder / "tokenizer.json")).token_to_id(ROWS[name].asks)
+    wanted = [their_features(name, folder, model, picture) for picture in PICTURES]
+    most = 32 if name == "Llama 4" else 16  # its tiles are the smallest
+    require_same_embeddings(folder, asks, PICTURES, wanted, eager=eager, most=most)
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", few(ROWS, "Gemma 3"))
 def test_others_wait_for_an_operation_where_a_layer_takes_long(
     name: str, folders: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -352,9 +332,15 @@ def prompt(name: str, *pictures: NDArray[np.uint8]) -> dict[str, Any]:
     return {"prompt": text, "multi_modal_data": {"image": list(pictures)}}
 
 
-@pytest.mark.one_of_each(7)
-@pytest.mark.parametrize("eager", [True, False])
-@pytest.mark.parametrize("name", ROWS)
+@combined(
+    "name eager",
+    ROWS,
+    (True, False),
+    common=[
+        *((name, False) for name in ("Pixtral", "LLaVA 1.5", "LightOnOCR", "Gemma 3")),
+        *((name, True) for name in ("Gemma 4 E2B", "Gemma 4 31B", "Llama 4")),
+    ],
+)
 def test_logits_are_those_of_transformers(name: str, eager: bool, folders: Callable[[str], Path]) -> None:
     folder = folders(name)
     pictures = [PICTURES[0], PICTURES[4], PICTURES[1]]
@@ -418,7 +404,7 @@ def test_line_breaks_around_a_picture_are_those_of_one_text(tmp_path: Path) -> N
         assert ids == tokenizer.encode(around.join(parts)).ids
 
 
-@pytest.mark.parametrize("size", [(20, 90), (90, 20), (40, 45)])
+@pytest.mark.parametrize("size", few([((20, 90),), ((90, 20),), ((40, 45),)], ((20, 90),), ((40, 45),)))
 def test_pan_and_scan_shows_parts_of_wide_pictures(size: tuple[int, int], tmp_path: Path) -> None:
     said = {
         "do_pan_and_scan": True,
@@ -466,8 +452,7 @@ def alone(folders: Callable[[str], Path]) -> Callable[[str], list[tuple[int, ...
     return found
 
 
-@pytest.mark.parametrize("tokens", [512, 41, 36])
-@pytest.mark.parametrize("name", EVERY)
+@combined("name tokens", ROWS, (512, 41, 36), common=[("Mistral 3", 36), ("LightOnOCR", 512), ("Gemma 3", 41)])
 def test_answers_are_the_same_in_a_batch_in_chunks_and_cached(
     name: str, tokens: int, folders: Callable[[str], Path], alone: Callable[[str], list[tuple[int, ...]]]
 ) -> None:
@@ -483,7 +468,7 @@ def test_answers_are_the_same_in_a_batch_in_chunks_and_cached(
         assert all(each.num_cached_tokens for each in again[2 * windows : 3])
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", few(ROWS, "Gemma 3"))
 def test_answers_survive_preemption(name: str, folders: Callable[[str], Path]) -> None:
     few = several(name)[:3]
     layers = config_of(folders(name))["text_config"]["num_hidden_layers"]
@@ -519,19 +504,16 @@ def test_conversations_have_pictures_here_and_in_another_process(folders: Callab
 @pytest.mark.parametrize("name", few(list(ROWS), "Gemma 3"))
 def test_steps_of_a_gpu_have_the_same_answers(name: str, folders: Callable[[str], Path]) -> None:
     """Where tokens of a picture see each other, too."""
-    loaded, asks = load(folders(name), op_by_op=True, max_images=64), ROWS[name].asks
+    asks = ROWS[name].asks
     asked = [(f"Compare {asks} with {asks}", PICTURES[:2]), ("Nothing to see.", []), (f"{asks} and?", PICTURES[2:3])]
-    with exact_sums():
-        found, stream = answers_of_a_gpu(loaded, asked, captured=64, budget=128)
-        require_same(found, answers_op_by_op(loaded, asked))
-    assert isinstance(stream, LazyStream)
-    assert stream.replayed
+    require_same_on_a_gpu(folders(name), asked, budget=128)
 
 
-def test_pictures_need_no_torch(folders: Callable[[str], Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("names", few([(["Gemma 3"],), (list(ROWS),)], (["Gemma 3"],)))
+def test_pictures_need_no_torch(names: Sequence[str], folders: Callable[[str], Path], tmp_path: Path) -> None:
     """Of these families and of SmolVLM."""
-    models = [*map(folders, ROWS), write_toy_sight(tmp_path / "toy")]
-    asks = [row.asks for row in ROWS.values()] + ["<image>"]
+    models = [*map(folders, names), write_toy_sight(tmp_path / "toy")]
+    asks = [*(ROWS[name].asks for name in names), "<image>"]
     expected = []
     for folder, ask in zip(models, asks):
         prompt = {"prompt": f"See {ask} now", "multi_modal_data": {"image": PICTURES[:1]}}
@@ -565,22 +547,17 @@ def write_gguf(name: str, folder: Path, made: Path) -> dict[str, Any]:
     (text / "config.json").write_text(json.dumps(config["text_config"] | {"tie_word_embeddings": False}))
     architecture, keys = row.gguf
     export_gguf(text, made / "model.gguf", architecture)
-    writer = GGUFWriter(made / "mmproj.gguf", "clip")
     family = tower_family(config)
     assert family is not None
     gemma4 = "Gemma 4" in name
-    writer.add_string("clip.vision.projector_type" if gemma4 else "clip.projector_type", family.gguf[0])
-    writer.add_bool("clip.use_gelu" if name in ("Gemma 3", "Llama 4") else "clip.use_silu", True)
-    vision = config["vision_config"]
-    numbers = {
-        "patch_size": 4, "embedding_length": vision.get("hidden_size", 64),
+    vision, stored = config["vision_config"], dict[str, NDArray[np.float32]]()
+    values = {
+        "embedding_length": vision.get("hidden_size", 64), "attention.head_count": vision.get("num_attention_heads", 0),
         "feed_forward_length": vision.get("intermediate_size", 0), "block_count": vision.get("num_hidden_layers", 0),
-        "attention.head_count": vision.get("num_attention_heads", 0), **keys,
+        "attention.layer_norm_epsilon": 1e-6 if "Gemma" in name else 1e-5,
+        "clip.use_gelu" if name in ("Gemma 3", "Llama 4") else "clip.use_silu": True, **keys,
+        **({"projector_type": family.gguf[0]} if gemma4 else {}),
     }  # fmt: skip
-    for key, value in numbers.items():
-        add = writer.add_array if isinstance(value, list) else writer.add_uint32
-        add(f"clip.vision.{key}", value)
-    writer.add_float32("clip.vision.attention.layer_norm_epsilon", 1e-6 if "Gemma" in name else 1e-5)
     table = {(line.hf,) if isinstance(line.hf, str) else line.hf: line.gguf for line in family.weights}
     names = {hf: gguf for several, gguf in table.items() if several for hf in several}
     for key, tensor in tensors.items():
@@ -597,13 +574,10 @@ def write_gguf(name: str, folder: Path, made: Path) -> dict[str, Any]:
             data = heads.swapaxes(1, 2).reshape(data.shape)
         if "soft_emb_norm" in key:
             data = data + 1
-        writer.add_tensor(found.replace("{i}", "" if number is None else number[1]), np.ascontiguousarray(data))
+        stored[found.replace("{i}", "" if number is None else number[1])] = np.ascontiguousarray(data)
     if row.gguf[0] == "llama":
-        writer.add_tensor("v.token_embd.img_break", np.zeros(64, np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+        stored["v.token_embd.img_break"] = np.zeros(64, np.float32)
+    write_tower(made / "mmproj.gguf", "" if gemma4 else family.gguf[0], values, stored, {})
     return {"model": str(made / "model.gguf"), "mmproj": made / "mmproj.gguf", "tokenizer": folder}
 
 
@@ -643,7 +617,7 @@ SAID: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
 """By family: what an operator says of pictures, what comes of it, and the names that there are."""
 
 
-@pytest.mark.parametrize("name", IN_GGUF)
+@pytest.mark.parametrize("name", few(SAID, "Gemma 3"))
 def test_an_operator_says_how_pictures_are_prepared(name: str, tmp_path: Path) -> None:
     said, wanted, known = SAID[name]
     folder = write_sight(tmp_path / "folder", name)

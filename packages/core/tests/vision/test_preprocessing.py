@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 from unittest import mock
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -23,13 +24,16 @@ from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImag
 
 from candle_vllm.core.errors import InvalidFileError, InvalidParameterError, UnsupportedModelError
 from candle_vllm.core.fields import Fields
-from candle_vllm.core.models.tower_family import patch_rows
+from candle_vllm.core.models.canvas_rules import CanvasRule, RatioRule
+from candle_vllm.core.models.lfm2_vl_tower import RatioAreaRule
 from candle_vllm.core.vision.pictures import PictureLimits, picture_of
 from candle_vllm.core.vision.preprocessing import (
-    CanvasRule,
     Normalisation,
+    Rule,
     area_rule,
     fit_rule,
+    patch_rows,
+    rule_from,
     stretch_rule,
     tile_rule,
 )
@@ -166,6 +170,18 @@ def test_stretched_pictures_are_those_of_transformers(config: dict[str, Any]) ->
         assert np.array_equal(ours, expected)
         counts.add(len(tiles))
     assert (len(counts) > 1) == bool(rule.most_parts)
+
+
+def test_a_rule_that_another_process_sent_is_the_same() -> None:
+    area: Any = area_rule(Fields({}, Path("p.json")), 28, most=1 << 22)
+    rules: list[Rule] = [
+        area,
+        CanvasRule(tile=16, most=4, **area.pixels),
+        RatioRule(tile=16, most=4, **area.pixels),
+        RatioAreaRule(tile=28, most=4, whole=area, alone=9, **area.pixels),
+    ]
+    for rule in rules:
+        assert rule_from(msgspec.msgpack.decode(msgspec.msgpack.encode(rule))) == rule
 
 
 def test_published_counts_of_other_families() -> None:

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from candle_vllm.core.assembly.opening import Opened, naming
 from candle_vllm.core.assembly.placement import encoder_placement, memory_of, room_for_weights
 from candle_vllm.core.config import EngineConfig
@@ -25,7 +27,7 @@ from candle_vllm.core.models.registry import tower_family, tower_family_from_ggu
 from candle_vllm.core.models.tower_family import Tower, TowerConfig, TowerFamily, spans_of
 from candle_vllm.core.text.tokenizer import Tokenizer
 from candle_vllm.core.vision.pictures import PictureLimits, require_pillow
-from candle_vllm.core.vision.preprocessing import NOTHING
+from candle_vllm.core.vision.preprocessing import NOTHING, Rule, rule_from
 from candle_vllm.core.vision.prompts import VisionDescription, VisionInput
 
 logger = logging.getLogger(__name__)
@@ -219,7 +221,8 @@ def _loaded(
 def vision_input_of(parts: VisionDescription, tokenizer: Tokenizer, config: EngineConfig) -> VisionInput:
     """Make the image preprocessing of a model from the `parts` of its tower; the settings have the limits of images."""
     family = tower_family_named(parts.family).known_to(tokenizer.encode)
-
+    if not isinstance(parts.rule, Rule):
+        parts = msgspec.structs.replace(parts, rule=rule_from(parts.rule))
     encode = functools.partial(tokenizer.encode, add_special_tokens=False, parse_special=True)
     words, turned = (lambda cut: encode(family.words_around(cut, cut.cells(parts.cell)))), family.turned
     turns = None if turned is None else lambda cut: turned(cut, cut.cells(parts.cell))

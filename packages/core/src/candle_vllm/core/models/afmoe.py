@@ -23,7 +23,7 @@ from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.weights import WeightName
 from candle_vllm.core.models import glm4_moe, llama
 from candle_vllm.core.models.attention_names import GG, HF, also_named, local_keys
-from candle_vllm.core.models.experts import expert_names, shared_names, sigmoids_from_gguf, sparse_in_gguf
+from candle_vllm.core.models.experts import routed_names, sigmoids_from_gguf, sparse_in_gguf
 from candle_vllm.core.models.family import BIASES, Architecture, Family
 from candle_vllm.core.models.llama import Llama, LlamaConfig
 
@@ -113,10 +113,7 @@ _LINES = also_named(llama.WEIGHTS, {"attention.gate:weight": HF + "self_attn.gat
 WEIGHTS = [
     *(line for line in _LINES if line.target not in _NORMS),
     *(WeightName(to, f"{HF}{hf}.weight", f"{GG}{gguf}.weight") for to, (hf, gguf) in _NORMS.items()),
-    WeightName("layers.{i}.mlp.router:weight", HF + "mlp.router.gate.weight", GG + "ffn_gate_inp.weight"),
-    WeightName("layers.{i}.mlp.router:correction", HF + "mlp.expert_bias", GG + "exp_probs_b.bias"),
-    *expert_names("mlp.experts", "gate_proj", "up_proj", "down_proj"),
-    *shared_names("mlp.shared_experts"),
+    *routed_names("mlp.expert_bias", router="mlp.router.gate"),
 ]
 
 

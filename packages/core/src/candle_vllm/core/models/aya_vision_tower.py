@@ -17,6 +17,7 @@ from typing import Any
 from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
 from candle_vllm.core.fields import Fields
 from candle_vllm.core.layers.parameters import Placement
+from candle_vllm.core.models.canvas_rules import RatioRule
 from candle_vllm.core.models.cohere2_vision_tower import MARK, PROCESSOR, WEIGHTS, GatedTower, GatedTowerConfig
 from candle_vllm.core.models.cohere2_vision_tower import gated_config as config_of
 from candle_vllm.core.models.tower_family import TowerConfig, TowerFamily
@@ -45,8 +46,8 @@ def config_from_hf(
     eps = fields.get("adapter_layer_norm_eps", float, 1e-6)
     if not 0 < eps < 1:
         raise InvalidFileError(f"{fields.path}: adapter_layer_norm_eps is {eps}, not between 0 and 1")
-    rule: dict[str, Any] = {"least": least, "most": most, "grows": False, "stretches": True}
-    return config_of(fields, images, text_size, rule, projected=text_size, cell_eps=eps)
+    tiles_of = {"least": least, "most": most}
+    return config_of(fields, images, text_size, RatioRule, tiles_of, projected=text_size, cell_eps=eps)
 
 
 class AyaVisionTower(GatedTower):

@@ -18,11 +18,10 @@ from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.views import qkv_rows
 from candle_vllm.core.loading.weights import WeightName
 from candle_vllm.core.models import glm4_moe, llama
-from candle_vllm.core.models.attention_names import GG, HF, also_named, gguf_has_bias, gguf_projection
+from candle_vllm.core.models.attention_names import HF, also_named, gguf_has_bias, gguf_projection
 from candle_vllm.core.models.experts import (
     dense_layers,
-    expert_names,
-    shared_names,
+    routed_names,
     sigmoids_from_gguf,
     sigmoids_from_hf,
     sparse_in_gguf,
@@ -83,7 +82,6 @@ _OWN = {
     "attention.k_norm:weight": HF + "attention.key_layernorm.weight",
     "attention.output:weight": HF + "attention.dense.weight",
 }
-_CORRECTIONS = (HF + "mlp.gate.expert_bias", HF + "mlp.gate.e_score_correction_bias")
 WEIGHTS = [
     *(line for line in also_named(llama.WEIGHTS, _OWN) if not line.target.startswith(_TARGET)),
     *(
@@ -91,10 +89,7 @@ WEIGHTS = [
         for part in "qkv"
         for kind in ("weight", "bias")
     ),
-    WeightName("layers.{i}.mlp.router:weight", HF + "mlp.gate.weight", GG + "ffn_gate_inp.weight"),
-    WeightName("layers.{i}.mlp.router:correction", _CORRECTIONS, GG + "exp_probs_b.bias"),
-    *expert_names("mlp.experts", "gate_proj", "up_proj", "down_proj"),
-    *shared_names("mlp.shared_experts"),
+    *routed_names("mlp.gate.expert_bias", "mlp.gate.e_score_correction_bias"),
 ]
 
 

@@ -25,11 +25,12 @@ from candle_vllm.core.layers.linear import Linear
 from candle_vllm.core.layers.parameters import Placement
 from candle_vllm.core.loading.views import computed
 from candle_vllm.core.models.attention_names import pair
+from candle_vllm.core.models.canvas_rules import FilledCanvasRule, RatioRule
 from candle_vllm.core.models.lfm2_vl_tower import prepared
 from candle_vllm.core.models.siglip import SMALL, Siglip, check_tiles, hf_values, names
 from candle_vllm.core.models.tower_family import TowerConfig, TowerFamily
 from candle_vllm.core.quantization.tensors import StoredTensor
-from candle_vllm.core.vision.preprocessing import NOTHING, CanvasRule, Cut, over, stretch_rule
+from candle_vllm.core.vision.preprocessing import NOTHING, Cut, over, stretch_rule
 
 # ---- config ----------------------------------------------------------------------------------------------------------
 
@@ -66,7 +67,7 @@ def config_from_hf(
     """Read `config.json` and `preprocessor_config.json` of Cohere 2 Vision."""
     images = over(processor.with_absent(size={"height": 512, "width": 512}, **PROCESSOR), said)
     most = images.count("max_patches", 12, most=_MOST_TILES) if images.get("crop_to_patches", bool) else 1
-    config = gated_config(fields, images, text_size, {"most": most, "grows": False, "fills": True}, projected=36864)
+    config = gated_config(fields, images, text_size, FilledCanvasRule, {"most": most}, projected=36864)
     row = config.side // config.cell
     if (tokens := images.count("patch_size", row)) != row:
         raise InvalidFileError(f"{processor.path}: patch_size is {tokens}; a tile has {row} x {row} embeddings")
@@ -74,12 +75,19 @@ def config_from_hf(
 
 
 def gated_config(
-    fields: Fields, images: Fields, text_size: int, rule: dict[str, Any], *, projected: int, **own: Any
+    fields: Fields,
+    images: Fields,
+    text_size: int,
+    kind: type[FilledCanvasRule] | type[RatioRule],
+    most: dict[str, Any],
+    *,
+    projected: int,
+    **own: Any,
 ) -> GatedTowerConfig:
     """Config of both families.
 
     Args:
-        rule: fields of the `CanvasRule`.
+        kind, most: class of the rule, and its numbers of tiles.
         projected: default of `alignment_intermediate_size`.
         own: further fields of the config.
     """
@@ -91,7 +99,6 @@ def gated_config(
     shared, patch = stretch_rule(images), vision.count("patch_size", 16)
     side, cell = vision.count("image_size", 224) // patch, fields.count("downsample_factor", 2, most=64)
     check_tiles(images, shared.tile, patch, side, cell)
-    pixels: dict[str, Any] = {"resample": shared.resample, "normalisation": shared.normalisation}
     return GatedTowerConfig(
         **hf_values(vision.with_defaults(**SMALL)),
         **own,
@@ -100,7 +107,7 @@ def gated_config(
         cell=cell,
         text_size=text_size,
         projected=projected,
-        rule=CanvasRule(tile=shared.tile, **pixels, **rule),
+        rule=kind(tile=shared.tile, **shared.pixels, **most),
     )
 
 

@@ -35,7 +35,7 @@ from candle_vllm.core.models.deepseek_config import (
     gguf_keys,
     without_further_layers,
 )
-from candle_vllm.core.models.experts import expert_names, shared_names
+from candle_vllm.core.models.experts import routed_names
 from candle_vllm.core.models.family import Architecture, Family
 from candle_vllm.core.models.llama import Mixer, mistral3_keys
 from candle_vllm.core.models.sparse_index import Index
@@ -217,10 +217,7 @@ WEIGHTS = [
     WeightName("layers.{i}.mlp.gate_up:gate.weight", HF + "mlp.gate_proj.weight", GG + "ffn_gate.weight"),
     WeightName("layers.{i}.mlp.gate_up:up.weight", HF + "mlp.up_proj.weight", GG + "ffn_up.weight"),
     WeightName("layers.{i}.mlp.down:weight", HF + "mlp.down_proj.weight", GG + "ffn_down.weight"),
-    WeightName("layers.{i}.mlp.router:weight", HF + "mlp.gate.weight", GG + "ffn_gate_inp.weight"),
-    WeightName("layers.{i}.mlp.router:correction", HF + "mlp.gate.e_score_correction_bias", GG + "exp_probs_b.bias"),
-    *expert_names("mlp.experts", "gate_proj", "up_proj", "down_proj"),
-    *shared_names("mlp.shared_experts"),
+    *routed_names("mlp.gate.e_score_correction_bias"),
     *sparse_index.WEIGHTS,
     WeightName("norm:weight", "model.norm.weight", "output_norm.weight"),
     WeightName("head:weight", "lm_head.weight", "output.weight"),

@@ -14,15 +14,12 @@ from candle_vllm.core.fields import Fields
 from candle_vllm.core.layers.moe import Mixture
 from candle_vllm.core.loading.config import shared_from_gguf, shared_from_hf
 from candle_vllm.core.loading.tensors import Checkpoint
-from candle_vllm.core.loading.weights import WeightName
 from candle_vllm.core.models import llama
-from candle_vllm.core.models.attention_names import GG, HF
 from candle_vllm.core.models.experts import (
     dense_layers,
     expert_count,
-    expert_names,
     routed_keys,
-    shared_names,
+    routed_names,
     sparse_in_gguf,
 )
 from candle_vllm.core.models.family import Architecture, Family
@@ -113,9 +110,7 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> LlamaConfig:
 
 WEIGHTS = [
     *llama.WEIGHTS,
-    WeightName("layers.{i}.mlp.router:weight", HF + "mlp.gate.weight", GG + "ffn_gate_inp.weight"),
-    *expert_names("mlp.experts", "gate_proj", "up_proj", "down_proj"),
-    *shared_names("mlp.shared_experts"),
+    *routed_names(),
 ]
 
 

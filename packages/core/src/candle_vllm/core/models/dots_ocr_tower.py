@@ -30,7 +30,7 @@ from candle_vllm.core.models.attention_names import pair
 from candle_vllm.core.models.glm4v_tower import Block, GlmTowerConfig
 from candle_vllm.core.models.paddleocr_tower import LastNorms
 from candle_vllm.core.models.qwen_vl import QwenTower, check_sizes, kernel, prepared, rule_of
-from candle_vllm.core.models.siglip import processor_of_gguf
+from candle_vllm.core.models.siglip import area_of_gguf, gguf_sizes, require_true
 from candle_vllm.core.models.tower_family import TowerFamily, TowerStep, mark_of_cells
 from candle_vllm.core.vision.preprocessing import NOTHING
 
@@ -64,18 +64,11 @@ def config_from_hf(
 
 def config_from_gguf(fields: Fields, text_size: int, said: Mapping[str, Any] = NOTHING) -> GlmTowerConfig:
     """Read the metadata of llama.cpp's `mmproj` files; keys begin with `clip.vision.`."""
-    if not Fields(fields.values, fields.path).get("clip.use_silu", bool, True):
-        raise UnsupportedModelError(f"{fields.path}: clip.use_silu is false; implemented: true")
-    edges = {f"{most}_pixels": fields.count(f"image_{most}_pixels") for most in ("min", "max")}
+    require_true(fields, "clip.use_silu")
     return _config(
-        processor_of_gguf(fields, edges),
+        area_of_gguf(fields),
         said,
-        hidden_size=fields.count("embedding_length"),
-        intermediate_size=fields.count("feed_forward_length"),
-        num_layers=fields.count("block_count", most=MAX_LAYERS),
-        num_heads=fields.count("attention.head_count"),
-        norm_eps=fields.get("attention.layer_norm_epsilon", float, 1e-5),
-        patch=fields.count("patch_size"),
+        **gguf_sizes(fields, 1e-5),
         cell=fields.count("projector.scale_factor", 2, most=64),
         text_size=text_size,
     )

@@ -15,13 +15,11 @@ from candle_vllm.core.fields import Fields
 from candle_vllm.core.layers.moe import Mixture
 from candle_vllm.core.loading.config import gguf_windows, layer_windows, shared_from_gguf, shared_from_hf
 from candle_vllm.core.loading.tensors import Checkpoint
-from candle_vllm.core.loading.weights import WeightName
 from candle_vllm.core.models import glm4_moe, llama
-from candle_vllm.core.models.attention_names import GG, HF, local_keys
+from candle_vllm.core.models.attention_names import local_keys
 from candle_vllm.core.models.experts import (
     dense_layers,
-    expert_names,
-    shared_names,
+    routed_names,
     sigmoids_from_gguf,
     sigmoids_from_hf,
     sparse_in_gguf,
@@ -81,14 +79,9 @@ def _with(mixture: Mixture, sparse: frozenset[int], shared: dict[str, Any], loca
 
 # ---- weight names ----------------------------------------------------------------------------------------------------
 
-_CORRECTIONS = tuple(f"{HF}mlp.{part}e_score_correction_bias" for part in ("gate.", ""))
-
 WEIGHTS = [
     *llama.WEIGHTS,
-    WeightName("layers.{i}.mlp.router:weight", HF + "mlp.gate.weight", GG + "ffn_gate_inp.weight"),
-    WeightName("layers.{i}.mlp.router:correction", _CORRECTIONS, GG + "exp_probs_b.bias"),
-    *expert_names("mlp.experts", "gate_proj", "up_proj", "down_proj"),
-    *shared_names("mlp.shared_experts"),
+    *routed_names("mlp.gate.e_score_correction_bias", "mlp.e_score_correction_bias"),
 ]
 
 

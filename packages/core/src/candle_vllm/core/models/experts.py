@@ -80,6 +80,22 @@ def shared_names(hf: str) -> list[WeightName]:
     ]
 
 
+def routed_names(*corrections: str, router: str = "mlp.gate") -> list[WeightName]:
+    """The table rows of a router, of its experts and of the shared expert.
+
+    Args:
+        corrections: possible names of the router's correction bias in a layer; without one it has none.
+        router: the router's name in a layer.
+    """
+    to, hf = "layers.{i}.mlp.router:", tuple(HF + name for name in corrections)
+    return [
+        WeightName(f"{to}weight", f"{HF}{router}.weight", f"{GG}ffn_gate_inp.weight"),
+        *([WeightName(f"{to}correction", hf if hf[1:] else hf[0], f"{GG}exp_probs_b.bias")] if hf else []),
+        *expert_names("mlp.experts", "gate_proj", "up_proj", "down_proj"),
+        *shared_names("mlp.shared_experts"),
+    ]
+
+
 def sigmoids_from_hf(fields: Fields, *, shared_size: int = 0, scale: str = "routed_scaling_factor") -> Mixture:
     """Experts scored by sigmoids and chosen in groups with a correction bias, from the config keys of GLM and Step.
 

@@ -19,9 +19,8 @@ from candle_vllm.core.models.attention_names import axes_keys, gguf_has_bias
 from candle_vllm.core.models.experts import (
     GG,
     HF,
-    expert_names,
     routed_keys,
-    shared_names,
+    routed_names,
     sigmoids_from_gguf,
     sigmoids_from_hf,
     sparse_in_gguf,
@@ -79,15 +78,11 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> LlamaConfig:
 # ---- weight names ----------------------------------------------------------------------------------------------------
 
 _NORM = "layers.{i}.mlp_norm:weight"
-_CORRECTION = HF + "mlp.gate.e_score_correction_bias"
 
 WEIGHTS = [
     *(line for line in llama.WEIGHTS if line.target != _NORM),
     WeightName(_NORM, HF + "post_attention_layernorm.weight", GG + "post_attention_norm.weight"),
-    WeightName("layers.{i}.mlp.router:weight", HF + "mlp.gate.weight", GG + "ffn_gate_inp.weight"),
-    WeightName("layers.{i}.mlp.router:correction", _CORRECTION, GG + "exp_probs_b.bias"),
-    *expert_names("mlp.experts", "gate_proj", "up_proj", "down_proj"),
-    *shared_names("mlp.shared_experts"),
+    *routed_names("mlp.gate.e_score_correction_bias"),
 ]
 
 

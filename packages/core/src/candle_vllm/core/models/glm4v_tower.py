@@ -18,7 +18,6 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.fields import Fields
 from candle_vllm.core.kernels.activation import activation
 from candle_vllm.core.kernels.recorded import Value
@@ -45,6 +44,7 @@ from candle_vllm.core.models.qwen_vl import (
     prepared,
     rule_of,
 )
+from candle_vllm.core.models.siglip import gguf_sizes, require_true
 from candle_vllm.core.models.tower_family import TowerFamily, TowerStep, mark_of_cells, turned_by_grid
 from candle_vllm.core.quantization.tensors import StoredTensor
 from candle_vllm.core.vision.preprocessing import NOTHING, AreaRule
@@ -102,9 +102,9 @@ def config_from_hf(
 
 def config_from_gguf(fields: Fields, text_size: int, said: Mapping[str, Any] = NOTHING) -> GlmTowerConfig:
     """Read the metadata of llama.cpp's `mmproj` files; keys begin with `clip.vision.`. See `completed`."""
-    if not Fields(fields.values, fields.path).get("clip.use_silu", bool, True):
-        raise UnsupportedModelError(f"{fields.path}: clip.use_silu is false; implemented: true")
-    patch, cell = fields.count("patch_size"), fields.count("spatial_merge_size", 2, most=64)
+    require_true(fields, "clip.use_silu")
+    values, cell = gguf_sizes(fields, 1e-5), fields.count("spatial_merge_size", 2, most=64)
+    patch, inner = values["patch"], values.pop("intermediate_size")
     pixels = FRAMES * (patch * cell) ** 2
     edges = {
         "shortest_edge": FRAMES * fields.count("image_min_pixels", _EDGES["shortest_edge"] // FRAMES),
@@ -113,15 +113,11 @@ def config_from_gguf(fields: Fields, text_size: int, said: Mapping[str, Any] = N
     means = {name: fields.values[fields.prefix + name] for name in ("image_mean", "image_std") if name in fields}
     return _config(
         ocr=False,
-        hidden_size=fields.count("embedding_length"),
+        **values,
         intermediate_size=text_size,
-        projected=fields.count("feed_forward_length"),
-        num_layers=fields.count("block_count", most=MAX_LAYERS),
-        num_heads=fields.count("attention.head_count"),
-        norm_eps=fields.get("attention.layer_norm_epsilon", float, 1e-5),
+        projected=inner,
         qkv_bias=False,
         learned=fields.count("image_size") // patch,
-        patch=patch,
         cell=cell,
         text_size=text_size,
         rule=_rule(Fields({"size": edges, **means}, fields.path), patch, cell, said),

@@ -25,6 +25,7 @@ from candle_vllm.core.layers.parameters import Placement
 from candle_vllm.core.loading.weights import Seen, WeightName
 from candle_vllm.core.models import sam
 from candle_vllm.core.models.attention_names import pair
+from candle_vllm.core.models.canvas_rules import RatioRule
 from candle_vllm.core.models.cohere2_vision_tower import PROCESSOR
 from candle_vllm.core.models.grid_positions import GridPositions, sharp
 from candle_vllm.core.models.row_copies import RowNumbers, taken
@@ -34,7 +35,7 @@ from candle_vllm.core.models.sam_grid import Grid
 from candle_vllm.core.models.siglip import MOST_PATCHES
 from candle_vllm.core.models.tower_family import Placed, TowerConfig, TowerFamily, TowerStep
 from candle_vllm.core.quantization.tensors import StoredTensor
-from candle_vllm.core.vision.preprocessing import NOTHING, CanvasRule, Cut, over, stretch_rule
+from candle_vllm.core.vision.preprocessing import NOTHING, Cut, over, stretch_rule
 
 # ---- config ----------------------------------------------------------------------------------------------------------
 
@@ -96,15 +97,7 @@ def config_from_hf(
         cell=_CELL,
         most_patches=rows,
         text_size=text_size,
-        rule=CanvasRule(
-            tile=shared.tile,
-            least=least,
-            most=most,
-            grows=False,
-            stretches=True,
-            resample=shared.resample,
-            normalisation=shared.normalisation,
-        ),
+        rule=RatioRule(tile=shared.tile, least=least, most=most, **shared.pixels),
     )
 
 

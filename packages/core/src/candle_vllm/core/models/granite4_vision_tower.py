@@ -33,11 +33,11 @@ from candle_vllm.core.loading.weights import WeightName
 from candle_vllm.core.models import siglip
 from candle_vllm.core.models.attention_names import pair
 from candle_vllm.core.models.granite4_vision_config import Granite4VisionTowerConfig, config_from_hf
+from candle_vllm.core.models.llava_grid import GridRule
 from candle_vllm.core.models.llava_onevision_tower import Newline, join_grid, words_around
 from candle_vllm.core.models.siglip import Block
 from candle_vllm.core.models.tower_family import Joining, Placed, TowerFamily, TowerStep
 from candle_vllm.core.quantization.tensors import StoredTensor
-from candle_vllm.core.vision.preprocessing import GridRule
 
 # ---- projector -------------------------------------------------------------------------------------------------------
 

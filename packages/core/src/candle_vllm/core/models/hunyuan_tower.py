@@ -27,14 +27,13 @@ from candle_vllm.core.kernels.side_by_side import side_by_side
 from candle_vllm.core.layers.linear import Linear
 from candle_vllm.core.layers.norm import RMSNorm
 from candle_vllm.core.layers.parameters import Placement, TensorParameter, on_host
-from candle_vllm.core.loading.config import MAX_LAYERS
 from candle_vllm.core.loading.views import computed
 from candle_vllm.core.loading.weights import Parameter, WeightName
 from candle_vllm.core.models import siglip
 from candle_vllm.core.models.attention_names import pair
 from candle_vllm.core.models.grid_positions import GridPositions, centred
 from candle_vllm.core.models.qwen_vl import check_sizes, rule_of
-from candle_vllm.core.models.siglip import LARGE, Block, hf_values, patch_kernel, processor_of_gguf
+from candle_vllm.core.models.siglip import LARGE, Block, area_of_gguf, gguf_sizes, hf_values, patch_kernel, require_true
 from candle_vllm.core.models.tower_family import Joining, Placed, TowerConfig, TowerFamily, TowerStep
 from candle_vllm.core.quantization.tensors import StoredTensor
 from candle_vllm.core.vision.preprocessing import NOTHING, Cut
@@ -73,30 +72,17 @@ def config_from_hf(
 
 
 def config_from_gguf(fields: Fields, text_size: int, said: Mapping[str, Any] = NOTHING) -> HunyuanTowerConfig:
-    """Read the metadata of llama.cpp's `mmproj` files; keys begin with `clip.vision.`. See `completed`."""
-    if not Fields(fields.values, fields.path).get("clip.use_gelu", bool, True):
-        raise UnsupportedModelError(f"{fields.path}: clip.use_gelu is false; implemented: true")
-    edges = {f"{most}_pixels": fields.count(f"image_{most}_pixels") for most in ("min", "max")}
+    """Read the metadata of llama.cpp's `mmproj` files; keys begin with `clip.vision.`. See `with_grid`."""
+    require_true(fields, "clip.use_gelu")
     return _config(
-        processor_of_gguf(fields, edges),
+        area_of_gguf(fields),
         said,
-        hidden_size=fields.count("embedding_length"),
-        intermediate_size=fields.count("feed_forward_length"),
+        **gguf_sizes(fields, 1e-5),
         activation="gelu",
-        num_layers=fields.count("block_count", most=MAX_LAYERS),
-        num_heads=fields.count("attention.head_count"),
-        norm_eps=fields.get("attention.layer_norm_epsilon", float, 1e-5),
         learned=1,
-        patch=fields.count("patch_size"),
         cell=fields.count("spatial_merge_size", 2, most=64),
         text_size=text_size,
     )
-
-
-def completed(config: HunyuanTowerConfig, tensors: Mapping[str, StoredTensor]) -> HunyuanTowerConfig:
-    """Add the side of the grid of learned positions, which a GGUF file shows only by the shape of their table."""
-    table = tensors.get("v.position_embd.weight")
-    return config if table is None else dataclasses.replace(config, learned=math.isqrt(table.shape[0]))
 
 
 def _config(processor: Fields, said: Mapping[str, Any], *, patch: int, cell: int, **own: Any) -> HunyuanTowerConfig:
@@ -295,7 +281,7 @@ FAMILY = TowerFamily(
     settings=("min_pixels", "max_pixels", "size.shortest_edge", "size.longest_edge"),
     config_from_hf=config_from_hf,
     config_from_gguf=config_from_gguf,
-    completed=completed,
+    completed=siglip.with_grid,
     prepared=prepared,
     build=HunyuanTower,
     weights=WEIGHTS,

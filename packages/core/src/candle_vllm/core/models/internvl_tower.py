@@ -35,12 +35,13 @@ from candle_vllm.core.layers.norm import RMSNorm
 from candle_vllm.core.layers.parameters import Placement
 from candle_vllm.core.loading.config import MAX_LAYERS
 from candle_vllm.core.models import siglip
+from candle_vllm.core.models.canvas_rules import RatioRule
 from candle_vllm.core.models.internvl_tensors import WEIGHTS, prepared
 from candle_vllm.core.models.llama4_tower import Rows, cell_of
 from candle_vllm.core.models.siglip import check_tiles
 from candle_vllm.core.models.tower_family import Placed, TileRows, TowerConfig, TowerFamily, TowerStep
 from candle_vllm.core.quantization.tensors import StoredTensor
-from candle_vllm.core.vision.preprocessing import MAX_TILE, NOTHING, CanvasRule, Cut, over, stretch_rule
+from candle_vllm.core.vision.preprocessing import MAX_TILE, NOTHING, Cut, over, stretch_rule
 
 # ---- config ----------------------------------------------------------------------------------------------------------
 
@@ -166,8 +167,7 @@ def _config(processor: Fields, *, patch: int, side: int, cell: int, **own: Any) 
         raise InvalidFileError(f"{processor.path}: min_patches is {least}, more than max_patches, {most}")
     if not processor.get("crop_to_patches", bool):
         least = most = 1
-    pixels: dict[str, Any] = {"resample": shared.resample, "normalisation": shared.normalisation}
-    rule = CanvasRule(tile=shared.tile, least=least, most=most, grows=False, stretches=True, **pixels)
+    rule = RatioRule(tile=shared.tile, least=least, most=most, **shared.pixels)
     check_tiles(processor, rule.tile, patch, side, cell)
     own |= {"patch": patch, "side": side, "cell": cell, "most_patches": side**2 + 1}
     return InternVLTowerConfig(activation="gelu", rule=rule, **own)

@@ -23,7 +23,6 @@ from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
 from candle_vllm.core.fields import Fields
 from candle_vllm.core.layers.layer_norm import LayerNorm
 from candle_vllm.core.layers.parameters import Placement
-from candle_vllm.core.loading.config import MAX_LAYERS
 from candle_vllm.core.loading.views import chain, row_part
 from candle_vllm.core.loading.weights import Seen, WeightName
 from candle_vllm.core.models.attention_names import pair
@@ -31,11 +30,20 @@ from candle_vllm.core.models.grid_positions import GridPositions, cubic
 from candle_vllm.core.models.paddleocr_tower import LastNorms
 from candle_vllm.core.models.pixtral import adjacent
 from candle_vllm.core.models.qwen_vl import MOST_PATCHES, QwenTower, QwenTowerConfig, check_sizes
-from candle_vllm.core.models.siglip import LARGE, hf_values, patch_kernel, processor_of_gguf
+from candle_vllm.core.models.siglip import (
+    LARGE,
+    gguf_sizes,
+    hf_values,
+    patch_kernel,
+    processor_of_gguf,
+    require_true,
+    with_grid,
+)
 from candle_vllm.core.models.siglip import prepared as swapped_back
 from candle_vllm.core.models.tower_family import TowerConfig, TowerFamily, mark_of_cells
 from candle_vllm.core.quantization.tensors import StoredTensor
-from candle_vllm.core.vision.preprocessing import NOTHING, FitRule, area_rule, over
+from candle_vllm.core.vision.pictures import Picture
+from candle_vllm.core.vision.preprocessing import NOTHING, FitRule, area_rule, over, resized
 
 # ---- config ----------------------------------------------------------------------------------------------------------
 
@@ -46,6 +54,30 @@ _KINDS = {
     "mm_projector_type": "patchmerger", "projector_hidden_act": "gelu",
 }  # fmt: skip
 _HALF = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+
+
+class PatchesRule(FitRule, frozen=True, kw_only=True, tag=True):
+    """Rule of Kimi K2.5: `FitRule` without stretching; black fills the cells at the right and at the bottom.
+
+    Attributes:
+        patches: the image is also shrunk to this number of patches, counted without parts of patches.
+        patch: pixels of a patch's side.
+    """
+
+    patches: int
+    patch: int
+
+    def tiles(self, picture: Picture) -> NDArray[np.uint8]:
+        """See `Rule`."""
+        cut, (height, width) = self.cut(picture.height, picture.width), self._shrunk(picture.height, picture.width)
+        tile = np.zeros((1, cut.height, cut.width, 3), np.uint8)
+        tile[0, :height, :width] = resized(picture.pixels, height, width, self.resample)
+        return tile
+
+    def _shrunk(self, height: int, width: int) -> tuple[int, int]:
+        count = max(height // self.patch, 1) * max(width // self.patch, 1)
+        scale = min(1.0, math.sqrt(self.patches / count), self.longest / height, self.longest / width)
+        return min(max(int(height * scale), 1), self.longest), min(max(int(width * scale), 1), self.longest)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -122,35 +154,22 @@ def _usual(processor: Fields) -> Fields:
 
 
 def config_from_gguf(fields: Fields, text_size: int, said: Mapping[str, Any] = NOTHING) -> KimiTowerConfig:
-    """Read the metadata of llama.cpp's `mmproj` files; keys begin with `clip.vision.`. See `completed`."""
-    if not Fields(fields.values, fields.path).get("clip.use_gelu", bool, True):
-        raise UnsupportedModelError(f"{fields.path}: clip.use_gelu is false; implemented: true")
-    patch, eps = fields.count("patch_size"), fields.get("attention.layer_norm_epsilon", float, _EPS)
+    """Read the metadata of llama.cpp's `mmproj` files; keys begin with `clip.vision.`. See `with_grid`."""
+    require_true(fields, "clip.use_gelu")
+    values = gguf_sizes(fields, _EPS)
+    patch = values["patch"]
     most = fields.count("image_max_pixels", MOST_PATCHES * patch**2, most=1 << 40) // patch**2
     processor = processor_of_gguf(fields, {"max_patches": most})
     return _config(
         _usual(processor),
         said,
-        hidden_size=fields.count("embedding_length"),
-        intermediate_size=fields.count("feed_forward_length"),
+        **values,
         activation="gelu_tanh",
-        num_layers=fields.count("block_count", most=MAX_LAYERS),
-        num_heads=fields.count("attention.head_count"),
-        norm_eps=eps,
         learned=1,
-        patch=patch,
         cell=fields.count("projector.scale_factor", 2, most=64),
         text_size=text_size,
-        projected_eps=eps,
+        projected_eps=values["norm_eps"],
     )
-
-
-def completed(config: KimiTowerConfig, tensors: Mapping[str, StoredTensor]) -> KimiTowerConfig:
-    """Add the side of the grid of learned positions, which a GGUF file shows only by the shape of their table."""
-    table = tensors.get("v.position_embd.weight")
-    if table is None:
-        return config
-    return dataclasses.replace(config, learned=math.isqrt(math.prod(table.shape[:-1])))
 
 
 def _config(processor: Fields, said: Mapping[str, Any], *, patch: int, cell: int, **own: Any) -> KimiTowerConfig:
@@ -161,11 +180,8 @@ def _config(processor: Fields, said: Mapping[str, Any], *, patch: int, cell: int
     most = MOST_PATCHES if "max_patches" in said else 1 << 24
     patches = min(over(processor, said).count("max_patches", MOST_PATCHES, most=most), MOST_PATCHES)
     plain = {key: value for key, value in processor.values.items() if key != "size"}
-    pixels = area_rule(Fields(plain, processor.path), patch * cell, MOST_PATCHES * patch**2)
-    rule = FitRule(
-        longest=side * patch, cell=patch * cell, patches=patches, patch=patch,
-        resample=pixels.resample, normalisation=pixels.normalisation,
-    )  # fmt: skip
+    given = area_rule(Fields(plain, processor.path), patch * cell, MOST_PATCHES * patch**2)
+    rule = PatchesRule(longest=side * patch, cell=patch * cell, patches=patches, patch=patch, **given.pixels)
     side = -(-side // cell) * cell
     most = (patches + (cell + 1) * 2 * side + (cell + 1) ** 2) // cell**2 * cell**2  # sides may be rounded up
     return KimiTowerConfig(**own, side=side, most_patches=min(most, side**2), patch=patch, cell=cell, rule=rule)
@@ -264,7 +280,7 @@ FAMILY = TowerFamily(
     settings=("max_patches",),
     config_from_hf=config_from_hf,
     config_from_gguf=config_from_gguf,
-    completed=completed,
+    completed=with_grid,
     prepared=prepared,
     build=KimiTower,
     weights=WEIGHTS,

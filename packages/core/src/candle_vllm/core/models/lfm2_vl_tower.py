@@ -32,11 +32,13 @@ from candle_vllm.core.layers.parameters import Placement
 from candle_vllm.core.loading.views import computed
 from candle_vllm.core.models import siglip
 from candle_vllm.core.models.attention_names import pair
+from candle_vllm.core.models.canvas_rules import RatioRule, with_whole
 from candle_vllm.core.models.grid_positions import GridPositions, smooth
 from candle_vllm.core.models.siglip import MOST_PATCHES, SMALL, Block, gguf_values, hf_values, processor_of_gguf
 from candle_vllm.core.models.tower_family import Placed, TowerConfig, TowerFamily, TowerStep
 from candle_vllm.core.quantization.tensors import StoredTensor
-from candle_vllm.core.vision.preprocessing import MAX_TILE, NOTHING, AreaRule, CanvasRule, Cut, area_rule, over
+from candle_vllm.core.vision.pictures import Picture
+from candle_vllm.core.vision.preprocessing import MAX_TILE, NOTHING, AreaRule, Cut, area_rule, over
 
 # ---- config ----------------------------------------------------------------------------------------------------------
 
@@ -46,6 +48,28 @@ _MOST_TILES = 64
 _SIDE = 16  # side of the learned grid of published models, if a file does not show it
 _ONLY = MappingProxyType({"vision_feature_layer": -1, "projector_hidden_act": "gelu", "num_channels": 3})
 """Keys of which one value is implemented, which is also the default."""
+
+
+class RatioAreaRule(RatioRule, frozen=True, kw_only=True, tag=True):
+    """Rule of LFM2-VL: the grid of `RatioRule`, and the whole image by another rule.
+
+    Attributes:
+        whole: rule of the whole image.
+        alone: an image of up to this many pixels, its sides rounded to cells of `whole`, has no grid.
+    """
+
+    whole: AreaRule
+    alone: int
+
+    def cut(self, height: int, width: int) -> Cut:
+        """See `Rule`."""
+        grid, whole, cell = super().cut(height, width), self.whole.cut(height, width), self.whole.cell
+        small = math.prod(round(side / cell) * cell for side in (height, width)) <= self.alone
+        return whole if small or not grid.rows else grid._replace(last=(whole.height, whole.width))
+
+    def tiles(self, picture: Picture) -> list[NDArray[np.uint8]]:
+        """See `Rule`."""
+        return with_whole(picture, self.cut(picture.height, picture.width), self.whole)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,7 +139,6 @@ def completed(config: Lfm2VlTowerConfig, tensors: Mapping[str, StoredTensor]) ->
 def _config(processor: Fields, *, patch: int, cell: int, **own: Any) -> Lfm2VlTowerConfig:
     rule, side = _rule(processor, patch, cell), patch * cell
     whole, tile = (rule, 0) if isinstance(rule, AreaRule) else (rule.whole, rule.tile)
-    assert isinstance(whole, AreaRule)
     return Lfm2VlTowerConfig(
         **own,
         patch=patch,
@@ -126,7 +149,7 @@ def _config(processor: Fields, *, patch: int, cell: int, **own: Any) -> Lfm2VlTo
     )
 
 
-def _rule(processor: Fields, patch: int, cell: int) -> AreaRule | CanvasRule:
+def _rule(processor: Fields, patch: int, cell: int) -> AreaRule | RatioAreaRule:
     """The rule of images. transformers resizes also where a published file has `do_resize: false`."""
     for key, known in (("encoder_patch_size", patch), ("downsample_factor", cell)):
         if processor.count(key, known) != known:
@@ -153,9 +176,7 @@ def _rule(processor: Fields, patch: int, cell: int) -> AreaRule | CanvasRule:
             f"patches of {patch} x {patch} pixels"
         )
     alone = math.floor(whole.most * min(max(processor.get("max_pixels_tolerance", float, 2.0), 0.0), 1e9))
-    pixels: dict[str, Any] = {"resample": whole.resample, "normalisation": whole.normalisation}
-    kind: dict[str, Any] = {"grows": False, "stretches": True, "whole": whole, "alone": alone}
-    return CanvasRule(tile=tile, least=least, most=tiles, **pixels, **kind)
+    return RatioAreaRule(tile=tile, least=least, most=tiles, whole=whole, alone=alone, **whole.pixels)
 
 
 # ---- model -----------------------------------------------------------------------------------------------------------

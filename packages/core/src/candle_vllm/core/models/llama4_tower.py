@@ -33,10 +33,11 @@ from candle_vllm.core.layers.parameters import Placement, TensorParameter, on_ho
 from candle_vllm.core.loading.config import MAX_LAYERS
 from candle_vllm.core.loading.weights import Parameter, WeightName
 from candle_vllm.core.models import siglip
+from candle_vllm.core.models.canvas_rules import CanvasRule
 from candle_vllm.core.models.pixtral import AxialConfig, adjacent
 from candle_vllm.core.models.siglip import check_tiles, patch_kernel, prepared
 from candle_vllm.core.models.tower_family import Placed, TileRows, TowerFamily, TowerStep
-from candle_vllm.core.vision.preprocessing import MAX_TILE, NOTHING, CanvasRule, Cut, over, stretch_rule
+from candle_vllm.core.vision.preprocessing import MAX_TILE, NOTHING, Cut, over, stretch_rule
 
 # ---- config ----------------------------------------------------------------------------------------------------------
 

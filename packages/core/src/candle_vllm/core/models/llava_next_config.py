@@ -16,11 +16,11 @@ from candle_vllm.core.loading.config import MAX_LAYERS
 from candle_vllm.core.models import clip_tower
 from candle_vllm.core.models.clip_tower import ClipTowerConfig
 from candle_vllm.core.models.llama4_tower import Rows
-from candle_vllm.core.models.llava_onevision_tower import grid_rule
+from candle_vllm.core.models.llava_grid import GridRule, grid_rule
 from candle_vllm.core.models.siglip import ACTIVATIONS, MOST_PATCHES, SMALL, gguf_values, processor_of_gguf
 from candle_vllm.core.models.tower_family import TileRows, TowerConfig
 from candle_vllm.core.quantization.tensors import StoredTensor
-from candle_vllm.core.vision.preprocessing import MAX_TILE, NOTHING, GridRule, crop_rule, over
+from candle_vllm.core.vision.preprocessing import MAX_TILE, NOTHING, crop_rule, over
 
 # ---- config ----------------------------------------------------------------------------------------------------------
 

@@ -31,12 +31,13 @@ from candle_vllm.core.loading.weights import WeightName
 from candle_vllm.core.models import llava_onevision_tower, siglip
 from candle_vllm.core.models.attention_names import pair
 from candle_vllm.core.models.internvl_tensors import joined_positions
+from candle_vllm.core.models.llava_grid import GridRule
 from candle_vllm.core.models.llava_next_config import LlavaNextTowerConfig, completed, config_from_gguf, config_from_hf
 from candle_vllm.core.models.llava_onevision_tower import Newline, join_grid
 from candle_vllm.core.models.siglip import Block
 from candle_vllm.core.models.tower_family import Joining, Placed, TowerFamily, TowerStep
 from candle_vllm.core.quantization.tensors import StoredTensor
-from candle_vllm.core.vision.preprocessing import Cut, GridRule
+from candle_vllm.core.vision.preprocessing import Cut
 
 # ---- model -----------------------------------------------------------------------------------------------------------
 

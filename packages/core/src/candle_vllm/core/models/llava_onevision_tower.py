@@ -31,14 +31,14 @@ from candle_vllm.core.loading.weights import Parameter, WeightName
 from candle_vllm.core.models import siglip
 from candle_vllm.core.models.attention_names import pair
 from candle_vllm.core.models.grid_positions import centred
+from candle_vllm.core.models.llava_grid import GridRule, grid_rule
 from candle_vllm.core.models.siglip import ACTIVATIONS, LARGE, MOST_PATCHES, SMALL, Block, hf_values
 from candle_vllm.core.models.tower_family import Joining, Placed, TowerConfig, TowerFamily, TowerStep
 from candle_vllm.core.quantization.tensors import StoredTensor
-from candle_vllm.core.vision.preprocessing import NOTHING, Cut, GridRule, crop_rule, over
+from candle_vllm.core.vision.preprocessing import NOTHING, Cut, over
 
 # ---- config ----------------------------------------------------------------------------------------------------------
 
-_MOST_TILES = 64
 _GRIDS = [[384 * rows, 384 * columns] for rows in range(1, 7) for columns in range(1, 7)]
 _SIZE = {"height": 384, "width": 384}
 _LARGE = {**LARGE, "patch_size": 14, "image_size": 384}
@@ -98,25 +98,6 @@ def _rule(fields: Fields, processor: Fields, patch: int) -> GridRule:
     if (most := re.fullmatch(r"anyres_max_([1-9]\d?)", ratio)) is None:
         raise UnsupportedModelError(f"{fields.path}: vision_aspect_ratio is {ratio!r:.40}; implemented: anyres_max_9")
     return grid_rule(Fields({"size": _SIZE, **processor.values}, processor.path), patch, int(most[1]), _GRIDS)
-
-
-def grid_rule(processor: Fields, patch: int, most: int, usual: list[list[int]]) -> GridRule:
-    """Read the rule of tiles with the sides in `size`; `usual` are the heights and widths of a file without grids."""
-    shared = crop_rule(Fields({**processor.values, "do_center_crop": False, "do_pad": False}, processor.path))
-    given, tile = processor.get("image_grid_pinpoints", list, usual), shared.tile
-    grids = [
-        (each[0] // tile, each[1] // tile)
-        for each in given
-        if isinstance(each, list) and len(each) == 2 and all(type(side) is int and side > 0 for side in each)
-        and not each[0] % tile and not each[1] % tile and each[0] * each[1] <= _MOST_TILES * tile**2
-    ]  # fmt: skip
-    if not grids or len(grids) != len(given):
-        raise InvalidFileError(
-            f"{processor.path}: image_grid_pinpoints must list heights and widths of up to {_MOST_TILES} tiles of "
-            f"{tile} x {tile} pixels"
-        )
-    pixels: dict[str, Any] = {"resample": shared.resample, "normalisation": shared.normalisation}
-    return GridRule(tile=tile, cell=patch, grids=tuple(grids), most=most, **pixels)
 
 
 # ---- model -----------------------------------------------------------------------------------------------------------

@@ -15,15 +15,27 @@ from numpy.typing import NDArray
 from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
 from candle_vllm.core.fields import Fields
 from candle_vllm.core.models.siglip import MOST_PATCHES, SMALL, gguf_values, hf_values, processor_of_gguf
-from candle_vllm.core.models.tower_family import TileRows, TowerConfig, patch_places
+from candle_vllm.core.models.tower_family import TileRows, TowerConfig
 from candle_vllm.core.quantization.tensors import StoredTensor
-from candle_vllm.core.vision.preprocessing import MAX_TILE, NOTHING, SliceRule, area_rule, over
+from candle_vllm.core.vision.pictures import Picture
+from candle_vllm.core.vision.preprocessing import (
+    MAX_RATIO,
+    MAX_TILE,
+    NOTHING,
+    Cut,
+    Rule,
+    area_rule,
+    grid_of,
+    over,
+    patch_places,
+    require_ratio,
+    resized,
+)
 
 OCR = "MiniCPMOcrForConditionalGeneration"
 _HALF = [0.5, 0.5, 0.5]
 _BICUBIC = 3  # Pillow's code of the filter
 _MOST_SLICES = 64
-_MOST_RATIO = 200  # of the sides of an image, see `SliceRule`
 _CELLS = MappingProxyType({"16x": 4, "4x": 2})
 """Side of a cell in patches, by `downsample_mode`."""
 _ONLY = MappingProxyType({
@@ -31,6 +43,52 @@ _ONLY = MappingProxyType({
     "drop_vision_last_layer": False,
 })  # fmt: skip
 """Keys of which one value is implemented, which is also the default."""
+
+
+class SliceRule(Rule, frozen=True, kw_only=True, tag=True):
+    """Rule of MiniCPM-V: the whole image as one tile, followed, for a large image, by the tiles of a grid.
+
+    Every tile has about `tile` squared pixels, nearly the shape of what it shows, and sides in whole cells. The grid
+    has about one tile for as many pixels of the image; its ratio of columns to rows is nearest to that of the sides.
+
+    Attributes:
+        tile: side of a square that has the pixels of a tile.
+        cell: pixels of a cell's side.
+        most: maximum number of tiles of a grid; 1 for images of one tile.
+        grows: smaller images are enlarged; otherwise only their sides are rounded to cells.
+    """
+
+    tile: int
+    cell: int
+    most: int
+    grows: bool = True
+
+    def cut(self, height: int, width: int) -> Cut:
+        """See `Rule`; of several nearest grids, the one with the most rows is used."""
+        require_ratio(height, width)
+        whole, count = self._near(height, width, self.grows), math.ceil(width * height / self.tile**2)
+        if (count := min(count, self.most)) <= 1:
+            return Cut(0, 0, *whole)
+        counts = [each for each in (count - 1, count, count + 1) if 1 < each <= self.most]
+        grids = [(rows, each // rows) for each in counts for rows in range(1, each + 1) if each % rows == 0]
+        apart = [abs(math.log(width / height) - math.log(columns / rows)) for rows, columns in grids]
+        _, _, (rows, columns) = min((error, -grid[0], grid) for error, grid in zip(apart, grids))
+        part = self._near(max(round(height / rows), 1), max(round(width / columns), 1), grows=True)
+        return Cut(rows, columns, *part, last=whole)
+
+    def tiles(self, picture: Picture) -> list[NDArray[np.uint8]]:
+        """See `Rule`."""
+        cut = self.cut(picture.height, picture.width)
+        sizes = [cut.last or (cut.height, cut.width), (cut.rows * cut.height, cut.columns * cut.width)]
+        whole, *canvas = (resized(picture.pixels, *size, self.resample) for size in sizes if size[0])
+        return [whole, *(tile for each in canvas for tile in grid_of(each, cut))]
+
+    def _near(self, height: int, width: int, grows: bool) -> tuple[int, int]:
+        if grows or height * width > self.tile**2:
+            ratio = width / height
+            height = int(self.tile / math.sqrt(ratio))
+            width = int(height * ratio)
+        return max(round(height / self.cell), 1) * self.cell, max(round(width / self.cell), 1) * self.cell
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -141,7 +199,7 @@ def _config(processor: Fields, mode: str, inserted: int, *, patch: int, **own: A
     if not 0 <= inserted < own["num_layers"]:
         raise InvalidFileError(f"{processor.path}: squares are merged after layer {inserted} of {own['num_layers']}")
     rule = _rule(processor, patch, patch * cell)
-    longest = math.isqrt(_MOST_RATIO) * rule.tile // rule.cell + 2
+    longest = math.isqrt(MAX_RATIO) * rule.tile // rule.cell + 2
     own |= {"patch": patch, "cell": cell, "rule": rule, "side": longest * cell}
     own |= {"merged_at": inserted + 1, "windowed": frozenset({inserted + 1})} if cell == 4 else {"merged_at": 0}
     area = (rule.tile / rule.cell) ** 2
@@ -170,6 +228,5 @@ def _rule(processor: Fields, patch: int, cell: int) -> SliceRule:
         cell=cell,
         most=processor.count("max_slice_nums", 9, most=_MOST_SLICES) if processor.get("slice_mode", bool, True) else 1,
         grows=processor.choice("small_image_upsize", "always", "always", "never") == "always",
-        resample=shared.resample,
-        normalisation=shared.normalisation,
+        **shared.pixels,
     )

@@ -22,7 +22,7 @@ from candle_vllm.core.loading.config import gguf_windows, shared_from_gguf, shar
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.views import plus_one
 from candle_vllm.core.loading.weights import WeightName
-from candle_vllm.core.models import gemma_config, llama
+from candle_vllm.core.models import afmoe, gemma_config, llama
 from candle_vllm.core.models.attention_names import GG, HF, also_named
 from candle_vllm.core.models.family import Architecture, Family
 from candle_vllm.core.models.llama import Attention, Llama, LlamaConfig
@@ -83,21 +83,15 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> MuseGlimmerConfi
 # ---- block and model -------------------------------------------------------------------------------------------------
 
 
-class Block(llama.Block):
+class Block(afmoe.Block):
     """One decoder layer."""
 
     def __init__(self, config: MuseGlimmerConfig, layer: int, rotary: Rotary, placement: Placement) -> None:
         super().__init__(config, layer, rotary, placement)
-        norm = (config.hidden_size, config.post_norm_eps, placement)
-        self.attention_post_norm, self.mlp_post_norm = RMSNorm(*norm), RMSNorm(*norm)
+        self.attention_post_norm.eps = self.mlp_post_norm.eps = config.post_norm_eps
         assert isinstance(self.attention, Attention)
         attend = self.attention.attend
         attend.q_norm = attend.k_norm = RMSNorm(config.head_dim, config.norm_eps, placement, weighted=False)
-
-    def __call__(self, x: Value, residual: Value | None, step: StepInput) -> tuple[Value, Value]:
-        normed, residual = self.attention_norm.add(x, residual)
-        normed, residual = self.mlp_norm.add(self.attention_post_norm(self.attention(normed, step)), residual)
-        return self.mlp_post_norm(self.mlp(normed)), residual
 
 
 class MuseGlimmer(Llama):

@@ -10,7 +10,6 @@ Source: PaddlePaddle, 2025, arXiv:2510.14528.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -21,14 +20,12 @@ from candle_vllm.core.kernels.recorded import Value
 from candle_vllm.core.kernels.side_by_side import side_by_side
 from candle_vllm.core.layers.layer_norm import LayerNorm
 from candle_vllm.core.layers.parameters import Placement
-from candle_vllm.core.loading.config import MAX_LAYERS
 from candle_vllm.core.models import siglip
 from candle_vllm.core.models.attention_names import pair
 from candle_vllm.core.models.grid_positions import GridPositions, centred
 from candle_vllm.core.models.qwen_vl import QwenTower, QwenTowerConfig, check_sizes, rule_of
-from candle_vllm.core.models.siglip import LARGE, hf_values, processor_of_gguf
+from candle_vllm.core.models.siglip import LARGE, area_of_gguf, gguf_sizes, hf_values
 from candle_vllm.core.models.tower_family import TowerFamily, mark_of_cells, turned_by_grid
-from candle_vllm.core.quantization.tensors import StoredTensor
 from candle_vllm.core.vision.preprocessing import NOTHING
 
 # ---- config ----------------------------------------------------------------------------------------------------------
@@ -55,28 +52,16 @@ def config_from_hf(
 
 
 def config_from_gguf(fields: Fields, text_size: int, said: Mapping[str, Any] = NOTHING) -> QwenTowerConfig:
-    """Read the metadata of llama.cpp's `mmproj` files; keys begin with `clip.vision.`. See `completed`."""
-    edges = {f"{most}_pixels": fields.count(f"image_{most}_pixels") for most in ("min", "max")}
+    """Read the metadata of llama.cpp's `mmproj` files; keys begin with `clip.vision.`. See `with_grid`."""
     return _config(
-        processor_of_gguf(fields, edges),
+        area_of_gguf(fields),
         said,
-        hidden_size=fields.count("embedding_length"),
-        intermediate_size=fields.count("feed_forward_length"),
+        **gguf_sizes(fields),
         activation="gelu_tanh",
-        num_layers=fields.count("block_count", most=MAX_LAYERS),
-        num_heads=fields.count("attention.head_count"),
-        norm_eps=fields.get("attention.layer_norm_epsilon", float, 1e-6),
         learned=1,
-        patch=fields.count("patch_size"),
         cell=2,
         text_size=text_size,
     )
-
-
-def completed(config: QwenTowerConfig, tensors: Mapping[str, StoredTensor]) -> QwenTowerConfig:
-    """Add the side of the grid of learned positions, which a GGUF file shows only by the shape of their table."""
-    table = tensors.get("v.position_embd.weight")
-    return config if table is None else dataclasses.replace(config, learned=math.isqrt(table.shape[0]))
 
 
 def _config(processor: Fields, said: Mapping[str, Any], *, patch: int, cell: int, **own: Any) -> QwenTowerConfig:
@@ -134,7 +119,7 @@ FAMILY = TowerFamily(
     settings=("min_pixels", "max_pixels", "size.shortest_edge", "size.longest_edge"),
     config_from_hf=config_from_hf,
     config_from_gguf=config_from_gguf,
-    completed=completed,
+    completed=siglip.with_grid,
     prepared=siglip.prepared,
     build=PaddleOcrTower,
     weights=WEIGHTS,

@@ -34,10 +34,11 @@ from candle_vllm.core.models.clip_tower import CLIP_ACTIVATIONS, CLIP_LARGE, Cli
 from candle_vllm.core.models.internvl_tensors import joined_positions
 from candle_vllm.core.models.llama4_tower import Rows
 from candle_vllm.core.models.llava_onevision_tower import Newline
+from candle_vllm.core.models.phi3v_rule import PaddedRule, shrunk
 from candle_vllm.core.models.siglip import check_tiles
-from candle_vllm.core.models.tower_family import Joining, TileRows, TowerFamily, patch_places
+from candle_vllm.core.models.tower_family import Joining, TileRows, TowerFamily
 from candle_vllm.core.quantization.tensors import StoredTensor
-from candle_vllm.core.vision.preprocessing import MAX_TILE, NOTHING, Cut, PaddedRule, crop_rule, over
+from candle_vllm.core.vision.preprocessing import MAX_TILE, NOTHING, Cut, crop_rule, over, patch_places
 
 # ---- config ----------------------------------------------------------------------------------------------------------
 
@@ -99,28 +100,6 @@ class ShrunkRows(Rows):
         yield np.array([count]), np.zeros((1, config.patch_size), np.float32)
 
 
-_TAPS = ((-1, -3 / 32), (0, 19 / 32), (1, 19 / 32), (2, -3 / 32))
-"""Weights of the pixels around a point in the middle of two, by Keys' cubic with the factor -0.75."""
-
-
-def shrunk(pixels: NDArray[np.uint8], side: int) -> NDArray[np.float32]:
-    """Pixels [side, side, 3] of an image whose sides are multiples of `side`, as by torch's `interpolate`, bicubic.
-
-    As that does not smooth, each pixel is the middle one of those that it stands for; where none is in the middle, of
-    an even number, it is interpolated between the pixels beside. The result is exact, and may exceed 0 to 255.
-    """
-    found: NDArray[Any] = pixels
-    for axis in (0, 1):
-        length = found.shape[axis]
-        near = np.arange(side) * (length // side) + (length // side - 1) // 2
-        if length // side % 2:
-            found = found.take(near, axis)
-        else:
-            parts = ((found.take(np.clip(near + step, 0, length - 1), axis), share) for step, share in _TAPS)
-            found = np.add.reduce([part * np.float32(share) for part, share in parts])
-    return found.astype(np.float32)
-
-
 def config_from_hf(
     fields: Fields, processor: Fields, text_size: int, said: Mapping[str, Any] = NOTHING
 ) -> Phi3VTowerConfig:
@@ -164,13 +143,7 @@ def config_from_hf(
         most_patches=(tile // patch) ** 2 + 1,
         text_size=text_size,
         tiles=most + 1,
-        rule=PaddedRule(
-            tile=tile,
-            cell=_CELL * patch,
-            most=most,
-            resample=shared.resample,
-            normalisation=shared.normalisation,
-        ),
+        rule=PaddedRule(tile=tile, cell=_CELL * patch, most=most, **shared.pixels),
     )
 
 

@@ -33,7 +33,7 @@ from candle_vllm.core.loading.config import MAX_LAYERS
 from candle_vllm.core.loading.towers import DEFAULTS
 from candle_vllm.core.loading.views import computed
 from candle_vllm.core.loading.weights import WeightName
-from candle_vllm.core.models.siglip import ACTIVATIONS, MOST_PATCHES, patch_kernel
+from candle_vllm.core.models.siglip import ACTIVATIONS, MOST_PATCHES, gguf_sizes, patch_kernel
 from candle_vllm.core.models.tower_family import Placed, TowerConfig, TowerFamily, TowerStep
 from candle_vllm.core.quantization.tensors import StoredTensor
 from candle_vllm.core.vision.preprocessing import NOTHING, Cut, fit_rule, over
@@ -118,20 +118,15 @@ def config_from_gguf(fields: Fields, text_size: int, said: Mapping[str, Any] = N
     if not Fields(fields.values, fields.path).get("clip.use_silu", bool, False):
         raise UnsupportedModelError(f"{fields.path}: clip.use_silu is not true; implemented: true")
     cell = fields.count("spatial_merge_size", 1, most=64)
-    eps = fields.get("attention.layer_norm_epsilon", float, _EPS)
+    values = gguf_sizes(fields, _EPS)
     numbers = {key: fields.get(key, list) for key in ("image_mean", "image_std")}
     processor = {"size": {"longest_edge": fields.count("image_size")}, **numbers}
     return _config(
         over(Fields(processor, fields.path), said),
-        hidden_size=fields.count("embedding_length"),
-        intermediate_size=fields.count("feed_forward_length"),
-        num_layers=fields.count("block_count", most=MAX_LAYERS),
-        num_heads=fields.count("attention.head_count"),
-        norm_eps=eps,
-        patch=fields.count("patch_size"),
+        **values,
         cell=cell,
         text_size=text_size,
-        merged_eps=eps if cell > 1 else None,
+        merged_eps=values["norm_eps"] if cell > 1 else None,
         projector_bias=cell == 1,
     )
 

@@ -38,7 +38,7 @@ from candle_vllm.core.loading.config import MAX_LAYERS
 from candle_vllm.core.loading.views import computed, row_part
 from candle_vllm.core.loading.weights import Seen, WeightName
 from candle_vllm.core.models.grid_positions import GridPositions, linear
-from candle_vllm.core.models.siglip import ACTIVATIONS
+from candle_vllm.core.models.siglip import ACTIVATIONS, require_true
 from candle_vllm.core.models.siglip import prepared as swapped_back
 from candle_vllm.core.models.tower_family import (
     Placed,
@@ -172,8 +172,7 @@ def config_from_gguf(fields: Fields, text_size: int, said: Mapping[str, Any] = N
            if f"image_{key}" in fields},
     }  # fmt: skip
     if kind == "qwen3vl_merger":
-        if not whole.get("clip.use_gelu", bool, True):
-            raise UnsupportedModelError(f"{fields.path}: clip.use_gelu is false; implemented: true")
+        require_true(fields, "clip.use_gelu")
         deep = [at for at, whether in enumerate(fields.get("is_deepstack_layers", list, [])) if whether]
         own: dict[str, Any] = {
             "activation": "gelu_tanh",
@@ -181,8 +180,7 @@ def config_from_gguf(fields: Fields, text_size: int, said: Mapping[str, Any] = N
             "deep": _deep(deep, layers, fields),
         }
     elif kind == "qwen2.5vl_merger":
-        if not whole.get("clip.use_silu", bool, True):
-            raise UnsupportedModelError(f"{fields.path}: clip.use_silu is false; implemented: true")
+        require_true(fields, "clip.use_silu")
         every = fields.get("n_wa_pattern", int, 0)
         windows = {"window_size": fields.count("window_size", 112)}
         full = [layer for layer in range(layers) if every <= 0 or (layer + 1) % every == 0]

@@ -19,10 +19,12 @@ from numpy.typing import NDArray
 from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
 from candle_vllm.core.fields import Fields
 from candle_vllm.core.loading.config import MAX_LAYERS
+from candle_vllm.core.models.canvas_rules import RatioRule, with_whole
 from candle_vllm.core.models.siglip import MOST_PATCHES
-from candle_vllm.core.models.tower_family import TileRows, TowerConfig, patch_places
+from candle_vllm.core.models.tower_family import TileRows, TowerConfig
 from candle_vllm.core.quantization.tensors import StoredTensor
-from candle_vllm.core.vision.preprocessing import MAX_TILE, CanvasRule, StretchRule, over, stretch_rule
+from candle_vllm.core.vision.pictures import Picture
+from candle_vllm.core.vision.preprocessing import MAX_TILE, Cut, Rule, over, patch_places, resized, stretch_rule
 
 _MOST_CHANNELS = 1 << 14
 
@@ -198,18 +200,66 @@ def shared(
     return {**own, "rule": rule, "tiles": tuple(sides), "side": sides[-1], "cell": 4, "most_patches": rows}
 
 
-def _rule(processor: Fields, ends: int) -> tuple[CanvasRule | StretchRule, tuple[int, ...]]:
+class MarginRule(Rule, frozen=True, kw_only=True, tag=True):
+    """Rule of DeepSeek-OCR: one square tile, whose longer side the image fills.
+
+    Attributes:
+        tile: pixels of the tile's side.
+        margin: grey of the margins.
+        ends: a vector follows each row of this number of pixels, and one the image; 0 for the latter alone.
+    """
+
+    tile: int
+    margin: int
+    ends: int = 0
+
+    def cut(self, height: int, width: int) -> Cut:
+        """See `Rule`."""
+        del height, width
+        return Cut(0, 0, self.tile, self.tile, more=1 + (self.ends and self.tile // self.ends))
+
+    def tiles(self, picture: Picture) -> NDArray[np.uint8]:
+        """See `Rule`."""
+        scale, made = self.tile / max(picture.height, picture.width), np.empty((self.tile, self.tile, 3), np.uint8)
+        high, wide = (max(round(side * scale), 1) for side in (picture.height, picture.width))
+        y, x = (self.tile - high) // 2, (self.tile - wide) // 2
+        made[:] = self.margin
+        made[y : y + high, x : x + wide] = resized(picture.pixels, high, wide, self.resample)
+        return made[None]
+
+
+class RatioMarginRule(RatioRule, frozen=True, kw_only=True, tag=True):
+    """Rule of DeepSeek-OCR: the grid of `RatioRule`, and the whole image by `whole`; rows of the grid have vectors too.
+
+    An image whose sides are not longer than a tile's has no grid.
+    """
+
+    whole: MarginRule
+
+    def cut(self, height: int, width: int) -> Cut:
+        """See `Rule`."""
+        grid, whole = super().cut(height, width), self.whole.cut(height, width)
+        if max(height, width) <= self.tile or not grid.rows:
+            return whole
+        more = whole.more + (self.whole.ends and grid.rows * self.tile // self.whole.ends)
+        return grid._replace(last=(whole.height, whole.width), more=more)
+
+    def tiles(self, picture: Picture) -> list[NDArray[np.uint8]]:
+        """See `Rule`."""
+        return with_whole(picture, self.cut(picture.height, picture.width), self.whole)
+
+
+def _rule(processor: Fields, ends: int) -> tuple[RatioMarginRule | MarginRule, tuple[int, ...]]:
     """The rule of images, and the sides of tiles in pixels."""
     processor = processor.with_absent(resample=3, background_color=[127] * 3)
     tile, margin = processor.count("tile_size", most=MAX_TILE), processor.get("background_color", list)
     if len(margin) != 3 or len({*margin}) != 1 or type(margin[0]) is not int or not 0 <= margin[0] <= 255:
         raise UnsupportedModelError(f"{processor.path}: background_color is {margin!r:.40}; implemented: one grey")
-    whole = msgspec.structs.replace(stretch_rule(processor), margin=margin[0], ends=ends)
+    given = stretch_rule(processor)
+    whole = MarginRule(tile=given.tile, margin=margin[0], ends=ends, **given.pixels)
     least, most = processor.count("min_patches", 2, most=64), processor.count("max_patches", most=64)
     if not processor.get("crop_to_patches", bool, True):
         return msgspec.structs.replace(whole, tile=tile), (tile,)
     if not 2 <= least <= most:
         raise InvalidFileError(f"{processor.path}: min_patches is {least}; it must be 2 to max_patches, {most}")
-    pixels: dict[str, Any] = {"resample": whole.resample, "normalisation": whole.normalisation}
-    kind: dict[str, Any] = {"grows": False, "stretches": True, "whole": whole}
-    return CanvasRule(tile=tile, least=least, most=most, **pixels, **kind), (tile, whole.tile)
+    return RatioMarginRule(tile=tile, least=least, most=most, whole=whole, **whole.pixels), (tile, whole.tile)

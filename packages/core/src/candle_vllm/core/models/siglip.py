@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from candle_vllm.core.errors import InvalidFileError
+from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
 from candle_vllm.core.fields import Fields
 from candle_vllm.core.kernels.activation import Activation
 from candle_vllm.core.kernels.recorded import Value
@@ -96,20 +96,41 @@ def processor_of_gguf(fields: Fields, size: Mapping[str, Any]) -> Fields:
     return Fields({**size, **numbers}, fields.path)
 
 
-def gguf_values(fields: Fields, tile: int) -> dict[str, Any]:
-    """The fields of a `TowerConfig` in the metadata of a `mmproj` file, for tiles with sides of `tile` pixels."""
-    patch = fields.count("patch_size")
+def area_of_gguf(fields: Fields) -> Fields:
+    """`processor_of_gguf` for the rule of Qwen2-VL; the file must have the bounds of an image's pixels."""
+    edges = {f"{which}_pixels": fields.count(f"image_{which}_pixels") for which in ("min", "max")}
+    return processor_of_gguf(fields, edges)
+
+
+def require_true(fields: Fields, key: str) -> None:
+    """Raise an UnsupportedModelError if a flag of a `mmproj` file, such as "clip.use_gelu", is false."""
+    if not Fields(fields.values, fields.path).get(key, bool, True):
+        raise UnsupportedModelError(f"{fields.path}: {key} is false; implemented: true")
+
+
+def gguf_sizes(fields: Fields, eps: float = 1e-6) -> dict[str, Any]:
+    """The fields of a `TowerConfig` that every `mmproj` file has; `eps` is the epsilon of norms without its key."""
     return {
+        "patch": fields.count("patch_size"),
         "hidden_size": fields.count("embedding_length"),
         "intermediate_size": fields.count("feed_forward_length"),
         "num_layers": fields.count("block_count", most=MAX_LAYERS),
         "num_heads": fields.count("attention.head_count"),
-        "norm_eps": fields.get("attention.layer_norm_epsilon", float, 1e-6),
-        "activation": "gelu_tanh",
-        "patch": patch,
-        "side": tile // patch,
-        "cell": fields.count("projector.scale_factor", 4, most=64),
+        "norm_eps": fields.get("attention.layer_norm_epsilon", float, eps),
     }
+
+
+def gguf_values(fields: Fields, tile: int) -> dict[str, Any]:
+    """`gguf_sizes`, and the fields of square tiles with sides of `tile` pixels."""
+    values = gguf_sizes(fields)
+    cell = fields.count("projector.scale_factor", 4, most=64)
+    return {**values, "activation": "gelu_tanh", "side": tile // values["patch"], "cell": cell}
+
+
+def with_grid(config: Any, tensors: Mapping[str, StoredTensor]) -> Any:
+    """Add the side of the grid of learned positions, which a GGUF file shows only by the shape of their table."""
+    table = tensors.get("v.position_embd.weight")
+    return config if table is None else dataclasses.replace(config, learned=math.isqrt(math.prod(table.shape[:-1])))
 
 
 def config_of_tiles(

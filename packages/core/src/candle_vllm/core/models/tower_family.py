@@ -21,7 +21,7 @@ from candle_vllm.core.quantization.tensors import StoredTensor
 from candle_vllm.core.text.chat_template import ChatTemplate
 from candle_vllm.core.text.tokenizer import Tokenizer
 from candle_vllm.core.vision.inputs import ImageInput
-from candle_vllm.core.vision.preprocessing import Cut, Normalisation, Rule
+from candle_vllm.core.vision.preprocessing import Cut, Rule, patch_places, patch_rows, window_order
 from candle_vllm.core.vision.prompts import VisionDescription
 
 
@@ -154,47 +154,6 @@ class TowerConfig:
         order, lengths = window_order(rows, columns, self.window)
         places = places.reshape(-1, each, 2)[order].reshape(-1, 2)
         return TileRows(tile, self, places, order, tuple((lengths * each).tolist()))
-
-
-def window_order(rows: int, columns: int, side: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return cell indices, window by window of `side` x `side` cells (fewer at edges), and each window's cell count."""
-    row, column = np.indices((rows, columns)).reshape(2, -1)
-    window = row // side * -(-columns // side) + column // side
-    return np.argsort(window, kind="stable"), np.bincount(window)
-
-
-def patch_rows(
-    tiles: NDArray[np.uint8], patch: int, cell: int, normalisation: Normalisation
-) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Convert tiles to the normalised patches that a vision encoder reads.
-
-    The cell x cell patches that become one embedding are consecutive, row by row, and so are the cells of a tile. So
-    merging patches means reading several rows as one. Attention does not depend on the order.
-
-    Args:
-        tiles: the tiles, [N, h, w, 3].
-        patch: pixels of a patch's side.
-        cell: patches of a cell's side; h and w are multiples of cell * patch.
-        normalisation: normalisation of the pixels.
-
-    Returns:
-        Patches [N * P, 3 * patch * patch], channels before pixels; each patch's row and column in its tile [N * P, 2].
-    """
-    count, height, width, _ = tiles.shape
-    grid = (count, height // (cell * patch), cell, patch, width // (cell * patch), cell, patch, 3)
-    order = (0, 1, 4, 2, 5, 7, 3, 6)  # tile; row, column of the cell; of its patch; channel; row, column of the pixel
-    values = tiles.reshape(grid).transpose(order)
-    rows = np.empty(values.shape, np.float32)
-    for channel, table in enumerate(normalisation.table.T):
-        rows[..., channel, :, :] = table[values[..., channel, :, :]]
-    places = patch_places(height // patch, width // patch, cell)
-    return rows.reshape(-1, 3 * patch * patch), np.tile(places, (count, 1))
-
-
-def patch_places(rows: int, columns: int, cell: int) -> NDArray[np.int64]:
-    """Return row and column of the patches of a grid, [rows * columns, 2], in the order of `patch_rows`."""
-    places = np.indices((rows, columns)).reshape(2, rows // cell, cell, columns // cell, cell)
-    return places.transpose(1, 3, 2, 4, 0).reshape(-1, 2)
 
 
 class TileRows(NamedTuple):

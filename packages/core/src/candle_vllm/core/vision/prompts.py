@@ -8,6 +8,7 @@ import hashlib
 import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -17,7 +18,7 @@ from candle_vllm.core.errors import InvalidParameterError, PromptTooLongError
 from candle_vllm.core.shown import ShownStruct
 from candle_vllm.core.vision.inputs import ImageInput
 from candle_vllm.core.vision.pictures import LIMITS, Picture, PictureLimits, picture_of
-from candle_vllm.core.vision.preprocessing import Cut, Rule
+from candle_vllm.core.vision.preprocessing import Cut
 
 
 class VisionDescription(ShownStruct, frozen=True, kw_only=True):
@@ -25,7 +26,7 @@ class VisionDescription(ShownStruct, frozen=True, kw_only=True):
 
     Attributes:
         family: name of the family's module.
-        rule: preprocessing rule of images.
+        rule: preprocessing rule of images; in a message from another process its fields, see `rule_from`.
         mark: placeholder token of each image embedding.
         asks: token that a chat template writes for an image; may be `mark`.
         written: the whole text that a chat template writes for an image.
@@ -37,7 +38,7 @@ class VisionDescription(ShownStruct, frozen=True, kw_only=True):
     """
 
     family: str
-    rule: Rule
+    rule: Any
     mark: int
     asks: int
     written: str = ""
