@@ -26,12 +26,14 @@ from candle_vllm.server.serve import bind, make_server
 from packages.core.tests.models import (
     test_cohere2_vision,
     test_glm4v,
+    test_got_ocr2,
     test_granite4_vision,
     test_hunyuan_vl,
     test_internvl,
     test_kimi_k25,
     test_minicpmv,
     test_paligemma,
+    test_phi3v,
     test_qwen_vl,
     test_sight_families,
 )
@@ -48,7 +50,7 @@ WORDS = "What is this?"
 FAMILIES = (
     "SmolVLM", "Mistral 3", "Pixtral", "Gemma 3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "Llama 4", "glm_ocr",
     "paddleocr_vl", "internvl qwen3", "hunyuan_vl", "kimi_k25", "MiniCPM-V", "paligemma", "command", "aya",
-    "qianfan_ocr qwen3", "granite4_vision",
+    "qianfan_ocr qwen3", "granite4_vision", "phi3_v", "got_ocr2",
 )  # fmt: skip
 TEXT: dict[str, Any] = {"type": "text", "text": WORDS}
 SAID = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": URL}}, TEXT]}]
@@ -61,8 +63,9 @@ LLAMA = {"n_predict": 6, "temperature": 0}
 def write(folder: Path, family: str) -> Path:
     if family == "SmolVLM":
         return write_toy_sight(folder)
-    if family == "granite4_vision":
-        return test_granite4_vision.write(folder)
+    alone: Any = {"granite4_vision": test_granite4_vision, "phi3_v": test_phi3v, "got_ocr2": test_got_ocr2}
+    if family in alone:
+        return alone[family].write(folder)
     if family in ("hunyuan_vl", "kimi_k25"):
         return (test_hunyuan_vl if family == "hunyuan_vl" else test_kimi_k25).write(folder)
     if family == "paligemma":

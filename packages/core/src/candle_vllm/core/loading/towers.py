@@ -58,6 +58,7 @@ TOWERS: Mapping[str, Mapping[str, str]] = MappingProxyType(
         "Glm4vForConditionalGeneration": {"glm4v_text": "Glm4ForCausalLM"},
         "Glm4vMoeForConditionalGeneration": {"glm4v_moe_text": "Glm4MoeForCausalLM"},
         "GlmOcrForConditionalGeneration": {"glm_ocr_text": "Glm4ForCausalLM"},
+        "GotOcr2ForConditionalGeneration": {"qwen2": "Qwen2ForCausalLM"},
         "HunYuanVLForConditionalGeneration": {"hunyuan_vl_text": "HunYuanDenseV1ForCausalLM"},
         "Granite4VisionForConditionalGeneration": dict.fromkeys(
             ("granite4_vision_text", "granite"), "GraniteForCausalLM"
@@ -71,6 +72,7 @@ TOWERS: Mapping[str, Mapping[str, str]] = MappingProxyType(
         "MuseGlimmerForConditionalGeneration": {"muse_glimmer_text": "MuseGlimmerForCausalLM"},
         "PaddleOCRVLForConditionalGeneration": {"paddleocr_vl_text": "Ernie4_5ForCausalLM"},
         "PaliGemmaForConditionalGeneration": {"gemma": "GemmaForCausalLM", "gemma2": "Gemma2ForCausalLM"},
+        "Phi3VForCausalLM": {"phi3": "Phi3ForCausalLM"},
         "QianfanOCRForConditionalGeneration": {"qwen3": "Qwen3ForCausalLM"} | _INTERNVL,
         "Qwen2VLForConditionalGeneration": {"qwen2_vl_text": "Qwen2ForCausalLM"},
         "Qwen2_5_VLForConditionalGeneration": {"qwen2_5_vl_text": "Qwen2ForCausalLM"},
@@ -85,7 +87,8 @@ TOWERS: Mapping[str, Mapping[str, str]] = MappingProxyType(
 
 FLAT = frozenset({
     "DeepseekOCR2ForCausalLM", "DeepseekOCRForCausalLM", "DotsOCRForCausalLM", "HunYuanVLForConditionalGeneration",
-    "PaddleOCRVLForConditionalGeneration", "Qwen2VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration",
+    "PaddleOCRVLForConditionalGeneration", "Phi3VForCausalLM", "Qwen2VLForConditionalGeneration",
+    "Qwen2_5_VLForConditionalGeneration",
 })  # fmt: skip
 """Architectures whose published configs have the text model's keys beside `vision_config`, without a `text_config`."""
 
@@ -123,8 +126,8 @@ _LLAMA = MappingProxyType({
 })  # fmt: skip
 
 DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType({
-    "qwen2_vl_text": _QWEN2_VL,
-    "qwen2_5_vl_text": _QWEN2_VL,
+    "qwen2": {"max_position_embeddings": 32768, "rms_norm_eps": 1e-6},
+    **dict.fromkeys(("qwen2_vl_text", "qwen2_5_vl_text"), _QWEN2_VL),
     "gemma3_text": {
         "vocab_size": 262208, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256,
         "max_position_embeddings": 131072, "rms_norm_eps": 1e-6, "query_pre_attn_scalar": 256,
@@ -151,9 +154,9 @@ _DEEP = ("deepstack_layer_map", "spatial_vision_layer", "spatial_target_layers")
 _CARRIED = ("dtype", "torch_dtype")  # keys of the whole model that also apply to the text model
 _TEXT = re.compile(r"(?:language_model\.(?=model\.|lm_head\.|output\.)|model\.(?:language_model|text_model)\.)(.*)")
 _PARTS = (
-    "vit|vision_(?:tower|model|embedder|adapter|projection|encoder)|audio_tower|embed_(?:vision|audio)|merger|mlp_AR|mlp1"
+    "vit|vision_(?:tower|model|embedder|embed_tokens|adapter|projection|encoder)|audio_tower|embed_(?:vision|audio)|merger"
     "|(?:(?:multi_modal|mm)_)?projector|(?:layerwise|spatial)_projectors|vit_large_projector|connector|visual|sam_model"
-    "|qwen2_model"
+    "|mlp_AR|mlp1|qwen2_model"
 )
 _UNUSED = re.compile(r"[^.]*audio|visual\.vision_model\.(?:head|embeddings\.packing_position_embedding)\.")
 """Prefixes of tensors that are not loaded: audio towers, and two unused parts of PaddleOCR-VL's vision tower."""

@@ -140,6 +140,10 @@ class TowerConfig:
         whole = hidden.reshape(-1, self.cell_rows, self.hidden_size)
         return whole.mean(1) if self.pooled else whole.reshape(len(whole), -1)
 
+    def count(self, tile: NDArray[np.uint8]) -> int:
+        """Number of cells of a tile [h, w, 3]."""
+        return math.prod(tile.shape[:2]) // self.cell_pixels**2
+
     def read(self, tile: NDArray[np.uint8]) -> TileRows:
         """Prepare a tile [h, w, 3] for the encoder."""
         rows, columns = tile.shape[0] // self.cell_pixels, tile.shape[1] // self.cell_pixels
@@ -347,6 +351,7 @@ class TowerFamily:
         asks: the token that a chat template writes for an image, see `known_to`; empty if it is `mark`.
         written: the whole text that a chat template writes for an image; empty if it is `asks`.
         template: the chat template for models that are published without a template; empty to leave them so.
+        preface: Jinja that comes before the model's own chat template, such as one that takes texts alone.
         spelled: a text that templates write instead of the token `asks`; empty if they write `asks`.
         stand_in: token that takes the place of `mark` if the tokenizer lacks that; empty if such a model is refused.
         words_around: makes an image's placeholder in a prompt from its `Cut`, and a tile's rows and columns of cells.
@@ -371,6 +376,7 @@ class TowerFamily:
     written: str = ""
     spelled: str = ""
     template: str = ""
+    preface: str = ""
     stand_in: str = ""
     words_around: Callable[[Cut, tuple[int, int]], str]
     arranging: Callable[[Callable[[str], Sequence[int]]], Callable[[list[int]], list[int]]] = lambda _: list
@@ -381,6 +387,10 @@ class TowerFamily:
         """Return a chat template with `asks` in place of `spelled`, or `template` for a model without one."""
         if template is None:
             return ChatTemplate(self.template, tokenizer.special_tokens) if self.template else None
+        if self.preface:
+            texts = template.source
+            made = texts if isinstance(texts, str) else {name: self.preface + text for name, text in texts.items()}
+            return ChatTemplate(self.preface + made if isinstance(made, str) else made, tokenizer.special_tokens)
         known = self.known_to(tokenizer.encode)
         return template.replaced(known.spelled, known.asks or known.mark) if known.spelled else template
 

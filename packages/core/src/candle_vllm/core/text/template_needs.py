@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import re
 import string
@@ -146,8 +147,10 @@ class TemplateProbe:
 
     def _image_mark(self, tools: Sequence[Mapping[str, Any]] | None) -> str:
         """Return what the template writes for an image part of a user's message; "" for nothing, or for JSON of it."""
-        seen = self._render([{**_ASK, "content": _SEEN}], tools)
-        mark = "" if seen is None else seen.partition(CONTENT)[2].partition(RESULT)[0].strip()
+        seen, bare = (self._render([{**_ASK, "content": parts}], tools) or "" for parts in (_SEEN, _SEEN[::2]))
+        before, _, after = seen.partition(CONTENT)
+        same = sum(1 for _ in itertools.takewhile(lambda at: at[0] == at[1], zip(before, bare.partition(CONTENT)[0])))
+        mark = after.partition(RESULT)[0].strip() or before[same:].strip()  # some write images before all texts
         return "" if "type" in mark else mark
 
     def wants_parts(self) -> bool:

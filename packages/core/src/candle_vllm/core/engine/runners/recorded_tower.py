@@ -105,7 +105,7 @@ class RecordedTower:
 
     def embeddings(self, tiles: Collection[NDArray[np.uint8]], whole: tuple[int, int] = (0, 0)) -> Encoding:
         config, clock = self._config, _Clock()
-        ends = np.cumsum([math.prod(tile.shape[:2]) // config.cell_pixels**2 for tile in tiles])
+        ends = np.cumsum([config.count(tile) for tile in tiles])
         made = np.empty((ends[-1], config.vectors * config.text_size), np.float32)
         for tile, target in zip(tiles, np.split(made, ends[:-1])):
             yield from self._encode(tile, target, clock)
