@@ -70,7 +70,7 @@ def file_bytes(settings: ModelOptions) -> int:
 
 def template_and_formats(model: Described, settings: FormatOptions) -> tuple[Any, Choice]:
     """Return the source of a model's chat template, None without one, and the formats of its calls and reasoning."""
-    from candle_vllm.core.text.chat_conventions import chat_conventions
+    from candle_vllm.core.text.tokenizer import chat_conventions
     from candle_vllm.openai.planning import AnswerPlanner
 
     template = None if model.template is None else model.template.source
