@@ -52,6 +52,7 @@ REMOTE = {  # classes of types that transformers does not have
     "internlm2": "InternLM2ForCausalLM",
     "internvl_chat": "InternVLChatModel",
     "kimi_k2": "DeepseekV3ForCausalLM",
+    "qwen": "QWenLMHeadModel",  # of which Qwen-VL and Qwen-Audio do not load
     "sarvam_moe": "SarvamMoEForCausalLM",
     "step3p5": "Step3p5ForCausalLM",
 }

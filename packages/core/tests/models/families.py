@@ -947,6 +947,7 @@ RENAMED: Mapping[str, str] = {
     "ExaoneForCausalLM": "exaone",
     "InternLM2ForCausalLM": "internlm2",
     "InternLM3ForCausalLM": "llama",
+    "QWenLMHeadModel": "qwen",
 }
 """Classes that transformers does not have and that are others under other names, with the GGUF architecture; see
 `test_renamed.py`."""

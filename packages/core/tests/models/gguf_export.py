@@ -293,6 +293,17 @@ def _chatglm(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) ->
     return made
 
 
+def _qwen(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
+    """The first Qwen from a Qwen2: q, k and v fused, and the size of two matrices of the MLP as one number."""
+    made, size = dict(tensors), 2 * config["intermediate_size"]
+    writer.add_feed_forward_length(size)
+    for layer in range(config["num_hidden_layers"]):
+        for kind in ("weight", "bias"):
+            parts = [made.pop(f"model.layers.{layer}.self_attn.{part}_proj.{kind}") for part in "qkv"]
+            made[f"blk.{layer}.attn_qkv.{kind}"] = np.concatenate(parts)
+    return made
+
+
 def _qwen2vl(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
     """How many frequencies turn by time, height and width, and by an axis that there is not."""
     writer.add_rope_dimension_sections([*config["rope_parameters"]["mrope_section"], 0])
@@ -1207,6 +1218,7 @@ CONVERTERS: Mapping[str, Convert] = {
     "phimoe": lambda writer, config, tensors: _experts(writer, config, tensors),
     "stablelm": _stablelm,
     "smollm3": _smollm3,
+    "qwen": _qwen,
     "qwen2moe": _qwen_moe,
     "qwen2vl": _qwen2vl,
     "qwen3vl": _qwen2vl,

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from candle_vllm.core import InvalidFileError, UnsupportedModelError
 from candle_vllm.core.models.registry import family_from_hf
 from candle_vllm.core.testing.toy_model import write_toy_tokenizer
 from packages.core.tests.models.families import GLM_GROUPS, GLM_MOE, LLAMA3, RENAMED
@@ -152,6 +153,37 @@ def chatglm_model(config: Mapping[str, Any], tensors: Tensors) -> tuple[dict[str
     return keys | {"architectures": ["ChatGLMModel"]}, made
 
 
+def qwen(config: Mapping[str, Any], tensors: Tensors) -> tuple[dict[str, Any], Tensors]:
+    names = {
+        "model.embed_tokens": "transformer.wte",
+        "model.layers": "transformer.h",
+        "model.norm": "transformer.ln_f",
+        "self_attn.o_proj": "attn.c_proj",
+        "self_attn": "attn",
+        "input_layernorm": "ln_1",
+        "post_attention_layernorm": "ln_2",
+        "mlp.up_proj": "mlp.w1",
+        "mlp.gate_proj": "mlp.w2",
+        "mlp.down_proj": "mlp.c_proj",
+    }
+    made = _renamed(tensors, names) | {"transformer.rotary_emb.inv_freq": torch.ones(8)}
+    for layer in range(config["num_hidden_layers"]):
+        for kind in ("weight", "bias"):
+            at = f"transformer.h.{layer}.attn."
+            made[f"{at}c_attn.{kind}"] = torch.cat([made.pop(f"{at}{part}_proj.{kind}") for part in "qkv"])
+    keys = {
+        "architectures": ["QWenLMHeadModel"],
+        "model_type": "qwen",
+        "kv_channels": config["hidden_size"] // config["num_attention_heads"],
+        "layer_norm_epsilon": config["rms_norm_eps"],
+        "rotary_emb_base": config["rope_parameters"]["rope_theta"],
+        "intermediate_size": 2 * config["intermediate_size"],
+        "seq_length": config["max_position_embeddings"],
+    }
+    same = ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size", "tie_word_embeddings")
+    return QWEN | keys | {key: config[key] for key in same}, made
+
+
 def _renamed(tensors: Tensors, names: Mapping[str, str]) -> Tensors:
     made: Tensors = {}
     for name, tensor in tensors.items():
@@ -165,6 +197,36 @@ GLM = {"hidden_size": 128, "head_dim": 32, "attention_bias": True}  # whose type
 GLM_ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0, "partial_rotary_factor": 0.5}}
 BAILING = {"head_dim": 32, "partial_rotary_factor": 0.5} | GLM_MOE | GLM_GROUPS | {"first_k_dense_replace": 1}
 SARVAM = BAILING | {"partial_rotary_factor": 1.0, "attention_bias": False, "n_group": 1, "topk_group": 1}
+QWEN: dict[str, Any] = {  # as Qwen-14B-Chat is published
+    "architectures": ["QWenLMHeadModel"],
+    "model_type": "qwen",
+    "attn_dropout_prob": 0.0,
+    "bf16": False,
+    "emb_dropout_prob": 0.0,
+    "fp16": False,
+    "fp32": False,
+    "hidden_size": 5120,
+    "initializer_range": 0.02,
+    "intermediate_size": 27392,
+    "kv_channels": 128,
+    "layer_norm_epsilon": 1e-06,
+    "max_position_embeddings": 8192,
+    "no_bias": True,
+    "num_attention_heads": 40,
+    "num_hidden_layers": 40,
+    "onnx_safe": None,
+    "rotary_emb_base": 10000,
+    "rotary_pct": 1.0,
+    "scale_attn_weights": True,
+    "seq_length": 2048,
+    "tie_word_embeddings": False,
+    "tokenizer_class": "QWenTokenizer",
+    "use_cache": True,
+    "use_dynamic_ntk": True,
+    "use_flash_attn": "auto",
+    "use_logn_attn": True,
+    "vocab_size": 152064,
+}
 KINDS: Mapping[str, tuple[Callable[..., tuple[dict[str, Any], Tensors]], Mapping[str, Any]]] = {
     "BailingMoeV2ForCausalLM": (bailing, BAILING),
     "SarvamMoEForCausalLM": (sarvam, SARVAM),
@@ -173,11 +235,14 @@ KINDS: Mapping[str, tuple[Callable[..., tuple[dict[str, Any], Tensors]], Mapping
     "ExaoneForCausalLM": (exaone, {"head_dim": 16, "rope_parameters": LLAMA3}),
     "InternLM2ForCausalLM": (internlm2, {"head_dim": 16, "attention_bias": True}),
     "InternLM3ForCausalLM": (internlm3, {"head_dim": 16, "attention_bias": True, "mlp_bias": True}),
+    "QWenLMHeadModel": (qwen, {"hidden_size": 128, "num_key_value_heads": 4}),
 }
 
 
 def _type_of(kind: str) -> str:
     """The type of transformers that has the same layers."""
+    if kind.startswith("QWen"):
+        return "qwen2"
     return "glm4_moe" if "MoE" in kind or "Moe" in kind else "glm" if "GLM" in kind else "llama"
 
 
@@ -232,6 +297,33 @@ def test_a_published_chatglm_is_read() -> None:
         sizes = (config.num_layers, config.num_heads, config.num_kv_heads, config.head_dim, config.max_position)
         assert sizes == (28, 32, 2, 128, context)
         assert (config.rope.dim, config.rope.theta, config.tie_embeddings) == (64, 10000.0, False)
+
+
+def test_a_published_qwen_is_read() -> None:
+    config = family_from_hf(QWEN, Path("config.json"))[1]
+    sizes = (config.num_layers, config.num_heads, config.num_kv_heads, config.head_dim, config.intermediate_size)
+    assert sizes == (40, 40, 40, 128, 13696)
+    assert (config.max_position, config.rope.theta, config.norm_eps) == (2048, 10000.0, 1e-6)
+    large = QWEN | {"seq_length": 32768, "max_position_embeddings": 32768, "rotary_emb_base": 1000000}
+    config = family_from_hf(large, Path("config.json"))[1]
+    assert (config.max_position, config.rope.theta) == (32768, 1e6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"visual": {"heads": 16, "image_size": 448}}, "visual is that of Qwen-VL"),
+        ({"audio": {"n_mels": 80}}, "audio is that of Qwen-Audio"),
+        ({"no_bias": False}, "no_bias is false"),
+        ({"scale_attn_weights": False}, "scale_attn_weights is false"),
+        ({"rotary_pct": 0.5}, "rotary_pct is 0.5"),
+        ({"intermediate_size": 27393}, "27393, which is not even"),
+        ({"seq_length": 0}, "seq_length is 0"),
+    ],
+)
+def test_other_qwens_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises((InvalidFileError, UnsupportedModelError), match=message):
+        family_from_hf(QWEN | changes, Path("config.json"))
 
 
 def test_keys_of_ling_may_be_null() -> None:

@@ -70,6 +70,7 @@ FAMILIES = (
     "exaone_moe",
     "bailing_moe",
     "internlm2",
+    "qwen",
     "hy_v3",
     "hunyuan",
     "apertus",
