@@ -53,6 +53,7 @@ REMOTE = {  # classes of types that transformers does not have
     "internlm2": "InternLM2ForCausalLM",
     "internvl_chat": "InternVLChatModel",
     "kimi_k2": "DeepseekV3ForCausalLM",
+    "nemotron-nas": "DeciLMForCausalLM",  # whose 51B does not load
     "qwen": "QWenLMHeadModel",  # of which Qwen-VL and Qwen-Audio do not load
     "sarvam_moe": "SarvamMoEForCausalLM",
     "step3p5": "Step3p5ForCausalLM",

@@ -948,6 +948,7 @@ RENAMED: Mapping[str, str] = {
     "ExaoneForCausalLM": "exaone",
     "InternLM2ForCausalLM": "internlm2",
     "InternLM3ForCausalLM": "llama",
+    "DeciLMForCausalLM": "deci",
     "QWenLMHeadModel": "qwen",
 }
 """Classes that transformers does not have and that are others under other names, with the GGUF architecture; see

@@ -153,6 +153,32 @@ def chatglm_model(config: Mapping[str, Any], tensors: Tensors) -> tuple[dict[str
     return keys | {"architectures": ["ChatGLMModel"]}, made
 
 
+def deci(config: Mapping[str, Any], tensors: Tensors) -> tuple[dict[str, Any], Tensors]:
+    """Where attention or the MLP is missing, that of the Llama is idle: its last matrix, or a part of it, is zeros."""
+    heads, size = config["num_attention_heads"] // config["num_key_value_heads"], config["hidden_size"]
+    has = [(True, 256), (False, 0), (True, 0), (True, 512), (False, 512)]
+    blocks, gone = [], list[str]()
+    for layer, (attends, inner) in enumerate(has):
+        at = f"model.layers.{layer}."
+        if not attends:
+            tensors[f"{at}self_attn.o_proj.weight"].zero_()
+            gone += [f"{at}self_attn.", f"{at}input_layernorm."]
+        tensors[f"{at}mlp.down_proj.weight"][:, inner:] = 0
+        gone += [] if inner else [f"{at}mlp.", f"{at}post_attention_layernorm."]
+        ffn = {"ffn_mult": 1.5 * inner / size - 0.01} if layer else {"intermediate_size": inner, "hidden_act": "silu"}
+        ffn |= {"no_op": not inner, "replace_with_linear": False, "sparsify": None} | (
+            {} if inner else {"ffn_mult": None}
+        )
+        group = {"n_heads_in_group": heads if attends else None, "no_op": not attends, "window_length": None}
+        blocks.append({"attention": group, "ffn": ffn})
+    made = {name: data for name, data in tensors.items() if not name.startswith(tuple(gone))}
+    for part in ("gate_proj", "up_proj"):
+        made[f"model.layers.0.mlp.{part}.weight"] = made[f"model.layers.0.mlp.{part}.weight"][:256]
+    made["model.layers.0.mlp.down_proj.weight"] = made["model.layers.0.mlp.down_proj.weight"][:, :256]
+    own = {"block_configs": blocks, "intermediate_size": None, "num_key_value_heads": None}
+    return {**config, **own, "architectures": ["DeciLMForCausalLM"], "model_type": "nemotron-nas"}, made
+
+
 def qwen(config: Mapping[str, Any], tensors: Tensors) -> tuple[dict[str, Any], Tensors]:
     names = {
         "model.embed_tokens": "transformer.wte",
@@ -197,6 +223,7 @@ GLM = {"hidden_size": 128, "head_dim": 32, "attention_bias": True}  # whose type
 GLM_ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0, "partial_rotary_factor": 0.5}}
 BAILING = {"head_dim": 32, "partial_rotary_factor": 0.5} | GLM_MOE | GLM_GROUPS | {"first_k_dense_replace": 1}
 SARVAM = BAILING | {"partial_rotary_factor": 1.0, "attention_bias": False, "n_group": 1, "topk_group": 1}
+DECI = {"num_hidden_layers": 5, "intermediate_size": 512, "head_dim": 16, "rope_parameters": LLAMA3}
 QWEN: dict[str, Any] = {  # as Qwen-14B-Chat is published
     "architectures": ["QWenLMHeadModel"],
     "model_type": "qwen",
@@ -235,6 +262,7 @@ KINDS: Mapping[str, tuple[Callable[..., tuple[dict[str, Any], Tensors]], Mapping
     "ExaoneForCausalLM": (exaone, {"head_dim": 16, "rope_parameters": LLAMA3}),
     "InternLM2ForCausalLM": (internlm2, {"head_dim": 16, "attention_bias": True}),
     "InternLM3ForCausalLM": (internlm3, {"head_dim": 16, "attention_bias": True, "mlp_bias": True}),
+    "DeciLMForCausalLM": (deci, DECI),
     "QWenLMHeadModel": (qwen, {"hidden_size": 128, "num_key_value_heads": 4}),
 }
 
@@ -253,7 +281,9 @@ def write_renamed(kind: str, folder: Path, **changes: Any) -> tuple[Path, Path]:
         write_tiny(folder / "plain", _type_of(kind), **{**usual, **changes}),
         folder / "renamed",
     )
-    config, tensors = rename(config_of(plain), load_file(plain / "model.safetensors"))
+    stored = load_file(plain / "model.safetensors")
+    config, tensors = rename(config_of(plain), stored)
+    save_file(stored, plain / "model.safetensors", {"format": "pt"})  # `rename` may make some of them idle
     renamed.mkdir()
     (renamed / "config.json").write_text(json.dumps(config))
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, renamed / "model.safetensors")
@@ -324,6 +354,28 @@ def test_a_published_qwen_is_read() -> None:
 def test_other_qwens_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises((InvalidFileError, UnsupportedModelError), match=message):
         family_from_hf(QWEN | changes, Path("config.json"))
+
+
+@pytest.mark.parametrize(
+    ("part", "changes", "message"),
+    [
+        ("attention", {"replace_with_linear": True, "n_heads_in_group": None}, "replace_with_linear in block_configs"),
+        ("attention", {"window_length": 64}, "window_length in block_configs"),
+        ("attention", {"n_heads_in_group": 1}, r"n_heads_in_group is \[1, 2\]"),
+        ("attention", {"no_op": True}, "a first layer without attention"),
+        ("ffn", {"ffn_mult": -1.0}, "an MLP of -"),
+        ("ffn", {"ffn_mult": 1e308}, "an MLP of inf"),
+        ("ffn", {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+    ],
+)
+def test_other_blocks_are_refused(part: str, changes: dict[str, Any], message: str) -> None:
+    block: dict[str, Any] = {"attention": {"n_heads_in_group": 2}, "ffn": {"ffn_mult": 6.0}}
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 272}
+    rest = {"max_position_embeddings": 512, "rms_norm_eps": 1e-6, "architectures": ["DeciLMForCausalLM"]}
+    assert family_from_hf(sizes | rest | {"block_configs": [block, block]}, Path("config.json"))
+    first = block | {part: block[part] | changes}
+    with pytest.raises((InvalidFileError, UnsupportedModelError), match=message):
+        family_from_hf(sizes | rest | {"block_configs": [first, block]}, Path("config.json"))
 
 
 def test_keys_of_ling_may_be_null() -> None:

@@ -71,6 +71,7 @@ FAMILIES = (
     "bailing_moe",
     "internlm2",
     "qwen",
+    "nemotron_nas",
     "hy_v3",
     "hunyuan",
     "apertus",
