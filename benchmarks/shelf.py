@@ -54,6 +54,7 @@ REMOTE = {  # classes of types that transformers does not have
     "internvl_chat": "InternVLChatModel",
     "kimi_k2": "DeepseekV3ForCausalLM",
     "nemotron-nas": "DeciLMForCausalLM",  # whose 51B does not load
+    "pico_decoder": "PicoDecoderHF",
     "qwen": "QWenLMHeadModel",  # of which Qwen-VL and Qwen-Audio do not load
     "sarvam_moe": "SarvamMoEForCausalLM",
     "step3p5": "Step3p5ForCausalLM",

@@ -949,6 +949,7 @@ RENAMED: Mapping[str, str] = {
     "InternLM2ForCausalLM": "internlm2",
     "InternLM3ForCausalLM": "llama",
     "DeciLMForCausalLM": "deci",
+    "PicoDecoderHF": "llama",
     "QWenLMHeadModel": "qwen",
 }
 """Classes that transformers does not have and that are others under other names, with the GGUF architecture; see

@@ -16,7 +16,7 @@ from candle_vllm.core import InvalidFileError, UnsupportedModelError
 from candle_vllm.core.models.registry import family_from_hf
 from candle_vllm.core.testing.toy_model import write_toy_tokenizer
 from packages.core.tests.models.families import GLM_GROUPS, GLM_MOE, LLAMA3, RENAMED
-from packages.core.tests.models.gguf_export import export_gguf
+from packages.core.tests.models.gguf_export import export_gguf, interleaved
 from packages.core.tests.models.tiny import (
     config_of,
     cuts,
@@ -179,6 +179,38 @@ def deci(config: Mapping[str, Any], tensors: Tensors) -> tuple[dict[str, Any], T
     return {**config, **own, "architectures": ["DeciLMForCausalLM"], "model_type": "nemotron-nas"}, made
 
 
+def pico(config: Mapping[str, Any], tensors: Tensors) -> tuple[dict[str, Any], Tensors]:
+    """Rows of q and k in pairs of neighbours; the last norm has the name without the wrapper's prefix."""
+    names = {
+        "model.embed_tokens": "pico_decoder.embedding_proj",
+        "model.norm": "output_norm",
+        "lm_head": "pico_decoder.de_embedding_proj",
+        "model.layers": "pico_decoder.layers",
+        "self_attn": "attention",
+        "input_layernorm": "attention_norm",
+        "post_attention_layernorm": "swiglu_norm",
+        "mlp.gate_proj": "swiglu.w_0",
+        "mlp.up_proj": "swiglu.w_1",
+        "mlp.down_proj": "swiglu.w_2",
+    }
+    made = _renamed(tensors, names)
+    for name, matrix in made.items():
+        if name.endswith(("q_proj.weight", "k_proj.weight")):
+            made[name] = torch.from_numpy(interleaved(matrix.numpy(), config["head_dim"]))
+    keys = {
+        "n_layers": "num_hidden_layers",
+        "d_model": "hidden_size",
+        "vocab_size": "vocab_size",
+        "attention_n_heads": "num_attention_heads",
+        "attention_n_kv_heads": "num_key_value_heads",
+        "max_seq_len": "max_position_embeddings",
+        "activation_hidden_dim": "intermediate_size",
+        "norm_eps": "rms_norm_eps",
+    }
+    own = {key: config[other] for key, other in keys.items()} | {"position_emb_theta": 1e4, "dropout": 0.1}
+    return own | {"architectures": ["PicoDecoderHF"], "model_type": "pico_decoder"}, made
+
+
 def qwen(config: Mapping[str, Any], tensors: Tensors) -> tuple[dict[str, Any], Tensors]:
     names = {
         "model.embed_tokens": "transformer.wte",
@@ -263,6 +295,7 @@ KINDS: Mapping[str, tuple[Callable[..., tuple[dict[str, Any], Tensors]], Mapping
     "InternLM2ForCausalLM": (internlm2, {"head_dim": 16, "attention_bias": True}),
     "InternLM3ForCausalLM": (internlm3, {"head_dim": 16, "attention_bias": True, "mlp_bias": True}),
     "DeciLMForCausalLM": (deci, DECI),
+    "PicoDecoderHF": (pico, {"head_dim": 16}),
     "QWenLMHeadModel": (qwen, {"hidden_size": 128, "num_key_value_heads": 4}),
 }
 

@@ -72,6 +72,7 @@ FAMILIES = (
     "internlm2",
     "qwen",
     "nemotron_nas",
+    "pico_decoder",
     "hy_v3",
     "hunyuan",
     "apertus",
