@@ -44,6 +44,7 @@ NOT_GENERATIVE = {  # whatever their repositories say; the first has no config
 }
 # fmt: on
 REMOTE = {  # classes of types that transformers does not have
+    "apertus1p5": "Apertus1p5ForConditionalGeneration",
     "bailing_moe_v2": "BailingMoeV2ForCausalLM",
     "chatglm": "ChatGLMModel",
     "deepseek_vl_v2": "DeepseekOCRForCausalLM",  # which has 97 % of the type's downloads; DeepSeek-VL2 does not load
@@ -52,7 +53,10 @@ REMOTE = {  # classes of types that transformers does not have
     "internlm2": "InternLM2ForCausalLM",
     "internvl_chat": "InternVLChatModel",
     "kimi_k2": "DeepseekV3ForCausalLM",
+    "nemotron-nas": "DeciLMForCausalLM",  # whose 51B does not load
     "phi3_v": "Phi3VForCausalLM",
+    "pico_decoder": "PicoDecoderHF",
+    "qwen": "QWenLMHeadModel",  # of which Qwen-VL and Qwen-Audio do not load
     "sarvam_moe": "SarvamMoEForCausalLM",
     "step3p5": "Step3p5ForCausalLM",
 }

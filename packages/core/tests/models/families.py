@@ -925,6 +925,7 @@ ISQ_TYPES: Mapping[str, float] = {"q8_0": 0.05, "q4_0": 0.5}
 
 
 TOWERS: Mapping[str, str] = {
+    "Apertus1p5ForConditionalGeneration": "ApertusForCausalLM",
     "DeepseekOcr2ForConditionalGeneration": "DeepseekOcr2ForCausalLM",
     "Gemma3ForConditionalGeneration": "Gemma3ForCausalLM",
     "Gemma3nForConditionalGeneration": "Gemma3nForCausalLM",
@@ -948,6 +949,9 @@ RENAMED: Mapping[str, str] = {
     "ExaoneForCausalLM": "exaone",
     "InternLM2ForCausalLM": "internlm2",
     "InternLM3ForCausalLM": "llama",
+    "DeciLMForCausalLM": "deci",
+    "PicoDecoderHF": "llama",
+    "QWenLMHeadModel": "qwen",
 }
 """Classes that transformers does not have and that are others under other names, with the GGUF architecture; see
 `test_renamed.py`."""

@@ -293,6 +293,37 @@ def _chatglm(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) ->
     return made
 
 
+def _deci(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
+    """A Llama whose attention or MLP is idle in some layers (their last matrices are zeros), without these tensors."""
+    idle = {name.rpartition(".")[0].rpartition(".")[0] for name, data in tensors.items() if not data.any()}
+    layers, made = range(config["num_hidden_layers"]), _llama(writer, config, tensors)
+    heads = [f"model.layers.{layer}.self_attn" not in idle for layer in layers]
+    writer.add_head_count([config["num_attention_heads"] * each for each in heads])
+    writer.add_head_count_kv([config["num_key_value_heads"] * each for each in heads])
+    sizes = []
+    for layer in layers:
+        mlp = f"model.layers.{layer}.mlp."
+        sizes.append(int(np.count_nonzero(made[mlp + "down_proj.weight"].any(axis=0))))
+        made[mlp + "down_proj.weight"] = made[mlp + "down_proj.weight"][:, : sizes[-1]]
+        for part in ("gate_proj.weight", "up_proj.weight"):
+            made[mlp + part] = made[mlp + part][: sizes[-1]]
+    writer.add_feed_forward_length(sizes)
+    norms = {"self_attn": "input_layernorm", "mlp": "post_attention_layernorm"}
+    gone = tuple(part for at in idle for part in (at + ".", f"{at.rpartition('.')[0]}.{norms[at.rpartition('.')[2]]}."))
+    return {name: data for name, data in made.items() if not name.startswith(gone)}
+
+
+def _qwen(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
+    """The first Qwen from a Qwen2: q, k and v fused, and the size of two matrices of the MLP as one number."""
+    made, size = dict(tensors), 2 * config["intermediate_size"]
+    writer.add_feed_forward_length(size)
+    for layer in range(config["num_hidden_layers"]):
+        for kind in ("weight", "bias"):
+            parts = [made.pop(f"model.layers.{layer}.self_attn.{part}_proj.{kind}") for part in "qkv"]
+            made[f"blk.{layer}.attn_qkv.{kind}"] = np.concatenate(parts)
+    return made
+
+
 def _qwen2vl(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
     """How many frequencies turn by time, height and width, and by an axis that there is not."""
     writer.add_rope_dimension_sections([*config["rope_parameters"]["mrope_section"], 0])
@@ -1207,6 +1238,8 @@ CONVERTERS: Mapping[str, Convert] = {
     "phimoe": lambda writer, config, tensors: _experts(writer, config, tensors),
     "stablelm": _stablelm,
     "smollm3": _smollm3,
+    "deci": _deci,
+    "qwen": _qwen,
     "qwen2moe": _qwen_moe,
     "qwen2vl": _qwen2vl,
     "qwen3vl": _qwen2vl,

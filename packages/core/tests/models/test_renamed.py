@@ -12,10 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from candle_vllm.core import InvalidFileError, UnsupportedModelError
 from candle_vllm.core.models.registry import family_from_hf
 from candle_vllm.core.testing.toy_model import write_toy_tokenizer
 from packages.core.tests.models.families import GLM_GROUPS, GLM_MOE, LLAMA3, RENAMED
-from packages.core.tests.models.gguf_export import export_gguf
+from packages.core.tests.models.gguf_export import export_gguf, interleaved
 from packages.core.tests.models.tiny import (
     config_of,
     cuts,
@@ -152,6 +153,95 @@ def chatglm_model(config: Mapping[str, Any], tensors: Tensors) -> tuple[dict[str
     return keys | {"architectures": ["ChatGLMModel"]}, made
 
 
+def deci(config: Mapping[str, Any], tensors: Tensors) -> tuple[dict[str, Any], Tensors]:
+    """Where attention or the MLP is missing, that of the Llama is idle: its last matrix, or a part of it, is zeros."""
+    heads, size = config["num_attention_heads"] // config["num_key_value_heads"], config["hidden_size"]
+    has = [(True, 256), (False, 0), (True, 0), (True, 512), (False, 512)]
+    blocks, gone = [], list[str]()
+    for layer, (attends, inner) in enumerate(has):
+        at = f"model.layers.{layer}."
+        if not attends:
+            tensors[f"{at}self_attn.o_proj.weight"].zero_()
+            gone += [f"{at}self_attn.", f"{at}input_layernorm."]
+        tensors[f"{at}mlp.down_proj.weight"][:, inner:] = 0
+        gone += [] if inner else [f"{at}mlp.", f"{at}post_attention_layernorm."]
+        ffn = {"ffn_mult": 1.5 * inner / size - 0.01} if layer else {"intermediate_size": inner, "hidden_act": "silu"}
+        ffn |= {"no_op": not inner, "replace_with_linear": False, "sparsify": None} | (
+            {} if inner else {"ffn_mult": None}
+        )
+        group = {"n_heads_in_group": heads if attends else None, "no_op": not attends, "window_length": None}
+        blocks.append({"attention": group, "ffn": ffn})
+    made = {name: data for name, data in tensors.items() if not name.startswith(tuple(gone))}
+    for part in ("gate_proj", "up_proj"):
+        made[f"model.layers.0.mlp.{part}.weight"] = made[f"model.layers.0.mlp.{part}.weight"][:256]
+    made["model.layers.0.mlp.down_proj.weight"] = made["model.layers.0.mlp.down_proj.weight"][:, :256]
+    own = {"block_configs": blocks, "intermediate_size": None, "num_key_value_heads": None}
+    return {**config, **own, "architectures": ["DeciLMForCausalLM"], "model_type": "nemotron-nas"}, made
+
+
+def pico(config: Mapping[str, Any], tensors: Tensors) -> tuple[dict[str, Any], Tensors]:
+    """Rows of q and k in pairs of neighbours; the last norm has the name without the wrapper's prefix."""
+    names = {
+        "model.embed_tokens": "pico_decoder.embedding_proj",
+        "model.norm": "output_norm",
+        "lm_head": "pico_decoder.de_embedding_proj",
+        "model.layers": "pico_decoder.layers",
+        "self_attn": "attention",
+        "input_layernorm": "attention_norm",
+        "post_attention_layernorm": "swiglu_norm",
+        "mlp.gate_proj": "swiglu.w_0",
+        "mlp.up_proj": "swiglu.w_1",
+        "mlp.down_proj": "swiglu.w_2",
+    }
+    made = _renamed(tensors, names)
+    for name, matrix in made.items():
+        if name.endswith(("q_proj.weight", "k_proj.weight")):
+            made[name] = torch.from_numpy(interleaved(matrix.numpy(), config["head_dim"]))
+    keys = {
+        "n_layers": "num_hidden_layers",
+        "d_model": "hidden_size",
+        "vocab_size": "vocab_size",
+        "attention_n_heads": "num_attention_heads",
+        "attention_n_kv_heads": "num_key_value_heads",
+        "max_seq_len": "max_position_embeddings",
+        "activation_hidden_dim": "intermediate_size",
+        "norm_eps": "rms_norm_eps",
+    }
+    own = {key: config[other] for key, other in keys.items()} | {"position_emb_theta": 1e4, "dropout": 0.1}
+    return own | {"architectures": ["PicoDecoderHF"], "model_type": "pico_decoder"}, made
+
+
+def qwen(config: Mapping[str, Any], tensors: Tensors) -> tuple[dict[str, Any], Tensors]:
+    names = {
+        "model.embed_tokens": "transformer.wte",
+        "model.layers": "transformer.h",
+        "model.norm": "transformer.ln_f",
+        "self_attn.o_proj": "attn.c_proj",
+        "self_attn": "attn",
+        "input_layernorm": "ln_1",
+        "post_attention_layernorm": "ln_2",
+        "mlp.up_proj": "mlp.w1",
+        "mlp.gate_proj": "mlp.w2",
+        "mlp.down_proj": "mlp.c_proj",
+    }
+    made = _renamed(tensors, names) | {"transformer.rotary_emb.inv_freq": torch.ones(8)}
+    for layer in range(config["num_hidden_layers"]):
+        for kind in ("weight", "bias"):
+            at = f"transformer.h.{layer}.attn."
+            made[f"{at}c_attn.{kind}"] = torch.cat([made.pop(f"{at}{part}_proj.{kind}") for part in "qkv"])
+    keys = {
+        "architectures": ["QWenLMHeadModel"],
+        "model_type": "qwen",
+        "kv_channels": config["hidden_size"] // config["num_attention_heads"],
+        "layer_norm_epsilon": config["rms_norm_eps"],
+        "rotary_emb_base": config["rope_parameters"]["rope_theta"],
+        "intermediate_size": 2 * config["intermediate_size"],
+        "seq_length": config["max_position_embeddings"],
+    }
+    same = ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size", "tie_word_embeddings")
+    return QWEN | keys | {key: config[key] for key in same}, made
+
+
 def _renamed(tensors: Tensors, names: Mapping[str, str]) -> Tensors:
     made: Tensors = {}
     for name, tensor in tensors.items():
@@ -165,6 +255,37 @@ GLM = {"hidden_size": 128, "head_dim": 32, "attention_bias": True}  # whose type
 GLM_ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0, "partial_rotary_factor": 0.5}}
 BAILING = {"head_dim": 32, "partial_rotary_factor": 0.5} | GLM_MOE | GLM_GROUPS | {"first_k_dense_replace": 1}
 SARVAM = BAILING | {"partial_rotary_factor": 1.0, "attention_bias": False, "n_group": 1, "topk_group": 1}
+DECI = {"num_hidden_layers": 5, "intermediate_size": 512, "head_dim": 16, "rope_parameters": LLAMA3}
+QWEN: dict[str, Any] = {  # as Qwen-14B-Chat is published
+    "architectures": ["QWenLMHeadModel"],
+    "model_type": "qwen",
+    "attn_dropout_prob": 0.0,
+    "bf16": False,
+    "emb_dropout_prob": 0.0,
+    "fp16": False,
+    "fp32": False,
+    "hidden_size": 5120,
+    "initializer_range": 0.02,
+    "intermediate_size": 27392,
+    "kv_channels": 128,
+    "layer_norm_epsilon": 1e-06,
+    "max_position_embeddings": 8192,
+    "no_bias": True,
+    "num_attention_heads": 40,
+    "num_hidden_layers": 40,
+    "onnx_safe": None,
+    "rotary_emb_base": 10000,
+    "rotary_pct": 1.0,
+    "scale_attn_weights": True,
+    "seq_length": 2048,
+    "tie_word_embeddings": False,
+    "tokenizer_class": "QWenTokenizer",
+    "use_cache": True,
+    "use_dynamic_ntk": True,
+    "use_flash_attn": "auto",
+    "use_logn_attn": True,
+    "vocab_size": 152064,
+}
 KINDS: Mapping[str, tuple[Callable[..., tuple[dict[str, Any], Tensors]], Mapping[str, Any]]] = {
     "BailingMoeV2ForCausalLM": (bailing, BAILING),
     "SarvamMoEForCausalLM": (sarvam, SARVAM),
@@ -173,11 +294,16 @@ KINDS: Mapping[str, tuple[Callable[..., tuple[dict[str, Any], Tensors]], Mapping
     "ExaoneForCausalLM": (exaone, {"head_dim": 16, "rope_parameters": LLAMA3}),
     "InternLM2ForCausalLM": (internlm2, {"head_dim": 16, "attention_bias": True}),
     "InternLM3ForCausalLM": (internlm3, {"head_dim": 16, "attention_bias": True, "mlp_bias": True}),
+    "DeciLMForCausalLM": (deci, DECI),
+    "PicoDecoderHF": (pico, {"head_dim": 16}),
+    "QWenLMHeadModel": (qwen, {"hidden_size": 128, "num_key_value_heads": 4}),
 }
 
 
 def _type_of(kind: str) -> str:
     """The type of transformers that has the same layers."""
+    if kind.startswith("QWen"):
+        return "qwen2"
     return "glm4_moe" if "MoE" in kind or "Moe" in kind else "glm" if "GLM" in kind else "llama"
 
 
@@ -188,7 +314,9 @@ def write_renamed(kind: str, folder: Path, **changes: Any) -> tuple[Path, Path]:
         write_tiny(folder / "plain", _type_of(kind), **{**usual, **changes}),
         folder / "renamed",
     )
-    config, tensors = rename(config_of(plain), load_file(plain / "model.safetensors"))
+    stored = load_file(plain / "model.safetensors")
+    config, tensors = rename(config_of(plain), stored)
+    save_file(stored, plain / "model.safetensors", {"format": "pt"})  # `rename` may make some of them idle
     renamed.mkdir()
     (renamed / "config.json").write_text(json.dumps(config))
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, renamed / "model.safetensors")
@@ -232,6 +360,55 @@ def test_a_published_chatglm_is_read() -> None:
         sizes = (config.num_layers, config.num_heads, config.num_kv_heads, config.head_dim, config.max_position)
         assert sizes == (28, 32, 2, 128, context)
         assert (config.rope.dim, config.rope.theta, config.tie_embeddings) == (64, 10000.0, False)
+
+
+def test_a_published_qwen_is_read() -> None:
+    config = family_from_hf(QWEN, Path("config.json"))[1]
+    sizes = (config.num_layers, config.num_heads, config.num_kv_heads, config.head_dim, config.intermediate_size)
+    assert sizes == (40, 40, 40, 128, 13696)
+    assert (config.max_position, config.rope.theta, config.norm_eps) == (2048, 10000.0, 1e-6)
+    large = QWEN | {"seq_length": 32768, "max_position_embeddings": 32768, "rotary_emb_base": 1000000}
+    config = family_from_hf(large, Path("config.json"))[1]
+    assert (config.max_position, config.rope.theta) == (32768, 1e6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"visual": {"heads": 16, "image_size": 448}}, "visual is that of Qwen-VL"),
+        ({"audio": {"n_mels": 80}}, "audio is that of Qwen-Audio"),
+        ({"no_bias": False}, "no_bias is false"),
+        ({"scale_attn_weights": False}, "scale_attn_weights is false"),
+        ({"rotary_pct": 0.5}, "rotary_pct is 0.5"),
+        ({"intermediate_size": 27393}, "27393, which is not even"),
+        ({"seq_length": 0}, "seq_length is 0"),
+    ],
+)
+def test_other_qwens_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises((InvalidFileError, UnsupportedModelError), match=message):
+        family_from_hf(QWEN | changes, Path("config.json"))
+
+
+@pytest.mark.parametrize(
+    ("part", "changes", "message"),
+    [
+        ("attention", {"replace_with_linear": True, "n_heads_in_group": None}, "replace_with_linear in block_configs"),
+        ("attention", {"window_length": 64}, "window_length in block_configs"),
+        ("attention", {"n_heads_in_group": 1}, r"n_heads_in_group is \[1, 2\]"),
+        ("attention", {"no_op": True}, "a first layer without attention"),
+        ("ffn", {"ffn_mult": -1.0}, "an MLP of -"),
+        ("ffn", {"ffn_mult": 1e308}, "an MLP of inf"),
+        ("ffn", {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+    ],
+)
+def test_other_blocks_are_refused(part: str, changes: dict[str, Any], message: str) -> None:
+    block: dict[str, Any] = {"attention": {"n_heads_in_group": 2}, "ffn": {"ffn_mult": 6.0}}
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 272}
+    rest = {"max_position_embeddings": 512, "rms_norm_eps": 1e-6, "architectures": ["DeciLMForCausalLM"]}
+    assert family_from_hf(sizes | rest | {"block_configs": [block, block]}, Path("config.json"))
+    first = block | {part: block[part] | changes}
+    with pytest.raises((InvalidFileError, UnsupportedModelError), match=message):
+        family_from_hf(sizes | rest | {"block_configs": [first, block]}, Path("config.json"))
 
 
 def test_keys_of_ling_may_be_null() -> None:

@@ -24,6 +24,7 @@ from packages.core.tests.models.families import (
     DEEPSEEK,
     GEMMA3,
     GEMMA4_E4B,
+    LLAMA3,
     MINISTRAL3_ROPE,
     MUSE,
     QWEN35,
@@ -42,7 +43,9 @@ from packages.core.tests.models.tiny import (
     recorded_logits,
     some_tokens,
     spread,
+    write_tiny,
 )
+from packages.core.tests.models.tiny import their_logits as plain_logits
 
 VISION = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 ROWS: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -151,6 +154,31 @@ def copied(folder: Path, to: Path, tensors: dict[str, torch.Tensor], **config: A
     (to / "config.json").write_text(json.dumps(config_of(folder) | config))
     write_toy_tokenizer(to)
     return to
+
+
+def test_apertus_1_5_has_logits_of_its_text_tokens(tmp_path: Path) -> None:
+    """Made of transformers' Apertus, as it has no class of 1.5: its embeddings of images and audio have no logits."""
+    plain = write_tiny(tmp_path / "plain", "apertus", rope_parameters=LLAMA3)
+    text, stored, tokens = config_of(plain), load_file(plain / "model.safetensors"), some_tokens(24)
+    text |= {"model_type": "apertus1p5_text", "output_vocab_size": text["vocab_size"], "post_norm": False}
+    whole = {name.replace("model.", "model.language_model.", 1): data for name, data in stored.items()}
+    table = "model.language_model.embed_tokens.weight"
+    whole[table] = torch.cat([whole[table], torch.ones(64, whole[table].shape[1])])
+    whole |= {f"model.{kind}_tokenizer.encoder.weight": torch.zeros(4) for kind in ("vision", "audio")}
+    config: dict[str, Any] = {
+        "architectures": ["Apertus1p5ForConditionalGeneration"],
+        "model_type": "apertus1p5",
+        "text_config": text | {"vocab_size": text["vocab_size"] + 64},
+        "vision_config": {"model_type": "apertus1p5_vision_tokenizer"},
+        "tie_word_embeddings": False,
+    }
+    folder = copied(plain, tmp_path / "whole", whole, **config)
+    theirs = plain_logits(plain, tokens)
+    assert error(eager_logits(folder, tokens, [24]), theirs) < 1e-5
+    assert spread(recorded_logits(folder, tokens, [24]), theirs) < 1e-2
+    wrong = config | {"text_config": config["text_config"] | {"output_vocab_size": text["vocab_size"] + 65}}
+    with pytest.raises(InvalidFileError, match=r"text_config\.output_vocab_size is \d+; it must be 1 to"):
+        family_from_hf(wrong, PATH)
 
 
 @pytest.mark.parametrize("end", ["layers.0.weight", "visual.patch_embed.weight"])

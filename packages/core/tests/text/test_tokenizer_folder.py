@@ -20,6 +20,7 @@ from tokenizers import Tokenizer as Backend
 
 from candle_vllm.core.conversion.gguf_tokenizer import tokenizer_metadata
 from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
+from candle_vllm.core.text.chat_template import ChatTemplate
 from candle_vllm.core.text.tokenizer import Tokenizer
 
 S, E, CLS, SEP, END = range(257, 262)
@@ -264,15 +265,24 @@ TEXTS = [
 ]
 
 
-def cut(text: str) -> list[str]:
+QWEN = "|".join(  # and Qwen's
+    [
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",
+        r"[^\r\n\p{L}\p{N}]?\p{L}+",
+        r"\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    ]
+)
+
+
+def cut(text: str, pattern: str = KIMI) -> list[str]:
     regex: Any = importlib.import_module("regex")  # of transformers, without types
-    return regex.findall(KIMI, text, regex.V1)
+    return regex.findall(pattern, text, regex.V1)
 
 
-def kimi_ranks() -> dict[bytes, int]:
+def some_ranks(pattern: str = KIMI) -> dict[bytes, int]:
     """A vocabulary of bytes and merges, made of the texts by counting pairs, in an order of bytes of its own."""
     ranks = {bytes([byte]): 255 - byte for byte in range(256)}
-    words = [[bytes([byte]) for byte in word.encode()] for text in TEXTS for word in cut(text)]
+    words = [[bytes([byte]) for byte in word.encode()] for text in TEXTS for word in cut(text, pattern)]
     while len(ranks) < 656:
         pairs = Counter(pair for word in words for pair in pairwise(word) if pair[0] + pair[1] not in ranks)
         if not pairs:
@@ -294,7 +304,7 @@ def merged(parts: list[bytes], ranks: dict[bytes, int]) -> list[bytes]:
 
 
 def write_kimi(folder: Path, lines: list[str] | None = None, **config: Any) -> Path:
-    ranks = kimi_ranks()
+    ranks = some_ranks()
     given = [f"{base64.b64encode(token).decode()} {rank}" for token, rank in ranks.items()] if lines is None else lines
     (folder / "tiktoken.model").write_text("\n".join(given))
     first = len(ranks)
@@ -306,7 +316,7 @@ def write_kimi(folder: Path, lines: list[str] | None = None, **config: Any) -> P
 
 
 def test_a_tiktoken_file_is_kimis_vocabulary(tmp_path: Path) -> None:
-    ranks, tokenizer = kimi_ranks(), Tokenizer.from_folder(write_kimi(tmp_path))
+    ranks, tokenizer = some_ranks(), Tokenizer.from_folder(write_kimi(tmp_path))
     for text in [*TEXTS, *(text[::-1] for text in TEXTS)]:
         words = [[bytes([byte]) for byte in word.encode()] for word in cut(text)]
         ids = [ranks[token] for word in words for token in merged(word, ranks)]
@@ -320,6 +330,44 @@ def test_a_tiktoken_file_is_kimis_vocabulary(tmp_path: Path) -> None:
     assert tokenizer.decode([first + 2, ranks[b"a"], first + 20]) == "a<think>", "no special one is shown"
     stored = Tokenizer.from_gguf(tokenizer_metadata(tokenizer, first + 256, tokenizer.eos_token_ids))
     assert [stored.encode(text) for text in TEXTS] == [tokenizer.encode(text) for text in TEXTS]
+
+
+def write_qwen(folder: Path, **config: Any) -> dict[bytes, int]:
+    ranks = some_ranks(QWEN)
+    lines = [f"{base64.b64encode(token).decode()} {rank}" for token, rank in ranks.items()]
+    (folder / "qwen.tiktoken").write_text("\n".join([*lines, ""]))
+    kept = {"model_max_length": 8192, "tokenizer_class": "QWenTokenizer"} | config
+    (folder / "tokenizer_config.json").write_text(json.dumps(kept))
+    return ranks
+
+
+def test_a_tiktoken_file_is_the_first_qwens_vocabulary(tmp_path: Path) -> None:
+    """With fixed marks behind it, texts that are composed, and ChatML, which its repositories do not store."""
+    ranks = write_qwen(tmp_path)
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    for text in [*TEXTS, *(text[::-1] for text in TEXTS), "e\u0301t\u00e9"]:
+        composed = unicodedata.normalize("NFC", text)
+        words = [[bytes([byte]) for byte in word.encode()] for word in cut(composed, QWEN)]
+        ids = [ranks[token] for word in words for token in merged(word, ranks)]
+        assert tokenizer.encode(text) == ids
+        assert tokenizer.decode(ids) == composed
+    first = len(ranks)
+    assert tokenizer.vocab_size == first + 208
+    assert tokenizer.encode("<|endoftext|><|im_start|>a<|im_end|><|extra_0|><|extra_204|>") == [
+        *(first, first + 1, ranks[b"a"], first + 2, first + 3, first + 207)
+    ]
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_ids) == (None, (first, first + 2))
+    assert isinstance(tokenizer.chat_template, str)
+    rendered = ChatTemplate(tokenizer.chat_template, {}).render([{"role": "user", "content": "Hi"}])
+    assert rendered == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    metadata = tokenizer_metadata(tokenizer, first + 208, tokenizer.eos_token_ids)
+    stored = Tokenizer.from_gguf(metadata)
+    assert [stored.encode(text) for text in TEXTS] == [tokenizer.encode(text) for text in TEXTS]
+    bare = {key: value for key, value in metadata.items() if "template" not in key}
+    assert Tokenizer.from_gguf(bare).chat_template is None
+    assert Tokenizer.from_gguf(bare | {"general.architecture": "qwen"}).chat_template == tokenizer.chat_template
+    write_qwen(tmp_path, chat_template="own")
+    assert Tokenizer.from_folder(tmp_path).chat_template == "own"
 
 
 BYTES = [f"{base64.b64encode(bytes([byte])).decode()} {byte}" for byte in range(256)]
@@ -373,7 +421,7 @@ def test_other_lists_of_words_are_refused(tmp_path: Path) -> None:
 
 
 def test_other_tiktoken_files_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedModelError, match="'QWenTokenizer'; only Kimi's"):
+    with pytest.raises(UnsupportedModelError, match="'QWenTokenizer'; only TikTokenTokenizer is"):
         Tokenizer.from_folder(write_kimi(tmp_path, tokenizer_class="QWenTokenizer"))
     with pytest.raises(InvalidFileError, match="name of another token"):
-        Tokenizer.from_folder(write_kimi(tmp_path, added_tokens_decoder={str(len(kimi_ranks()) + 3): {"content": "!"}}))
+        Tokenizer.from_folder(write_kimi(tmp_path, added_tokens_decoder={str(len(some_ranks()) + 3): {"content": "!"}}))

@@ -34,6 +34,7 @@ _KIMI = MappingProxyType({"kimi_k2": "DeepseekV3ForCausalLM", "deepseek_v3": "De
 
 TOWERS: Mapping[str, Mapping[str, str]] = MappingProxyType(
     {
+        "Apertus1p5ForConditionalGeneration": {"apertus1p5_text": "ApertusForCausalLM"},
         "DeepseekOCR2ForCausalLM": {"deepseek_ocr2_text": "DeepseekOcr2ForCausalLM"},
         "DeepseekOCRForCausalLM": {"deepseek_ocr2_text": "DeepseekOcr2ForCausalLM"},
         "DeepseekOcr2ForConditionalGeneration": {"deepseek_ocr2_text": "DeepseekOcr2ForCausalLM"},
@@ -154,9 +155,9 @@ _DEEP = ("deepstack_layer_map", "spatial_vision_layer", "spatial_target_layers")
 _CARRIED = ("dtype", "torch_dtype")  # keys of the whole model that also apply to the text model
 _TEXT = re.compile(r"(?:language_model\.(?=model\.|lm_head\.|output\.)|model\.(?:language_model|text_model)\.)(.*)")
 _PARTS = (
-    "vit|vision_(?:tower|model|embedder|embed_tokens|adapter|projection|encoder)|audio_tower|embed_(?:vision|audio)|merger"
+    "vit|vision_(?:tower|model|embedder|embed_tokens|adapter|projection|encoder|tokenizer)|audio_to(?:wer|kenizer)|merger"
     "|(?:(?:multi_modal|mm)_)?projector|(?:layerwise|spatial)_projectors|vit_large_projector|connector|visual|sam_model"
-    "|mlp_AR|mlp1|qwen2_model"
+    "|embed_(?:vision|audio)|mlp_AR|mlp1|qwen2_model"
 )
 _UNUSED = re.compile(r"[^.]*audio|visual\.vision_model\.(?:head|embeddings\.packing_position_embedding)\.")
 """Prefixes of tensors that are not loaded: audio towers, and two unused parts of PaddleOCR-VL's vision tower."""

@@ -2,7 +2,10 @@
 """Apertus: Llama's layers (`llama.py`) with a norm on every head of q and k, and an MLP with the activation xIELU.
 
 The MLP has no gate: down(xielu(up(x))). xIELU has two trained parameters in each layer, tensors in safetensors and
-metadata in GGUF files. Sources: Swiss AI Initiative, 2025, arXiv:2509.14233; arXiv:2411.13010 (xIELU).
+metadata in GGUF files. Apertus 1.5 has further embeddings for codes of images and audio, behind those of
+`output_vocab_size` text tokens; only these have logits. The codes are not computed, so the further rows are not loaded.
+Sources: Swiss AI Initiative, 2025, arXiv:2509.14233; arXiv:2411.13010 (xIELU); `Apertus1p5TextModel` of its
+transformers.
 """
 
 from __future__ import annotations
@@ -49,11 +52,14 @@ class ApertusConfig(LlamaConfig):
 
 
 def config_from_hf(fields: Fields, model_type: str) -> ApertusConfig:
-    """Read `config.json` of apertus."""
+    """Read `config.json` of apertus and apertus1p5_text."""
     fields.choice("hidden_act", "xielu", "xielu")
     usual = {} if "rope_parameters" in fields or "rope_scaling" in fields else {"rope_parameters": _ROPE}
     shared, bias = fields.with_defaults(rope_theta=1.2e7, **usual), fields.get("attention_bias", bool, False)
-    return ApertusConfig(**shared_from_hf(shared, model_type), qk_norm=True, qkv_bias=bias, output_bias=bias)
+    values = shared_from_hf(shared, model_type)
+    if "output_vocab_size" in fields:
+        values["vocab_size"] = fields.count("output_vocab_size", most=values["vocab_size"])
+    return ApertusConfig(**values, qk_norm=True, qkv_bias=bias, output_bias=bias)
 
 
 def completed(config: ApertusConfig, tensors: Mapping[str, StoredTensor]) -> ApertusConfig:
@@ -119,10 +125,21 @@ class Apertus(Llama):
 
 # ---- weight names ----------------------------------------------------------------------------------------------------
 
+
+def text_rows(stored: StoredTensor, config: ApertusConfig) -> StoredTensor:
+    """View of the embeddings of the tokens that have logits."""
+    more = len(stored.shape) == 2 and stored.shape[0] > config.vocab_size
+    return stored.rows(0, config.vocab_size) if more else stored
+
+
 _NAMES = (("attention", "attention"), ("mlp", "feedforward"))
 _NORMS = {f"layers.{{i}}.{to}_norm:weight": f"{HF}{name}_layernorm.weight" for to, name in _NAMES}
+_VIEWS = {"embed:weight": text_rows}
 WEIGHTS = [
-    *(dataclasses.replace(line, hf=_NORMS.get(line.target, line.hf)) for line in llama.WEIGHTS),
+    *(
+        dataclasses.replace(line, hf=_NORMS.get(line.target, line.hf), hf_view=_VIEWS.get(line.target, line.hf_view))
+        for line in llama.WEIGHTS
+    ),
     WeightName("layers.{i}.mlp.up:weight", HF + "mlp.up_proj.weight", GG + "ffn_up.weight"),
 ]
 

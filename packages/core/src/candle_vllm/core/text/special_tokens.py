@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Find the tokens that end a turn or a file, and list control tokens that stay in the text (steps 3 and 9).
+"""Find the tokens that end a turn or a file, list control tokens that stay in the text, and ChatML (steps 3 and 9).
 
 Files name one end-of-sequence token; chat models also stop at others. The lists and exceptions follow llama.cpp.
 """
@@ -27,6 +27,12 @@ END_OF_FILE = (
 
 # Parts of gpt-oss's message frame: the parser of the text needs them, so they are not hidden.
 VISIBLE_FRAME = ("<|channel|>", "<|message|>", "<|start|>", "<|constrain|>")
+
+# The chat template of models whose files have none, as the first Qwen's, and of `--chat-template chatml`.
+CHATML = """{% for message in messages %}<|im_start|>{{ message.role }}
+{{ message.content }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
 
 
 def end_of_turn_ids(ids: Mapping[str, int]) -> set[int]:

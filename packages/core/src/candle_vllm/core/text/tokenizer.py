@@ -17,7 +17,7 @@ from candle_vllm.core.errors import InvalidFileError, InvalidParameterError
 from candle_vllm.core.text.gguf_backend import build_backend, ids_by_text, refusing_panics
 from candle_vllm.core.text.gguf_vocab import MAX_NAMED_TEMPLATES, GgufVocab, read_gguf_vocab
 from candle_vllm.core.text.infill import InfillMarks, infill_marks
-from candle_vllm.core.text.special_tokens import end_of_file_ids, end_of_turn_ids
+from candle_vllm.core.text.special_tokens import CHATML, end_of_file_ids, end_of_turn_ids
 from candle_vllm.core.text.token_bytes import byte_rule
 
 utf8_decoder = codecs.getincrementaldecoder("utf-8")
@@ -275,7 +275,7 @@ def _gguf_chat_template(metadata: Mapping[str, object], bos: str | None) -> Chat
     if len(templates) > MAX_NAMED_TEMPLATES:
         raise InvalidFileError(f"the file has {len(templates)} chat templates; at most {MAX_NAMED_TEMPLATES} allowed")
     if not templates:
-        return None
+        return CHATML if metadata.get("general.architecture") == "qwen" else None
     return templates["default"] if list(templates) == ["default"] else templates
 
 

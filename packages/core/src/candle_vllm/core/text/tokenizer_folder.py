@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
 """Load a tokenizer from a Hugging Face model folder (loading, before step 3 of a request can run).
 
-The vocabulary and its rules are in tokenizer.json, otherwise in Kimi's tiktoken.model, otherwise in SentencePiece's
-tokenizer.model (sentencepiece.py), in BERT's vocab.txt, or in Qwen's vocab.json and merges.txt. tokenizer_config.json,
-special_tokens_map.json and added_tokens.json define the special tokens and the roles of tokens (docs/models.md: which
-file wins). The chat template is in the first of chat_template.jinja with additional_chat_templates/, chat_template.json
-and tokenizer_config.json.
+The vocabulary and its rules are in tokenizer.json, otherwise in Kimi's tiktoken.model or the first Qwen's
+qwen.tiktoken, otherwise in SentencePiece's tokenizer.model (sentencepiece.py), in BERT's vocab.txt, or in Qwen's
+vocab.json and merges.txt. tokenizer_config.json, special_tokens_map.json and added_tokens.json define the special
+tokens and the roles of tokens (docs/models.md: which file wins). The chat template is in the first of
+chat_template.jinja with additional_chat_templates/, chat_template.json and tokenizer_config.json.
 generation_config.json belongs to the model, not to the tokenizer: assembly/model.py reads it.
 """
 
@@ -26,7 +26,7 @@ from candle_vllm.core.text.gguf_backend import build_backend, byte_level, refusi
 from candle_vllm.core.text.gguf_vocab import MAX_NAMED_TEMPLATES, USER_DEFINED, GgufVocab
 from candle_vllm.core.text.pretokenizers import PRE_TOKENIZERS
 from candle_vllm.core.text.sentencepiece import read_sentencepiece
-from candle_vllm.core.text.special_tokens import end_of_turn_ids
+from candle_vllm.core.text.special_tokens import CHATML, end_of_turn_ids
 from candle_vllm.core.text.token_bytes import BYTE_ALPHABET
 
 logger = logging.getLogger(__name__)
@@ -35,7 +35,8 @@ MAX_TOKENIZER_FILE = 256 << 20  # bytes
 MAX_SMALL_FILE = 32 << 20
 MAX_RANK = 1 << 22
 MAX_RANKED_BYTES = 512  # of a token in a tiktoken file; every split of each token is tried
-_RESERVED = 256  # ids after the ranks of a tiktoken file
+_MARKS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{number}|>" for number in range(205)))  # of Qwen
+_TIKTOKEN = {"tiktoken.model": "TikTokenTokenizer", "qwen.tiktoken": "QWenTokenizer"}  # files and classes
 _NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _BERT = ("BertTokenizer", "DistilBertTokenizer")
 _FLAGS = ("lstrip", "rstrip", "normalized", "single_word", "special")
@@ -73,22 +74,17 @@ def load_folder(folder: Path) -> FolderParts:
         eos_token_ids=_eos_ids(backend, ids.get("eos_token")),
         special_tokens=names,
         chat_template=_chat_template(folder, config),
-        response_template=_response_template(config),
+        response_template=response if isinstance(response := config.get("response_template"), dict) else None,
         types_pairs="token_type_ids" in str(config.get("model_input_names") or "token_type_ids"),
     )
-
-
-def _response_template(config: dict[str, Any]) -> dict[str, Any] | None:
-    value = config.get("response_template")
-    return value if isinstance(value, dict) else None
 
 
 def _load_backend(folder: Path, config: dict[str, Any]) -> tuple[Backend, dict[str, str]]:
     """Load the file with the vocabulary; also return texts by name (`bos_token`) of tokenizer.model or vocab.txt."""
     path = folder / "tokenizer.json"
     if not path.is_file():
-        if (folder / "tiktoken.model").is_file():
-            return _from_tiktoken(folder, config), {}
+        if file := next((file for file in _TIKTOKEN if (folder / file).is_file()), None):
+            return _from_tiktoken(folder / file, config), {}
         if (model := folder / "tokenizer.model").is_file():
             _check_size(model, MAX_TOKENIZER_FILE)
             vocab = read_sentencepiece(model)
@@ -127,18 +123,17 @@ def _renamed(vocab: GgufVocab, configured: list[tuple[int, AddedToken]]) -> Gguf
     return replace(vocab, tokens=tokens, types=types, numbers=numbers)
 
 
-def _from_tiktoken(folder: Path, config: dict[str, Any]) -> Backend:
-    """Load tiktoken.model of Kimi K2.5: a line for each token, its bytes in base64 and its rank.
+def _from_tiktoken(path: Path, config: dict[str, Any]) -> Backend:
+    """Load a tiktoken file of Kimi K2.5 or of the first Qwen: a line for each token, its bytes in base64 and its rank.
 
     The adjacent pair that forms the token of lowest rank is merged; so every split of a token into two is a merge.
-    Ids after the ranks belong to tokens of tokenizer_config.json, or are reserved. Source: Kimi's `TikTokenTokenizer`.
+    Ids after the ranks belong to tokens of tokenizer_config.json, or are reserved in Kimi's file and fixed marks in
+    Qwen's. Sources: Kimi's `TikTokenTokenizer`, Qwen's `QWenTokenizer`.
     """
-    path = folder / "tiktoken.model"
-    if config.get("tokenizer_class") != "TikTokenTokenizer":
-        raise UnsupportedModelError(
-            f"{folder} has tiktoken.model and no tokenizer.json, and its tokenizer_class is "
-            f"{config.get('tokenizer_class')!r:.80}; only Kimi's TikTokenTokenizer is supported"
-        )
+    folder, qwen = path.parent, path.name == "qwen.tiktoken"
+    if (kind := config.get("tokenizer_class")) != _TIKTOKEN[path.name]:
+        said = f"{folder} has {path.name} and no tokenizer.json, and its tokenizer_class is {kind!r:.80}"
+        raise UnsupportedModelError(f"{said}; only {_TIKTOKEN[path.name]} is supported")
     ranks = _read_ranks(path)
     letters = {byte: letter for letter, byte in BYTE_ALPHABET.items()}
     spelt = {token: "".join(map(letters.__getitem__, token)) for token in ranks}
@@ -153,11 +148,14 @@ def _from_tiktoken(folder: Path, config: dict[str, Any]) -> Backend:
         backend = Backend(
             models.BPE({spelt[token]: rank for token, rank in ranks.items()}, list(cuts), ignore_merges=True)
         )
-        byte_level(backend, PRE_TOKENIZERS["kimi-k2"])
-        for index in range(first, first + _RESERVED):
-            token = AddedToken(f"<|reserved_token_{index}|>", special=True, normalized=False)
-            backend.add_tokens([configured.get(index, token)])
-            if backend.token_to_id(configured.get(index, token).content) != index:
+        byte_level(backend, PRE_TOKENIZERS["qwen2" if qwen else "kimi-k2"])
+        if qwen:
+            backend.normalizer = normalizers.NFC()
+        reserved = (f"<|reserved_token_{index}|>" for index in range(first, first + 256))
+        for index, text in enumerate(_MARKS if qwen else reserved, first):
+            token = configured.get(index, AddedToken(text, special=True, normalized=False))
+            backend.add_tokens([token])
+            if backend.token_to_id(token.content) != index:
                 raise InvalidFileError(f"{folder}: tokenizer_config.json gives token {index} the name of another token")
     return backend
 
@@ -417,7 +415,7 @@ def _chat_template(folder: Path, config: dict[str, Any]) -> str | dict[str, str]
     if len(named) > MAX_NAMED_TEMPLATES:
         raise InvalidFileError(f"{folder} has more than {MAX_NAMED_TEMPLATES} chat templates")
     if not named:
-        return None
+        return CHATML if config.get("tokenizer_class") == "QWenTokenizer" else None
     return named["default"] if list(named) == ["default"] else named
 
 

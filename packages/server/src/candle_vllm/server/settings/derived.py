@@ -21,6 +21,7 @@ from candle_vllm.core.config import SETTINGS, demo_command, demo_model, is_demo
 from candle_vllm.core.errors import CandleVllmError
 from candle_vllm.core.setting_kinds import MAX_TEMPLATE
 from candle_vllm.core.shown import without_secrets
+from candle_vllm.core.text.special_tokens import CHATML
 from candle_vllm.responses.store.backend import BACKENDS, MEMORY, URLS, StoreOptions
 from candle_vllm.server.interrupts import leaving_at_once
 from candle_vllm.server.settings import table
@@ -230,12 +231,6 @@ def told_in_flags() -> Iterator[None]:
 def speak_in_flags(error: CandleVllmError) -> None:
     """Rewrite names of engine settings in an error's message as flags."""
     error.args = (in_flags(str(error)), *error.args[1:])
-
-
-CHATML = """{% for message in messages %}<|im_start|>{{ message.role }}
-{{ message.content }}<|im_end|>
-{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
-{% endif %}"""
 
 
 def _template(path: Path | str | None) -> str | None:
