@@ -270,6 +270,8 @@ def test_a_prompt_that_fits_no_step_is_refused(tmp_path: Path) -> None:
         pytest.raises(PromptTooLongError, match=r"the prompt has 97 tokens; .* at most 96 may: shorten it$"),
     ):
         answers(engine, [asked("<image>" + 70 * "a", 0)])
+    with pytest.raises(ConfigError, match=r"'max_pixels' is not a setting of this model, which has none$"):
+        InferenceEngine(tmp_path / "b", mm_processor_kwargs={"max_pixels": 4})
 
 
 @pytest.mark.parametrize(

@@ -72,6 +72,15 @@ def test_transparent_pixels_are_white() -> None:
     assert (abs(decode_picture(stored(half)).pixels.astype(int) - 127) <= 1).all()
 
 
+@pytest.mark.parametrize(("bits", "data"), [(1, b"\x40"), (2, b"\x18"), (4, b"\x01\x70"), (8, b"\x00\x01\x80")])
+def test_one_level_of_grey_may_be_transparent(bits: int, data: bytes) -> None:
+    """Of black, the level 1 and another."""
+    greys = png(3, 1, b"\0" + data, before=chunk(b"tRNS", b"\0\1"), bits=bits, colours=0)
+    levels = decode_picture(greys).pixels[0, :, 0].tolist()
+    assert levels[:2] == [0, 255]
+    assert levels[2] == {1: 0, 2: 170, 4: 119, 8: 128}[bits]
+
+
 def test_sixteen_bits_become_their_upper_eight() -> None:
     wide = Image.fromarray(np.array([[0, 255, 256, 65535, 32768]], np.uint16))
     assert decode_picture(stored(wide)).pixels[0, :, 0].tolist() == [0, 0, 1, 255, 128]
@@ -100,11 +109,11 @@ def test_of_many_frames_the_first_is_seen() -> None:
 
 def png(
     width: int, height: int, data: bytes = b"", before: bytes = b"", after: bytes = b"", interlaced: int = 0,
-    bits: int = 8,
+    bits: int = 8, colours: int = 2,
 ) -> bytes:  # fmt: skip
     """A PNG file whose header says this size, with further chunks before its pixels and behind them."""
 
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, 2, 0, 0, interlaced))
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, colours, 0, 0, interlaced))
     body = before + chunk(b"IDAT", zlib.compress(data)) + after + chunk(b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + header + body
 
@@ -122,6 +131,7 @@ BROKEN = {
     "tiff": stored(format="TIFF"),
     "eps": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n",
     "half a png": stored()[:60],
+    "the head of a png": stored()[:33],
     "half a jpeg": stored(Image.new("RGB", (64, 64)), "JPEG")[:300],
     "half a webp": stored(format="WEBP")[:40],
     "half a gif": stored(format="GIF")[:20],
@@ -141,6 +151,8 @@ def test_broken_files_are_refused_in_a_sentence(name: str) -> None:
     assert caught.value.param == "messages.0"
     assert "0x" not in str(caught.value)
     assert caught.value.__cause__ is caught.value.__context__ is None
+    known = BROKEN[name].startswith((b"\x89PNG", b"\xff\xd8\xff", b"RIFF", b"GIF8"))
+    assert ("not an image in a supported format" in str(caught.value)) is not known
 
 
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "GIF"])

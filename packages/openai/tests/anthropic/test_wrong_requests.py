@@ -111,6 +111,11 @@ WRONG: list[tuple[str, Any, str]] = [  # where, what, the field to blame
         [{"type": "document", "source": {"type": "base64", "data": "x"}}],
         "messages.0.content.0.source.type",
     ),
+    (
+        "messages.0.content",
+        [{"type": "document", "source": {"type": "content", "content": [{"type": "image", "source": {}}]}}],
+        "messages.0.content.0.source.content.0.type",
+    ),
     ("messages.0.content", [{"type": "search_result"}], "messages.0.content.0.type"),
     ("messages.0.content", [{"type": "server_tool_use", "id": "x"}], "messages.0.content.0.type"),
     ("messages.0.content", [{"type": "thinking", "thinking": "x", "signature": ""}], "messages.0.content.0.type"),

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 from urllib.parse import parse_qs
 
@@ -12,22 +13,28 @@ import pytest
 from candle_vllm.responses.mcp.http import http_auth
 from candle_vllm.responses.mcp.server_config import McpServerConfig
 from candle_vllm.responses.mcp.server_values import OAuthClient
+from tests.waiting import PATIENCE
 
 URL = "https://mcp.test/mcp"
 ISSUER = "https://auth.test"
 
 
 class Servers:
-    """An MCP server that wants a token, and an authorization server; notes what each was asked."""
+    """An MCP server that wants a token, and an authorization server; notes what each was asked.
 
-    def __init__(self) -> None:
+    `methods` are the ways in which the latter takes the secret; None says nothing of them.
+    """
+
+    def __init__(self, methods: list[str] | None = None) -> None:
         self.asked: list[str] = []
+        self.methods = methods
+        self.token = "issued"
 
     def __call__(self, request: httpx2.Request) -> httpx2.Response:
         self.asked.append(f"{request.method} {request.url}")
         path = request.url.path
         if request.url.host == "mcp.test" and path == "/mcp":
-            if request.headers.get("authorization") == "Bearer issued":
+            if request.headers.get("authorization") == f"Bearer {self.token}":
                 return httpx2.Response(200, text="in")
             return httpx2.Response(401, headers={"www-authenticate": "Bearer"})
         if request.url.host == "mcp.test" and path.startswith("/.well-known/oauth-protected-resource"):
@@ -40,23 +47,64 @@ class Servers:
                     "authorization_endpoint": f"{ISSUER}/authorize",
                     "token_endpoint": f"{ISSUER}/token",
                     "response_types_supported": ["code"],
+                    "token_endpoint_auth_methods_supported": self.methods,
                 },
             )
         if request.url.host == "auth.test" and path == "/token":
             form = parse_qs(request.content.decode())
             assert form["grant_type"] == ["client_credentials"]
             assert form["scope"] == ["read write"]
-            assert request.headers["authorization"] == "Basic " + base64.b64encode(b"me:hush").decode()
-            return httpx2.Response(200, json={"access_token": "issued", "token_type": "Bearer", "expires_in": 60})
+            if self.methods is None or "client_secret_basic" in self.methods:
+                assert request.headers["authorization"] == "Basic " + base64.b64encode(b"me:hush").decode()
+            else:
+                assert "authorization" not in request.headers
+                assert (form["client_id"], form["client_secret"]) == (["me"], ["hush"])
+            return httpx2.Response(200, json={"access_token": self.token, "token_type": "Bearer", "expires_in": 60})
         return httpx2.Response(404)
 
 
-@pytest.mark.parametrize("issuer", [ISSUER, None])
-async def test_the_token_is_got_once(issuer: str | None) -> None:
-    servers = Servers()
+def auth_of(issuer: str | None = ISSUER) -> httpx2.Auth | None:
     client = OAuthClient(client_id="me", client_secret="hush", scopes=("read", "write"), issuer=issuer)
-    auth = http_auth(McpServerConfig(name="test", url=URL, auth=client))
+    return http_auth(McpServerConfig(name="test", url=URL, auth=client))
+
+
+@pytest.mark.parametrize(
+    ("issuer", "methods"),
+    [
+        (ISSUER, None),
+        (None, None),
+        (None, ["client_secret_post"]),
+        (None, ["client_secret_post", "client_secret_basic"]),
+    ],
+)
+async def test_the_token_is_got_once(issuer: str | None, methods: list[str] | None) -> None:
+    servers, auth = Servers(methods), auth_of(issuer)
     async with httpx2.AsyncClient(transport=httpx2.MockTransport(servers), auth=auth) as sender:
         for _ in range(2):
             assert (await sender.post(URL)).text == "in"
     assert servers.asked.count(f"POST {ISSUER}/token") == 1
+
+
+async def test_requests_with_a_token_do_not_wait_for_each_other() -> None:
+    """And one token replaces a revoked one."""
+    servers, running, all_run = Servers(), 0, asyncio.Event()
+
+    async def answer(request: httpx2.Request) -> httpx2.Response:
+        nonlocal running
+        response = servers(request)
+        if response.status_code == 200 and request.url == URL and request.content:
+            running += 1
+            if running == 3:
+                all_run.set()
+            await all_run.wait()
+        return response
+
+    async with httpx2.AsyncClient(transport=httpx2.MockTransport(answer), auth=auth_of()) as sender:
+        await sender.post(URL)
+        async with asyncio.timeout(PATIENCE):
+            sent = await asyncio.gather(*(sender.post(URL, content=b"call") for _ in range(3)))
+        assert [each.text for each in sent] == ["in"] * 3
+        servers.token = "renewed"
+        sent = await asyncio.gather(*(sender.post(URL) for _ in range(3)))
+        assert [each.text for each in sent] == ["in"] * 3
+    assert servers.asked.count(f"POST {ISSUER}/token") == 2

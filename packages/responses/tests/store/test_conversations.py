@@ -82,14 +82,19 @@ async def test_another_owner_sees_and_changes_nothing(opener, store_url: str) ->
     assert await ids(store) == ["msg_1"]
 
 
-async def test_a_conversation_is_no_response_and_a_response_no_conversation(opener, store_url: str) -> None:
+async def test_a_conversation_is_no_response_and_a_response_no_conversation(
+    opener, store_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
     store = await opener(store_url)
     await begin(store)
     with pytest.raises(NotStoredError):
         await store.get("a", "conv_1")
     with pytest.raises(NotStoredError):
         await store.delete("a", "conv_1")
+    with pytest.raises(NotStoredError):
+        await store.turn("a", "conv_1\0").__aenter__()
     assert await ids(store) == []
+    assert not caplog.records
 
 
 async def test_pages_go_both_ways(opener, store_url: str) -> None:

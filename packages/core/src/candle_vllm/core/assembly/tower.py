@@ -171,11 +171,9 @@ def _described(
         return model
     unknown = [name for name in _named(said) if name not in family.settings]
     if unknown:
-        raise ConfigError(
-            f"mm_processor_kwargs: {unknown[0]!r:.60} is not a setting of this model, which has "
-            + ", ".join(family.settings),
-            "mm_processor_kwargs",
-        )
+        known = ", ".join(family.settings) or "none"
+        text = f"mm_processor_kwargs: {unknown[0]!r:.60} is not a setting of this model, which has {known}"
+        raise ConfigError(text, "mm_processor_kwargs")
     try:
         return read(said)
     except (InvalidFileError, UnsupportedModelError) as error:

@@ -40,7 +40,7 @@ def config_from_hf(
     images = over(tiles.with_absent(size={"height": 384, "width": 384}, **PROCESSOR), said)
     least, most = (images.count(f"{which}_patches", usual, most=64) for which, usual in _TILES.items())
     if least > most:
-        raise InvalidFileError(f"{processor.path}: min_patches is {least}, more than max_patches, {most}")
+        raise InvalidFileError(f"{images.path}: min_patches is {least}, more than max_patches, {most}")
     if not images.get("crop_to_patches", bool):
         least = most = 1
     eps = fields.get("adapter_layer_norm_eps", float, 1e-6)

@@ -17,6 +17,7 @@ import hashlib
 import io
 import re
 import struct
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -128,9 +129,6 @@ def decode_picture(data: bytes, limits: PictureLimits = LIMITS, name: str = "ima
         refused = InvalidParameterError(f"{name}: {error}", name)
     except InvalidParameterError:
         raise
-    except PIL.UnidentifiedImageError:
-        said = f"{name}: this is not an image in a supported format: PNG, JPEG, WebP or GIF"
-        refused = InvalidParameterError(said, name)
     except Exception:  # a decoder of hostile bytes may raise anything
         refused = InvalidParameterError(f"{name}: the image is damaged: it could not be decoded", name)
     raise refused
@@ -326,9 +324,7 @@ class _File(NamedTuple):
 
 
 def _bare(data: bytes) -> _File:
-    """Reduce a file to its pixels; raises PIL.UnidentifiedImageError for an unknown format."""
-    import PIL
-
+    """Reduce a file to its pixels; raises _RefusedFile for an unknown format."""
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
         return _bare_png(data)
     if data.startswith(b"\xff\xd8\xff"):
@@ -337,7 +333,7 @@ def _bare(data: bytes) -> _File:
         return _bare_gif(data)
     if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
         return _File("WEBP", data, *_size_of_webp(data))
-    raise PIL.UnidentifiedImageError
+    raise _RefusedFile("this is not an image in a supported format: PNG, JPEG, WebP or GIF")
 
 
 def _too_many(parts: str) -> _RefusedFile:
@@ -345,6 +341,7 @@ def _too_many(parts: str) -> _RefusedFile:
 
 
 _PNG_PIXELS = frozenset({b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"})
+_GREYS = {b"\2\0": 85, b"\4\0": 17}  # Pillow multiplies levels of 2 and 4 bits by this, but not the transparent one
 
 
 def _bare_png(data: bytes) -> _File:
@@ -356,7 +353,10 @@ def _bare_png(data: bytes) -> _File:
     kept, exif, at = [data[:8]], b"", 8
     for _ in range(MAX_PARTS):
         kind, end = data[at + 4 : at + 8], at + 12 + int.from_bytes(data[at : at + 4])
-        if kind in _PNG_PIXELS and (kind != b"IHDR" or at == 8):
+        if kind == b"tRNS" and (factor := _GREYS.get(data[24:26])):
+            level = struct.pack(">H", factor * (data[at + 9] & 255 // factor))
+            kept.append(b"\0\0\0\2tRNS" + level + struct.pack(">I", zlib.crc32(b"tRNS" + level)))
+        elif kind in _PNG_PIXELS and (kind != b"IHDR" or at == 8):
             kept.append(data[at:end])
         elif kind == b"eXIf" and not exif:
             exif = data[at + 8 : end - 4]

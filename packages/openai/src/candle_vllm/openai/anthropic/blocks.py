@@ -186,13 +186,16 @@ class PlainTextSource(WireModel):
         return self.data
 
 
+_DocumentText = Annotated[TextBlock, BeforeValidator(one_of(("text",)))]
+
+
 class ContentSource(WireModel):
     """A document as a text, or as text blocks."""
 
     type: Literal["content"]
     content: Annotated[
         Annotated[str, Field(min_length=1), Tag("<string>")]
-        | Annotated[list[TextBlock], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True), Tag("<list>")],
+        | Annotated[list[_DocumentText], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True), Tag("<list>")],
         Discriminator(list_form),
     ]
 

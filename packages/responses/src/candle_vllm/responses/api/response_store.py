@@ -296,11 +296,10 @@ class _Queue:
 
 @contextlib.asynccontextmanager
 async def _turn_in_store(store: SqlBackend, owner: str, conversation_id: str, param: str) -> AsyncIterator[None]:
-    turn = Held(owner, conversation_id, new_id("turn"))
+    turn = Held(owner, checked_id("Conversation", conversation_id, param), new_id("turn"))
     failure = "a conversation's turn was not renewed"
     try:
         with blaming(param):
-            checked_id("Conversation", conversation_id, param)
             while not await store.claim(CONVERSATION, turn, store.now + TURN_MS):
                 await asyncio.sleep(POLL_SECONDS)
         upkeep = Upkeep(RENEW_SECONDS, lambda: store.move([turn], store.now + TURN_MS), failure)

@@ -4,15 +4,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import warnings
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 import httpx2
 import msgspec
+from mcp.client.auth import TokenStorage
 from mcp.client.auth.extensions.client_credentials import ClientCredentialsOAuthProvider
 from mcp.shared.exceptions import MCPDeprecationWarning
 
@@ -20,9 +22,6 @@ from candle_vllm.core.targets import is_allowed, look_up
 from candle_vllm.responses.mcp.peer import Peer
 from candle_vllm.responses.mcp.server_config import McpServerConfig
 from candle_vllm.responses.mcp.server_values import OAuthClient
-
-if TYPE_CHECKING:
-    from mcp.shared.auth import OAuthClientInformationFull, OAuthToken
 
 MAX_BODY = 10 * 1024 * 1024  # bytes of a response that is no event stream, or of an event; for the SSE transport, 1 MB
 _WRITE_SECONDS = 30.0
@@ -96,41 +95,38 @@ def http_auth(config: McpServerConfig) -> httpx2.Auth | None:
     return httpx2.BasicAuth(unquote(parts.username), unquote(parts.password or ""))
 
 
-class _Memory:
-    """Holds the token for all connections to one server; nothing is written to disk."""
-
-    def __init__(self) -> None:
-        self._tokens: OAuthToken | None = None
-        self._client: OAuthClientInformationFull | None = None
-
-    async def get_tokens(self) -> OAuthToken | None:
-        return self._tokens
-
-    async def set_tokens(self, tokens: OAuthToken) -> None:
-        self._tokens = tokens
-
-    async def get_client_info(self) -> OAuthClientInformationFull | None:
-        return self._client
-
-    async def set_client_info(self, client_info: OAuthClientInformationFull) -> None:
-        self._client = client_info
+class _Unstored(TokenStorage):
+    """Has the methods of the protocol, which do nothing: the provider keeps the token for all connections itself."""
 
 
 class _ClientCredentials(ClientCredentialsOAuthProvider):
-    """Requests the configured scopes, if any; the SDK would request the scopes that the servers name."""
+    """Requests the configured scopes, if any; the SDK would request the scopes that the servers name.
+
+    Requests with a token are sent at the same time; the SDK would send each after the response to the one before.
+    """
 
     def __init__(self, client: OAuthClient, url: str) -> None:
-        self._scopes = " ".join(client.scopes) or None
-        super().__init__(
-            server_url=url,
-            storage=_Memory(),
-            client_id=client.client_id,
-            client_secret=client.client_secret,
-            scope=self._scopes,
-            issuer=client.issuer,
-        )
+        unstored = _Unstored()  # type: ignore[abstract]
+        self._scopes = scopes = " ".join(client.scopes) or None
+        super().__init__(url, unstored, client.client_id, client.client_secret, scope=scopes, issuer=client.issuer)
+
+    async def _auth_flow(self, request: httpx2.Request) -> AsyncGenerator[httpx2.Request, httpx2.Response]:
+        if self.context.is_token_valid():
+            self._add_auth_header(request)
+            given = yield request
+            if given.status_code != 401 and "insufficient_scope" not in given.headers.get("www-authenticate", ""):
+                return
+        response: Any = None
+        async with contextlib.aclosing(super()._auth_flow(request)) as flow:
+            with contextlib.suppress(StopAsyncIteration):
+                while True:
+                    response = yield await flow.asend(response)
 
     async def _perform_authorization(self) -> httpx2.Request:
+        client, server = self._fixed_client_info, self.context.oauth_metadata
+        methods = (server and server.token_endpoint_auth_methods_supported) or ()
+        posted = "client_secret_post" in methods and "client_secret_basic" not in methods
+        client.token_endpoint_auth_method = "client_secret_post" if posted else "client_secret_basic"
         if self._scopes is not None:
             self.context.client_metadata.scope = self._scopes
         return await super()._perform_authorization()
