@@ -5,10 +5,13 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from array import array
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from candle_vllm.core.assembly.draft import DescribedHead
 from candle_vllm.core.assembly.encoder import LoadedEncoder
@@ -34,12 +37,15 @@ from candle_vllm.core.engine.cache.states import StatePool
 from candle_vllm.core.engine.cache.window_pages import WindowedBlocks
 from candle_vllm.core.engine.model_info import ModelInfo
 from candle_vllm.core.engine.ranks.ranks import RankedParts, RankedRunner, Ranks
+from candle_vllm.core.engine.requests import GenerationRequest
 from candle_vllm.core.engine.runners.images import ImageStore
 from candle_vllm.core.engine.runners.model_runner import MAX_SCORED_ROWS, HeadRunner, ModelRunner, StepwiseRunner
 from candle_vllm.core.engine.runners.sleeping import Sleeper
+from candle_vllm.core.engine.step.batch import BatchBuilder
 from candle_vllm.core.engine.step.engine import Engine
 from candle_vllm.core.engine.step.preparation import DecoderPreparation, EncoderPreparation, pooling_tasks
 from candle_vllm.core.engine.step.scheduler import Scheduler, WholeTexts
+from candle_vllm.core.engine.step.sequence import Run, RunState, Sequence
 from candle_vllm.core.errors import ConfigError, refuse_settings
 from candle_vllm.core.kernels.attention.cpu_cache import BLOCK, PLAIN, CacheKind, number_bytes
 from candle_vllm.core.kernels.collectives import Collective
@@ -60,12 +66,13 @@ from candle_vllm.core.memory import (
 )
 from candle_vllm.core.models.stack import DecoderStack
 from candle_vllm.core.quantization.plain import ELEMENTS
-from candle_vllm.core.sampling.params import DEFAULT_SAMPLING
+from candle_vllm.core.sampling.params import DEFAULT_SAMPLING, SamplingParams
 from candle_vllm.core.sampling.sampler import Sampler
 from candle_vllm.core.threads import default_threads
 
 if TYPE_CHECKING:
     from candle_vllm.core.engine.drafts.draft_model import DraftModel
+    from candle_vllm.core.engine.runners.recorded_runner import RecordedRunner
     from candle_vllm.core.kernels.cpu_runtime.recorder import StepLimits
     from candle_vllm.core.layers.parameters import Placement
 
@@ -75,6 +82,29 @@ _LEAST_FOR_ADAPTERS, _MOST_FOR_ADAPTERS = 64 * MIB, 4096 * MIB
 _MOST_FOR_IMAGES = 256 * MIB  # see `ImageStore`
 
 logger = logging.getLogger(__name__)
+
+_FITTED = 384  # maximum number of tokens of `_FIT_TEXT`
+_FIT_TEXT = """The ferry leaves at seven in the morning and needs forty minutes to the island. Most of the people on
+board know each other: teachers, masons, a doctor with two heavy bags. "Did you hear about the bridge?" one of them
+asks. "It will be open again in March, or so they say." Nobody believes it. Last year the council spent $1,250,000 on
+a study with 312 pages, and in the end it only recommended another study.
+
+def mean(values):
+    total = 0.0
+    for value in values:
+        total += value
+    return total / len(values) if values else None
+
+Question: a train travels 150 km in 2 hours. How fast is it? Answer: 150 / 2 = 75 km/h.
+
+- Die Schule beginnt um acht Uhr, und im Winter ist es dann noch dunkel.
+- La bibliothèque est fermée le lundi, sauf pendant les vacances.
+- El mercado está cerca de la plaza; hoy venden naranjas y pan.
+- 今天下雨，我们在家里看书。
+
+{"name": "lamp", "price": 19.5, "tags": ["light", "desk"], "stock": null}
+Water boils at 100 degrees at sea level, because its vapour pressure then equals the pressure of the air above it.
+"""  # to which the quantisation of keys is fitted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -581,7 +611,28 @@ def _runner_on_cpu(
         vectors = 0 if loaded.tower is None else loaded.tower.tower.config.vectors
         sees: dict[str, Any] = {"images": vectors, "turning": turning, "whole": isinstance(loaded.draft, LoadedHead)}
         keeps: dict[str, Any] = {"kinds": kinds, "room": plan.states, "windows": windows}
-        return RecordedRunner(loaded.decoder, blocks, limits, team=team, taps=taps, **keeps, **sees)
+        runner = RecordedRunner(loaded.decoder, blocks, limits, team=team, taps=taps, **keeps, **sees)
+        if kinds[0].is_quantised and runner.caches:
+            _fit_keys(runner, plan, limits, loaded.tokenizer.encode(_FIT_TEXT))
+        return runner
+
+
+def _fit_keys(runner: RecordedRunner, plan: CachePlan, limits: StepLimits, ids: list[int]) -> None:
+    """Fit the quantisation of keys to the first keys of a text, twice, because fitted keys are more exact."""
+    blocks = min(plan.num_blocks, *(room.pages - 1 for room in plan.windows), -(-_FITTED // limits.block_size))
+    count = min(blocks * limits.block_size, limits.tokens, plan.max_model_len)
+    request = GenerationRequest(request_id="fit", prompt_token_ids=ids[:count], params=SamplingParams())
+    sequence = Sequence(request, 0, 0)
+    sequence.block_table = array("i", range(blocks))
+    for pages in runner.page_of:
+        pages[:blocks] = range(1, blocks + 1)
+    run = Run.next(sequence, len(sequence.tokens))
+    if plan.states.running:
+        run = msgspec.structs.replace(run, state=RunState(0, -1))
+    batch = BatchBuilder(limits.block_size, runner.step_memory).build([run])
+    for _ in range(2):
+        runner.fit_keys(batch)
+    runner.page_of[:] = 0
 
 
 def adapter_store(

@@ -22,7 +22,6 @@ from candle_vllm.core.layers.parameters import Placement, TensorParameter
 from candle_vllm.core.layers.rotary import Rotary
 from candle_vllm.core.loading.weights import Parameter
 
-_FAR = 4096  # number of positions over which a rotated key bias is averaged
 _MOST_SLOPES = 4096
 
 
@@ -139,7 +138,6 @@ class PagedAttention:
         softcap: softcap of the scores; None for no cap.
         sinks: parameter "sinks", [H] fp32 on the device: an additional score of each head (`kernels/attention`).
         slopes: [H] fp32 on the model's device, ALiBi slopes of the heads.
-        key_bias: [K * D], bias of the key projection.
         causal: attention is causal in this layer also within images.
         norms_behind: QK norm follows RoPE; not for a layer without keys.
 
@@ -160,7 +158,6 @@ class PagedAttention:
         softcap: float | None = None,
         sinks: Value | None = None,
         slopes: Value | None = None,
-        key_bias: Value | None = None,
         causal: bool = False,
         norms_behind: bool = False,
     ) -> None:
@@ -172,7 +169,6 @@ class PagedAttention:
         self.scale = head_dim**-0.5 if scale is None else scale
         self.softcap = softcap
         self.sinks, self.slopes = sinks, slopes
-        self.key_bias = key_bias
         self.cache_scales: tuple[Value, Value] | None = None
 
     def scale_cache(self, keys: float, values: float, placement: Placement) -> None:
@@ -203,8 +199,7 @@ class PagedAttention:
                 else:
                     q, k = rotary(q, k, step.positions)
             narrows = self.layer == step.narrows
-            key = self._common_key()
-            return q.attend(k, v, cache, **scores, offset=key, narrows=narrows, causal=self.causal)
+            return q.attend(k, v, cache, **scores, narrows=narrows, causal=self.causal)
         slots, rows = step.windowed[cache.pool] if isinstance(cache, WindowedCache) else (step.slots, step.rows)
         rows = rows.causal() if self.causal else rows
         if k is None or v is None:
@@ -215,22 +210,6 @@ class PagedAttention:
         if rotary is not None:
             q = rotary.scaled(q, step.positions)
         return step.attend(q, *cache, rows, cache_scales=scales, **scores)
-
-    def _common_key(self) -> Value | None:
-        """Return a vector [K * D] that recorded steps subtract from all keys before the cache quantises them, or None.
-
-        This changes all scores of a query by the same number, so softmax without softcap or sinks does not change. It
-        is the mean over positions of the rotated key bias: about 0 for dimensions that rotate fast.
-        """
-        if self.key_bias is None or self.softcap is not None or self.sinks is not None:
-            return None
-        bias = self.key_bias.reshape(-1, self.head_dim).copy()
-        if self.rotary is not None:
-            cos, sin = (table[:_FAR].mean(0) for table in self.rotary.plain_tables)
-            half = len(cos)
-            first, second = bias[:, :half].copy(), bias[:, half : 2 * half].copy()
-            bias[:, :half], bias[:, half : 2 * half] = first * cos - second * sin, second * cos + first * sin
-        return bias.reshape(-1)
 
     def parameters(self) -> Mapping[str, Parameter]:
         """Return every parameter that must be loaded."""

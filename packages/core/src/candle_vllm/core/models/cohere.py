@@ -104,7 +104,6 @@ class Block:
             counts, attend = (config.num_heads, config.num_kv_heads), self.attention.attend
             norms = [HeadLayerNorm(count, config.head_dim, config.norm_eps, placement) for count in counts]
             self.attention.q_norm, self.attention.k_norm = attend.q_norm, attend.k_norm = norms
-            attend.key_bias = None  # the norm of k would change the effect of the bias
         self.mlp: GatedMLP | SparseMLP = GatedMLP(config.hidden_size, config.intermediate_size, placement)
 
     def __call__(self, x: Value, residual: Value | None, step: StepInput) -> tuple[Value, Value]:

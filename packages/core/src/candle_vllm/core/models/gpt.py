@@ -89,7 +89,6 @@ class Attention:
             window=config.sliding_windows[layer],
             scale=config.scales[layer] if config.scales else None,
             slopes=placement.constant(of_heads) if config.slopes else None,
-            key_bias=None if self.qkv.bias is None else self.qkv.bias[self.sizes[0] : sum(self.sizes[:2])],
         )
 
     def __call__(self, x: Value, step: StepInput) -> Value:

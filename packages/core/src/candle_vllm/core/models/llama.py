@@ -220,10 +220,7 @@ class Attention:
         of_heads = (None, None) if self.whole else norms
         window = config.sliding_windows[layer]
         turns = None if layer in config.unrotated_layers else rotary
-        changed = config.qk_norm or self.clip is not None  # the bias is then no longer the part that all keys share
-        bias = None if self.qkv.bias is None or changed else self.qkv.bias[self.sizes[0] : sum(self.sizes[:2])]
-        scale = config.attention_scale
-        options: dict[str, Any] = {"window": window, "scale": scale, "key_bias": bias}
+        options: dict[str, Any] = {"window": window, "scale": config.attention_scale}
         options["sinks"] = placement.empty(heads) if layer in config.sink_layers else None
         self.attend = PagedAttention(layer, dim, turns, *of_heads, **options, norms_behind=config.norms_behind)
 

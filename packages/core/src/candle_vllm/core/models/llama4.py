@@ -63,7 +63,7 @@ class Attention(llama.Attention):
         if config.same_length and layer not in config.unrotated_layers:
             norms = (RMSNorm(config.head_dim, config.norm_eps, placement, weighted=False) for _ in range(2))
             attend.q_norm, attend.k_norm = norms
-            attend.key_bias, attend.norms_behind = None, attention_scale(config.rope) != 1  # norms undo the scale
+            attend.norms_behind = attention_scale(config.rope) != 1  # norms undo the scale
 
     def __call__(self, x: Value, step: StepInput) -> Value:
         parts = self.qkv(x).split(self.sizes, dim=-1)

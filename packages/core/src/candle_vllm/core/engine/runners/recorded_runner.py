@@ -26,6 +26,7 @@ from candle_vllm.core.kernels import sampling
 from candle_vllm.core.kernels.attention.cpu_cache import (
     PLAIN,
     CacheKind,
+    fitted,
     key_cache_shape,
     number_bytes,
     value_cache_shape,
@@ -171,6 +172,19 @@ class RecordedRunner(StepwiseRunner):
         self._decoder.logits(hidden)
         kept = self._step.taps
         return [hidden, *([] if kept is None else [kept.values[layer] for layer in self._taps])], *ends
+
+    def fit_keys(self, batch: Batch) -> None:
+        """Run a step, and fit the quantisation of keys to its keys and queries; see `attention/cpu_quantised`."""
+        measured = self._recorder.measured = []
+        _, size, count = self._record(self._recorder, Adapted.NOT)
+        self._recorder.measured = None
+        if len(self.page_of):
+            self._find_pages(batch)
+        self._lay_out(batch)
+        self._recorder.look_up()
+        self.team.run(np.array(self._recorder.plan[:size], np.int64), count)
+        for fit, sums, group, centred in measured:
+            fitted(fit, sums, batch.tokens.shape[1], group, centred=centred)
 
     def _layers(self, decoder: Any, recorder: Recorder, step: StepInput) -> Recorded:
         """Record the layers before the head; return the hidden states that the head reads."""
@@ -599,6 +613,9 @@ def _caches(
             pool = cache_specs.pool_of(spec, windows)
             cache = cache if pool is None else WindowedCache.of(pool, *cache)
             cache.kinds = kinds
+            if kinds is not None and kinds[0].is_quantised:
+                cache.fit = np.ones((spec.kv_heads, 3, spec.key_dim), np.float32)
+                cache.fit[:, 0] = 0
             return cache
         return tuple(StateCache(*map(_zeros, _state_shapes(part, room))) for part in spec.parts)
 

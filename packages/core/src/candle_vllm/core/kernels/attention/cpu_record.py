@@ -20,7 +20,7 @@ from candle_vllm.core.kernels.attention.cpu_cache import (
 from candle_vllm.core.kernels.attention.rows import WindowedCache
 from candle_vllm.core.kernels.cpu_runtime.level import Isa
 from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of, operation
-from candle_vllm.core.kernels.kv_write import WriteArguments, rotate_and_write_operation
+from candle_vllm.core.kernels.kv_write import WriteArguments, measure_operation, rotate_and_write_operation
 
 if TYPE_CHECKING:
     from candle_vllm.core.kernels.attention.rows import PagedCache
@@ -32,7 +32,6 @@ class Scores:
     """Options of attention scores; see `kernels/attention`.
 
     Attributes:
-        offset: [K * D] vector that is subtracted from keys before they are quantised.
         narrows: whether attention is computed only for tokens whose logits are wanted.
         causal: whether no token attends to a later position.
     """
@@ -41,7 +40,6 @@ class Scores:
     window: int | None
     softcap: float | None
     sinks: NDArray[np.float32] | None
-    offset: NDArray[np.float32] | None = None
     narrows: bool = False
     causal: bool = False
     slopes: NDArray[np.float32] | None = None
@@ -161,12 +159,17 @@ def _record_write(
         key_cache=address_of(cache.keys),
         value_cache=address_of(cache.values),
         scale=scores.scale * LOG2E,
-        offset=recorder.keep(scores.offset) if scores.offset is not None and keys.is_quantised else 0,
+        fit=address_of(cache.fit) if keys.is_quantised else 0,
+        group=qkv.heads // cache.keys.shape[1],
         turns=0 if arrays.turns is None else address_of(arrays.turns),
         head_gap=head_gap(cache.keys.strides, recorder.limits.block_size, qkv.head_dim, keys),
         picked=0 if every else address_of(arrays.logit_rows),
         rows_from=qkv.rows_from,
     )
+    if recorder.measured is not None and writes and keys.is_quantised:
+        sums = np.zeros(cache.fit.shape)
+        recorder.measured.append((cache.fit, sums, written.group, scores.softcap is None and scores.sinks is None))
+        recorder.add(measure_operation(), written._replace(fit=address_of(sums)))
     recorder.add(rotate_and_write_operation(keys, values), written)
 
 

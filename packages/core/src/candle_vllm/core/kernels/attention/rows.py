@@ -36,9 +36,12 @@ class PagedCache(_Arrays):
         keys, values: [B, S, K, D] each, or D + 4 (`kv_write/scaled_rows`). Latent attention has no values; `values` may
             be an index's keys. For compiled steps on the CPU see `attention/cpu_cache`, `latent_attention/layout`.
         kinds: how compiled steps on the CPU store keys and values; None for latent attention, and elsewhere.
+        fit: float32 [K, 3, D] if keys are quantised: an offset of keys, and factors of keys and of queries; see
+            `attention/cpu_quantised`.
     """
 
     kinds: tuple[CacheKind, CacheKind] | None = None
+    fit: Any = None
 
 
 class WindowedCache(PagedCache):

@@ -62,7 +62,8 @@ class WriteArguments(NamedTuple):
         q: address of the rotated queries, bfloat16 [T, H, D], or int8 as in `attention/cpu_quantised`, 2 D bytes each.
         key_cache, value_cache: addresses of the layer's caches, see `attention/cpu_cache.py`.
         scale: factor of q: softmax scale * log2(e), because `attend` computes powers of two.
-        offset: address of float32 [K, D], which is subtracted from keys that are quantised; 0 without an offset.
+        fit: address of the cache's `PagedCache.fit`, if keys are quantised.
+        group: number of query heads of a KV head.
         turns: address of int64 [T]: a token's row in `cos` and `sin` minus its position; 0 without M-RoPE.
         head_gap: see `attention/cpu_cache.py`.
         picked: address of int64 [T], the index in `positions` and `turns` of each row; 0 for all tokens. With
@@ -89,11 +90,17 @@ class WriteArguments(NamedTuple):
     key_cache: int
     value_cache: int
     scale: float
-    offset: int = 0
+    fit: int = 0
+    group: int = 1
     turns: int = 0
     head_gap: int = 0
     picked: int = 0
     rows_from: int = StepNumber.TOKENS
+
+
+def measure_operation() -> int:
+    """Return the address of the operation that sums up keys and queries for `fitted`."""
+    return operation("kv_write.cpu:measure")
 
 
 def rotate_and_write_operation(keys: int, values: int) -> int:

@@ -21,7 +21,14 @@ from candle_vllm.core.kernels.attention.cpu_quantised import quantise_key, quant
 from candle_vllm.core.kernels.attention.cpu_tiles import place_of
 from candle_vllm.core.kernels.cpu_runtime.emit import F32, I16, I32, Emitter, Float, Int, emitted, vector
 from candle_vllm.core.kernels.cpu_runtime.level import LANES
-from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at, float_from_bits, int64_at, read, step_number
+from candle_vllm.core.kernels.cpu_runtime.primitives import (
+    float32_at,
+    float64_at,
+    float_from_bits,
+    int64_at,
+    read,
+    step_number,
+)
 from candle_vllm.core.kernels.cpu_runtime.tiles import ask_line, stack_bytes
 from candle_vllm.core.kernels.kv_write import WriteArguments
 
@@ -142,10 +149,22 @@ def _write_head(
 
 
 @njit(inline="always")
-def _subtract(row: int, offset: int, dim: int) -> None:
-    x, y = float32_at(row), float32_at(offset)
+def _fit(row: int, offset: int, factor: int, dim: int) -> None:
+    """Subtract an offset from a key and multiply it by factors; a query has no offset."""
+    x, y = float32_at(row), float32_at(factor)
+    if offset != 0:
+        z = float32_at(offset)
+        for i in range(dim):
+            x[i] -= z[i]
     for i in range(dim):
-        x[i] -= y[i]
+        x[i] *= y[i]
+
+
+@njit(inline="always")
+def _add_squares(row: int, to: int, dim: int) -> None:
+    x, y = float32_at(row), float64_at(to)
+    for i in range(dim):
+        y[i] += x[i] * x[i]
 
 
 @njit(inline="always")
@@ -236,6 +255,7 @@ def make_rotate_and_write(keys_as: int, values_as: int) -> Callable[..., None]:
                     _write_head(source, dim, half, cos, sin, given.scale, to, 0, _QUERY)
                 else:
                     _write_head(source, dim, half, cos, sin, given.scale, floats, 0, _FLOATS)
+                    _fit(floats, 0, given.fit + 4 * dim * (3 * (h // given.group) + 2), dim)
                     rotate_row(floats, dim)
                     _write_query_blocks(floats, dim, to)
             else:
@@ -254,8 +274,8 @@ def make_rotate_and_write(keys_as: int, values_as: int) -> Callable[..., None]:
                         _write_head(source, dim, half, cos, sin, one, to, 4 * strip, _KEY)
                     else:
                         _write_head(source, dim, half, cos, sin, one, floats, 0, _FLOATS)
-                        if given.offset != 0:
-                            _subtract(floats, given.offset + 4 * head * dim, dim)
+                        fit = given.fit + 12 * dim * head
+                        _fit(floats, fit, fit + 4 * dim, dim)
                         rotate_row(floats, dim)
                         codes = key_codes * dim // 64
                         size = codes + 4 * (blocks if key_minima else (blocks + 1) // 2)
@@ -280,3 +300,28 @@ def make_rotate_and_write(keys_as: int, values_as: int) -> Callable[..., None]:
                 t += 1
 
     return rotate_and_write
+
+
+def measure(row, thread, threads):
+    """Add a step's rotated keys, their squares and the squares of the queries to float64 [K, 3, D] at `fit`."""
+    given = read(WriteArguments, row)
+    dim, half, group = given.head_dim, given.half, given.group
+    positions = int64_at(given.positions)
+    one = float_from_bits(0x3F800000)
+    floats = stack_bytes(4 * MOST_DIM)
+    for head in range(given.kv_heads * thread // threads, given.kv_heads * (thread + 1) // threads):
+        to = given.fit + 24 * dim * head
+        for t in range(step_number(row, given.rows_from)):
+            turned = positions[t]
+            if given.turns != 0:
+                turned += int64_at(given.turns)[t]
+            cos, sin = given.cos + 4 * half * turned, given.sin + 4 * half * turned
+            x = given.qkv + 4 * t * given.stride
+            _write_head(x + 4 * (given.k_column + head * dim), dim, half, cos, sin, one, floats, 0, _FLOATS)
+            _add_squares(floats, to + 8 * dim, dim)
+            key, total = float32_at(floats), float64_at(to)
+            for i in range(dim):
+                total[i] += key[i]
+            for h in range(head * group, (head + 1) * group):
+                _write_head(x + 4 * (given.q_column + h * dim), dim, half, cos, sin, one, floats, 0, _FLOATS)
+                _add_squares(floats, to + 16 * dim, dim)
