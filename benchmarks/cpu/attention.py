@@ -121,6 +121,8 @@ class Bench:
         )
         self.scratch = np.zeros(size // 8 + 16, np.int64)
         self.size = size
+        self.fit = np.ones((self.kv_heads, 3, self.dim), np.float32)
+        self.fit[:, 0] = 0
         self.slots = [
             (table.reshape(streams, pages)[np.arange(tokens) // new, self.positions // block] * block)
             + self.positions % block
@@ -150,6 +152,8 @@ class Bench:
             key_cache=address_of(self.keys[layer]),
             value_cache=address_of(self.values[layer]),
             scale=0.18,
+            fit=address_of(self.fit),
+            group=self.heads // self.kv_heads,
         )
 
     def _attend_arguments(self, layer: int) -> AttendArguments:

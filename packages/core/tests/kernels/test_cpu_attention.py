@@ -27,6 +27,7 @@ from candle_vllm.core.kernels.attention.cpu_cache import (
     PLAIN,
     CacheKind,
     code_bytes,
+    fitted,
     key_bytes,
     key_cache_shape,
     scratch_bytes,
@@ -41,7 +42,7 @@ from candle_vllm.core.kernels.cpu_runtime.emit import F32, Emitter, Int, emitted
 from candle_vllm.core.kernels.cpu_runtime.level import Isa, host_isa
 from candle_vllm.core.kernels.cpu_runtime.operation import address_of, plan_row
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
-from candle_vllm.core.kernels.kv_write import WriteArguments, rotate_and_write_operation
+from candle_vllm.core.kernels.kv_write import WriteArguments, measure_operation, rotate_and_write_operation
 from candle_vllm.core.kernels.rotary import reference as rotary_reference
 
 # A probability is rounded to bfloat16, at most 2^-9 off, and the sum uses the rounded ones; the errors of different
@@ -140,7 +141,8 @@ class Model:
     isa: Isa = dataclasses.field(default_factory=host_isa)
     threads: int = 1
     kinds: tuple[CacheKind, CacheKind] = PLAIN
-    offset: np.ndarray | None = None
+    fit: np.ndarray | None = None
+    sums: np.ndarray | None = None  # what `fitted` needs of the keys and queries of all steps
     poison: bool = True
 
     def __post_init__(self) -> None:
@@ -172,9 +174,18 @@ class Model:
         shape = (-1, self.block, self.kv_heads, self.dim)
         plain = [x.reshape(shape)[: self.blocks] for x in (plain_keys, plain_values)]
         plain_keys, plain_values = (x if kind == BF16 else turned(x) for x, kind in zip(plain, self.kinds))
-        if self.offset is not None:
-            plain_keys = plain_keys + torch.from_numpy(self.offset).view(self.kv_heads, self.dim)
+        if self.kinds[0] != BF16:
+            offset, factor, _ = torch.from_numpy(self.kept_fit).unbind(1)
+            plain_keys = plain_keys / factor + offset
         return plain_keys, plain_values
+
+    @property
+    def kept_fit(self) -> np.ndarray:
+        """[K, 3, D] of a cache whose keys are fitted, or not."""
+        if self.fit is None:
+            self.fit = np.ones((self.kv_heads, 3, self.dim), np.float32)
+            self.fit[:, 0] = 0
+        return self.fit
 
     def plain_queries(self, q: np.ndarray) -> torch.Tensor:
         """Queries [T, H, D] as numbers."""
@@ -185,8 +196,8 @@ class Model:
         codes = rows[..., :d].view(np.int8)
         sums = rows[..., d + d // 8 : d + d // 4].copy().view(np.int32)
         assert (sums == codes.reshape(*codes.shape[:2], -1, 32).sum(-1)).all()
-        numbers = torch.from_numpy(scales * codes)
-        return turned(numbers)
+        factor = torch.from_numpy(self.kept_fit[:, 2]).repeat_interleave(self.heads // self.kv_heads, 0)
+        return turned(torch.from_numpy(scales * codes)) / factor
 
 
 @dataclasses.dataclass
@@ -258,7 +269,8 @@ class Step:
             key_cache=address_of(model.keys),
             value_cache=address_of(model.values),
             scale=model.scale,
-            offset=0 if model.offset is None else address_of(model.offset),
+            fit=address_of(model.kept_fit),
+            group=model.heads // model.kv_heads,
         )
         attend = AttendArguments(
             q=address_of(q),
@@ -287,6 +299,8 @@ class Step:
             numbers, (rotate_and_write_operation(*model.kinds), write), *both, *both
         )  # the second pass: a reset
         team.run(plan, 5)
+        if model.sums is not None:
+            team.run(plan_of(numbers, (measure_operation(), write._replace(fit=address_of(model.sums)))), 1)
         assert memory[scratch - address_of(memory)] == 0
         assert (memory[scratch - address_of(memory) + size :] == 0xFF).all()
         return out, model.plain_queries(q)
@@ -633,23 +647,53 @@ def test_no_bit_of_a_quantised_cache_depends_on_how_it_is_read(
     assert np.array_equal(fresh.values, kept[1])
 
 
+@pytest.mark.parametrize("rotary", [0, 64])
+def test_keys_and_queries_are_measured(teams: dict[int, ThreadTeam], rotary: int) -> None:
+    model = Model(heads=6, kv_heads=2, rotary=rotary, poison=False)
+    model.sums = np.zeros((2, 3, 64))
+    qkv = random_qkv(model, 33, 4)
+    Step([Pages(model).table(33)], [0], [qkv]).run(model, teams[2])
+    every = qkv[:, : 8 * 64].unflatten(-1, (8, 64)).double()
+    if rotary:
+        first, second = every.chunk(2, -1)
+        cos, sin = model.cos[:33, None], model.sin[:33, None]
+        every = torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+    keys, queries = every[:, 6:], every[:, :6].unflatten(1, (2, 3))
+    wanted = torch.stack([keys.sum(0), keys.square().sum(0), queries.square().sum((0, 2))], 1)
+    assert np.allclose(model.sums, wanted.numpy(), rtol=1e-5, atol=1e-4)
+
+
 @pytest.mark.parametrize("kinds", QUANTISED)
 def test_what_all_keys_have_in_common_is_not_rounded(
     teams: dict[int, ThreadTeam], kinds: tuple[CacheKind, CacheKind]
 ) -> None:
-    """A bias a hundred times what tells keys apart: without an offset it would leave them a few codes."""
+    """Keys have a bias a hundred times what tells them apart, and one dimension a thousand times the others."""
     model = Model(kinds=kinds, heads=6, kv_heads=2, rotary=0)
-    offset = 100 * np.random.default_rng(1).standard_normal(2 * 64).astype(np.float32)
+    bias = 100 * np.random.default_rng(1).standard_normal(2 * 64).astype(np.float32)
     table, qkv = Pages(model).table(300), random_qkv(model, 300, 5)
-    qkv[:, 6 * 64 : 8 * 64] += torch.from_numpy(offset)
+    q, k = qkv[:, : 6 * 64], qkv[:, 6 * 64 : 8 * 64]
+    q[:, 5::64] /= 1000
+    k[:, 5::64] *= 1000
+    k += torch.from_numpy(bias)
     step, off = Step([table], [0], [qkv]), []
-    for model.offset in (offset, None):
-        got, q = step.run(model, teams[2])
-        if model.offset is not None:
-            assert error(got, step.wanted(model, q)) < TOLERANCE
+    for fits in (False, True):
+        if fits:
+            model.sums = np.zeros((2, 3, 64))
+            step.run(model, teams[2])
+            fitted(model.kept_fit, model.sums, 300, 3, centred=True)
+            model.sums = None
+        got, queries = step.run(model, teams[2])
+        if fits:
+            assert error(got, step.wanted(model, queries)) < TOLERANCE
         keys = model.plain_cache()[0][table].flatten(0, 1)[:300].flatten(1)
-        off.append(error(keys, qkv[:, 6 * 64 : 8 * 64]))
-    assert off[0] < 0.03 * off[1]
+        small = torch.arange(2 * 64) % 64 != 5
+        off.append(error(keys[:, small], k[:, small]))
+        fit = model.kept_fit
+    assert off[1] < 0.03 * off[0]
+    assert np.allclose(fit[:, 1] * fit[:, 2], 1, rtol=1e-6)
+    unmoved = fit.copy()
+    fitted(unmoved, np.ones((2, 3, 64)), 1, 3, centred=False)
+    assert not unmoved[:, 0].any()
 
 
 @pytest.mark.one_of_each(2)
