@@ -116,7 +116,7 @@ def test_from_the_prefix_cache_and_after_preemption(
     )
     memory = 16 * 16 * 2 * 2 * (keys + values)  # of 16 blocks of 16 tokens, in two layers of two heads
     with caplog.at_level(logging.INFO), opened(
-        folder, **types, kv_cache_memory=memory, max_model_len=192, enable_prefix_caching=True
+        folder, **types, kv_cache_memory=memory, enable_prefix_caching=True
     ) as engine:  # fmt: skip
         for _ in range(2):
             assert answers(engine, PROMPTS) == alone["plain"]

@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from array import array
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -41,7 +41,7 @@ from candle_vllm.core.engine.requests import GenerationRequest
 from candle_vllm.core.engine.runners.images import ImageStore
 from candle_vllm.core.engine.runners.model_runner import MAX_SCORED_ROWS, HeadRunner, ModelRunner, StepwiseRunner
 from candle_vllm.core.engine.runners.sleeping import Sleeper
-from candle_vllm.core.engine.step.batch import BatchBuilder
+from candle_vllm.core.engine.step.batch import Batch, BatchBuilder
 from candle_vllm.core.engine.step.engine import Engine
 from candle_vllm.core.engine.step.preparation import DecoderPreparation, EncoderPreparation, pooling_tasks
 from candle_vllm.core.engine.step.scheduler import Scheduler, WholeTexts
@@ -83,7 +83,8 @@ _MOST_FOR_IMAGES = 256 * MIB  # see `ImageStore`
 
 logger = logging.getLogger(__name__)
 
-_FITTED = 384  # maximum number of tokens of `_FIT_TEXT`
+_FITTED = 128  # maximum number of tokens of a sequence with a part of `_FIT_TEXT`
+_FAR = 4096  # number of positions at which the keys of these sequences are measured
 _FIT_TEXT = """The ferry leaves at seven in the morning and needs forty minutes to the island. Most of the people on
 board know each other: teachers, masons, a doctor with two heavy bags. "Did you hear about the bridge?" one of them
 asks. "It will be open again in March, or so they say." Nobody believes it. Last year the council spent $1,250,000 on
@@ -570,7 +571,8 @@ def _runner_on_cpu(
     # A draft model has a page for each block, also outside its windows, unless it reads the target's caches.
     windows = plan.windows if beside is None or not loaded.config.cache_specs else ()
     model = loaded.head if isinstance(loaded, LoadedHead) else loaded.decoder
-    model.prepare(min(plan.max_model_len, loaded.config.max_position))
+    positions = min(loaded.config.max_position, _FAR)
+    model.prepare(min(max(plan.max_model_len, positions), loaded.config.max_position))
     turning = loaded.turning(budget) if isinstance(loaded, LoadedModel) else None
     if not placement.recorded:
         from candle_vllm.core.engine.runners.eager_runner import EagerHead, EagerRunner, StageRunner
@@ -613,25 +615,28 @@ def _runner_on_cpu(
         keeps: dict[str, Any] = {"kinds": kinds, "room": plan.states, "windows": windows}
         runner = RecordedRunner(loaded.decoder, blocks, limits, team=team, taps=taps, **keeps, **sees)
         if kinds[0].is_quantised and runner.caches:
-            _fit_keys(runner, plan, limits, loaded.tokenizer.encode(_FIT_TEXT))
+            ids = loaded.tokenizer.encode(_FIT_TEXT)
+            for _ in range(2):  # fitted keys are more exact
+                runner.fit_keys(_fitting(runner, plan, limits, ids), positions)
         return runner
 
 
-def _fit_keys(runner: RecordedRunner, plan: CachePlan, limits: StepLimits, ids: list[int]) -> None:
-    """Fit the quantisation of keys to the first keys of a text, twice, because fitted keys are more exact."""
-    blocks = min(plan.num_blocks, *(room.pages - 1 for room in plan.windows), -(-_FITTED // limits.block_size))
-    count = min(blocks * limits.block_size, limits.tokens, plan.max_model_len)
-    request = GenerationRequest(request_id="fit", prompt_token_ids=ids[:count], params=SamplingParams())
-    sequence = Sequence(request, 0, 0)
-    sequence.block_table = array("i", range(blocks))
+def _fitting(runner: RecordedRunner, plan: CachePlan, limits: StepLimits, ids: list[int]) -> Iterator[Batch]:
+    """Yield the steps of short sequences with the tokens of a text; how they are divided changes no bit."""
+    blocks = min(_FITTED // limits.block_size, plan.num_blocks, *(room.pages - 1 for room in plan.windows))
+    size = min(blocks * limits.block_size, plan.max_model_len)
+    builder = BatchBuilder(limits.block_size, runner.step_memory)
     for pages in runner.page_of:
         pages[:blocks] = range(1, blocks + 1)
-    run = Run.next(sequence, len(sequence.tokens))
-    if plan.states.running:
-        run = msgspec.structs.replace(run, state=RunState(0, -1))
-    batch = BatchBuilder(limits.block_size, runner.step_memory).build([run])
-    for _ in range(2):
-        runner.fit_keys(batch)
+    for first in range(0, len(ids), size):
+        tokens = ids[first : first + size]
+        sequence = Sequence(GenerationRequest(request_id="f", prompt_token_ids=tokens, params=SamplingParams()), 0, 0)
+        sequence.block_table = array("i", range(blocks))
+        for start in range(0, len(tokens), limits.tokens):
+            sequence.num_uncomputed_tokens = len(tokens) - start
+            run = Run.next(sequence, min(limits.tokens, len(tokens) - start))
+            state = RunState(0, 0 if start else -1) if plan.states.running else run.state
+            yield builder.build([msgspec.structs.replace(run, state=state)])
     runner.page_of[:] = 0
 
 

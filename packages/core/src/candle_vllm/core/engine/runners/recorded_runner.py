@@ -14,7 +14,7 @@ import itertools
 import math
 import weakref
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -56,6 +56,9 @@ from candle_vllm.core.sampling.state import SamplingState
 
 def _less(left: int) -> str:
     return f"set kv_cache_memory={max(1, left // 2 // MIB) * MIB} (bytes)"
+
+
+_APART = 1597  # distance between the positions at which successive tokens are measured
 
 
 class RecordedRunner(StepwiseRunner):
@@ -173,18 +176,24 @@ class RecordedRunner(StepwiseRunner):
         kept = self._step.taps
         return [hidden, *([] if kept is None else [kept.values[layer] for layer in self._taps])], *ends
 
-    def fit_keys(self, batch: Batch) -> None:
-        """Run a step, and fit the quantisation of keys to its keys and queries; see `attention/cpu_quantised`."""
-        measured = self._recorder.measured = []
-        _, size, count = self._record(self._recorder, Adapted.NOT)
-        self._recorder.measured = None
-        if len(self.page_of):
-            self._find_pages(batch)
-        self._lay_out(batch)
-        self._recorder.look_up()
-        self.team.run(np.array(self._recorder.plan[:size], np.int64), count)
+    def fit_keys(self, batches: Iterable[Batch], positions: int) -> None:
+        """Run steps, and fit the quantisation of keys to their keys and queries, as if at any of some positions."""
+        recorder, done = self._recorder, 0
+        recorder.measured, at = [], recorder.measured_at
+        _, size, count = self._record(recorder, Adapted.NOT)
+        measured, recorder.measured = recorder.measured, None
+        plan = np.array(recorder.plan[:size], np.int64)
+        for batch in batches:
+            if len(self.page_of):
+                self._find_pages(batch)
+            self._lay_out(batch)
+            recorder.look_up()
+            tokens = batch.tokens.shape[1]
+            at[:tokens] = np.arange(done, done + tokens) * _APART % positions
+            self.team.run(plan, count)
+            done += tokens
         for fit, sums, group, centred in measured:
-            fitted(fit, sums, batch.tokens.shape[1], group, centred=centred)
+            fitted(fit, sums, done, group, centred=centred)
 
     def _layers(self, decoder: Any, recorder: Recorder, step: StepInput) -> Recorded:
         """Record the layers before the head; return the hidden states that the head reads."""

@@ -122,6 +122,8 @@ def fitted(fit: NDArray[np.float32], sums: NDArray[np.float64], tokens: int, gro
         group: number of query heads of a KV head.
         centred: whether scores may all change by the same number: without softcap and sinks.
     """
+    if not np.isfinite(sums).all():  # which an answer will report
+        return
     mean, keys, queries = np.moveaxis(sums / np.array([[tokens], [tokens], [tokens * group]]), 1, 0)
     mean = mean if centred else np.zeros_like(mean)
     spread = np.sqrt([np.maximum(keys - mean**2, 0), queries])

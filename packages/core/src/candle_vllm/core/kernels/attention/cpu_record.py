@@ -169,7 +169,9 @@ def _record_write(
     if recorder.measured is not None and writes and keys.is_quantised:
         sums = np.zeros(cache.fit.shape)
         recorder.measured.append((cache.fit, sums, written.group, scores.softcap is None and scores.sinks is None))
-        recorder.add(measure_operation(), written._replace(fit=address_of(sums)))
+        recorder.add(
+            measure_operation(), written._replace(fit=address_of(sums), positions=address_of(recorder.measured_at))
+        )
     recorder.add(rotate_and_write_operation(keys, values), written)
 
 

@@ -152,6 +152,7 @@ class Recorder:
         self.entries = EntryArrays(entries)  # entries of all rows of the step
         self.logit_entries = EntryArrays(min(entries, limits.logit_rows * limits.row_adapters))
         self.measured: list[tuple[Any, Any, int, bool]] | None = None  # arguments of `fitted`, if a plan measures keys
+        self.measured_at = np.zeros(limits.tokens, np.int64)  # the row of the rotary tables at which a key is measured
         self._keep: list[object] = []  # objects that plans refer to by address
         self._free: defaultdict[tuple[int, type], list[np.ndarray]] = defaultdict(list)
         self._scratch: np.ndarray | None = None
