@@ -69,6 +69,7 @@ from candle_vllm.core.kernels.cpu_runtime.level import LANES, Isa
 
 _LARGEST_HALF = 65504.0
 _LARGEST_WEIGHT = 16383.0
+_SCALES = (1.0, 0.92, 0.85, 0.78)  # a block of 4 bits has the best of these scales: larger numbers end at the last code
 _LEAST = 1e-30  # blocks and chunks' probabilities whose scale is smaller are treated as zeros
 
 
@@ -417,10 +418,16 @@ def _block_codes(e: Emitter, x: Any, kind: CacheKind) -> tuple[list[Any], list[A
         # The element with the largest magnitude becomes the lowest code, which has no positive counterpart.
         above, below = _largest(e, values), _largest(e, [b.fneg(value) for value in values])
         scale = b.fmul(b.select(b.fcmp_ordered(">", above, below), above, b.fneg(below)), e.constant(F32, 1 / low))
-    bits, scale = _to_half(e, scale)
-    inverse = _inverse(e, scale)
-    codes = [_rounded(e, _limited(e, b.fmul(value, inverse), low, high)) for value in values]
-    return [bits], [b.add(code, e.constant(I32, kind.bias)) for code in codes]
+    best: list[Any] = []  # the error, the scale's bits and the codes
+    for factor in _SCALES if kind.bits == 4 else (1.0,):
+        bits, rounded = _to_half(e, b.fmul(scale, e.constant(F32, factor)))
+        inverse = _inverse(e, rounded)
+        codes = [_rounded(e, _limited(e, b.fmul(value, inverse), low, high)) for value in values]
+        off = [b.fsub(value, b.fmul(b.sitofp(code, vector(F32)), rounded)) for value, code in zip(values, codes)]
+        found = [e.sum_lanes(b.fadd(*(b.fmul(each, each) for each in off))), bits, *codes]
+        better = b.fcmp_ordered("<", found[0], best[0]) if best else None
+        best = [b.select(better, *pair) for pair in zip(found, best)] if best else found
+    return best[1:2], [b.add(code, e.constant(I32, kind.bias)) for code in best[2:]]
 
 
 @emitted
