@@ -404,7 +404,7 @@ class EngineConfig(ExplainedSettings):
     key_cache_dtype: Annotated[KvCacheDType | None, _CACHE, "type of the keys only, on the CPU: q8_0 to save memory, "
                                "because keys lose more quality than values", "None is kv_cache_dtype."] = None
     value_cache_dtype: Annotated[KvCacheDType | None, _CACHE, "type of the values only, on the CPU: q5_1 or q4_0 to "
-                                 "save memory, with keys in q8_0 (perplexity 1.000 and 1.007 times that of bf16)",
+                                 "save memory, with keys in q8_0 (perplexity at most 1.005 times that of bf16)",
                                  "None is kv_cache_dtype."] = None
     cuda_graphs: Annotated[bool, Boolean(), "capture decoding steps as CUDA graphs (on unless disabled)",
                            "Steps of up to 512 sequences are captured."] = True
