@@ -615,16 +615,18 @@ def _runner_on_cpu(
         keeps: dict[str, Any] = {"kinds": kinds, "room": plan.states, "windows": windows}
         runner = RecordedRunner(loaded.decoder, blocks, limits, team=team, taps=taps, **keeps, **sees)
         if kinds[0].is_quantised and runner.caches:
-            ids = loaded.tokenizer.encode(_FIT_TEXT)
-            for _ in range(2):  # fitted keys are more exact
-                runner.fit_keys(_fitting(runner, plan, limits, ids), positions)
+            ids = loaded.tokenizer.encode(_FIT_TEXT)[: 3 * _FITTED]
+            # Fitted keys are more exact, so those of few bits are measured again.
+            for part in (ids,) if kinds[0].bits == 8 else (ids[:_FITTED], ids):
+                if part:
+                    runner.fit_keys(_fitting(runner, plan, limits, part), positions)
         return runner
 
 
 def _fitting(runner: RecordedRunner, plan: CachePlan, limits: StepLimits, ids: list[int]) -> Iterator[Batch]:
     """Yield the steps of short sequences with the tokens of a text; how they are divided changes no bit."""
-    blocks = min(_FITTED // limits.block_size, plan.num_blocks, *(room.pages - 1 for room in plan.windows))
-    size = min(blocks * limits.block_size, plan.max_model_len)
+    blocks = min(-(-_FITTED // limits.block_size), plan.num_blocks, *(room.pages - 1 for room in plan.windows))
+    size = min(_FITTED, blocks * limits.block_size, plan.max_model_len)
     builder = BatchBuilder(limits.block_size, runner.step_memory)
     for pages in runner.page_of:
         pages[:blocks] = range(1, blocks + 1)
