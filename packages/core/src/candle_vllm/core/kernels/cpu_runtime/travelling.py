@@ -57,6 +57,7 @@ def functions(isa: Isa) -> Iterator[tuple[str, tuple[int, ...]]]:
         "embedding.cpu:add",
         "lora.cpu_shrink:begin",
         "lora.cpu_tables:replace",
+        "kv_write.cpu:measure",
         "moe.cpu:combine",
         "moe.cpu:experts",
         "moe.cpu:route",
