@@ -7,7 +7,7 @@ import dataclasses
 import logging
 from array import array
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +46,7 @@ from candle_vllm.core.engine.step.engine import Engine
 from candle_vllm.core.engine.step.preparation import DecoderPreparation, EncoderPreparation, pooling_tasks
 from candle_vllm.core.engine.step.scheduler import Scheduler, WholeTexts
 from candle_vllm.core.engine.step.sequence import Run, RunState, Sequence
-from candle_vllm.core.errors import ConfigError, refuse_settings
+from candle_vllm.core.errors import ConfigError, InvalidFileError, refuse_settings
 from candle_vllm.core.kernels.attention.cpu_cache import BLOCK, PLAIN, CacheKind, number_bytes
 from candle_vllm.core.kernels.collectives import Collective
 from candle_vllm.core.kernels.latent_attention.layout import choice_scratch
@@ -615,7 +615,9 @@ def _runner_on_cpu(
         keeps: dict[str, Any] = {"kinds": kinds, "room": plan.states, "windows": windows}
         runner = RecordedRunner(loaded.decoder, blocks, limits, team=team, taps=taps, **keeps, **sees)
         if kinds[0].is_quantised and runner.caches:
-            ids = loaded.tokenizer.encode(_FIT_TEXT)
+            ids = list[int]()
+            with suppress(InvalidFileError):  # its vocabulary may lack a token of the text
+                ids = loaded.tokenizer.encode(_FIT_TEXT)
             for _ in range(2):  # fitted keys are more exact
                 runner.fit_keys(_fitting(runner, plan, limits, ids), positions)
         return runner
@@ -623,8 +625,8 @@ def _runner_on_cpu(
 
 def _fitting(runner: RecordedRunner, plan: CachePlan, limits: StepLimits, ids: list[int]) -> Iterator[Batch]:
     """Yield the steps of short sequences with the tokens of a text; how they are divided changes no bit."""
-    blocks = min(_FITTED // limits.block_size, plan.num_blocks, *(room.pages - 1 for room in plan.windows))
-    size = min(blocks * limits.block_size, plan.max_model_len)
+    blocks = min(-(-_FITTED // limits.block_size), plan.num_blocks, *(room.pages - 1 for room in plan.windows))
+    size = min(_FITTED, blocks * limits.block_size, plan.max_model_len)
     builder = BatchBuilder(limits.block_size, runner.step_memory)
     for pages in runner.page_of:
         pages[:blocks] = range(1, blocks + 1)
