@@ -24,6 +24,7 @@ import pytest
 from candle_vllm.core import ConfigError, EngineConfig, InferenceEngine, LoRARequest, SamplingParams
 from candle_vllm.core.assembly.model import load_model
 from candle_vllm.core.devices import CPU
+from candle_vllm.core.engine import build
 from candle_vllm.core.engine.build import build_engine
 from candle_vllm.core.engine.cache import block_stores
 from candle_vllm.core.engine.cache import block_tiers as kept_blocks
@@ -328,6 +329,19 @@ def test_a_copy_that_fails_costs_a_computation(
         stats = engine.stats()
         assert (stats.kept_blocks_read, stats.kept_block_failures) == (2 if way == "copy_in" else 5, 1)
     assert [each.levelname for each in caplog.records if "out of memory" in each.getMessage()] == ["WARNING"]
+
+
+def test_keys_that_were_fitted_to_another_text_are_not_read(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another tokenizer gives the text other tokens, which change the factors of quantised keys."""
+    folder = tmp_path / "kept"
+    with running(model, folder, kv_cache_dtype="q8_0") as engine:
+        answer(engine, PROMPT)
+    monkeypatch.setattr(build, "_FIT_TEXT", "Another text, of which a tokenizer makes other tokens.")
+    with running(model, folder, kv_cache_dtype="q8_0") as engine:
+        answer(engine, PROMPT)
+        assert cached(engine) == 0
 
 
 def test_what_answers_depend_on_tells_blocks_apart(model: Path, tmp_path: Path) -> None:

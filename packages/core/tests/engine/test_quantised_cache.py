@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -21,7 +22,9 @@ pytest.importorskip("numba")
 
 from candle_vllm.core import CandleVllmError, ConfigError, InferenceEngine, LoRARequest, SamplingParams
 from candle_vllm.core.config import CACHE_TYPES, KvCacheDType
+from candle_vllm.core.errors import InvalidFileError
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
+from candle_vllm.core.text.tokenizer import Tokenizer
 from packages.core.tests.toy_adapter import write_adapter
 
 TYPES = {
@@ -104,6 +107,20 @@ def test_batched_cut_and_with_adapters(
         assert alone["adapted"] != alone["plain"]
         vectors = engine.embed([{"prompt_token_ids": prompt} for prompt in PROMPTS], use_tqdm=False)
         assert all(np.array_equal(each.embedding, wanted) for each, wanted in zip(vectors, alone["vectors"]))
+
+
+def test_in_blocks_that_are_longer_than_a_sequence_of_the_fit(
+    folder: Path, types: dict[str, str], alone: dict[str, Any]
+) -> None:
+    with opened(folder, **types, block_size=256) as engine:
+        assert answers(engine, PROMPTS) == alone["plain"]
+
+
+def test_a_vocabulary_without_the_tokens_of_the_text(folder: Path) -> None:
+    """Keys are not fitted, and the model is served."""
+    failure = mock.patch.object(Tokenizer, "encode", side_effect=InvalidFileError("a token is missing"))
+    with failure, opened(folder, kv_cache_dtype="q8_0") as engine:
+        assert answers(engine, PROMPTS[:1])
 
 
 def test_from_the_prefix_cache_and_after_preemption(

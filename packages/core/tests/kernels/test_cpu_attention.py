@@ -663,6 +663,16 @@ def test_keys_and_queries_are_measured(teams: dict[int, ThreadTeam], rotary: int
     assert np.allclose(model.sums, wanted.numpy(), rtol=1e-5, atol=1e-4)
 
 
+def test_keys_are_fitted_to_any_number_of_tokens() -> None:
+    fit = np.ones((2, 3, 64), np.float32)
+    fitted(fit, np.zeros((2, 3, 64)), 0, 3, centred=True)
+    assert (fit == 1).all()
+    keys = np.random.default_rng(1).standard_normal((2, 64))
+    fitted(fit, np.stack([keys, keys**2, np.full_like(keys, 3 * 4.0)], 1), 1, 3, centred=True)
+    assert np.allclose(fit[:, 0], keys)
+    assert (fit[:, 1] < 2).all(), "one token does not tell how far keys are from each other"
+
+
 @pytest.mark.parametrize("kinds", QUANTISED)
 def test_what_all_keys_have_in_common_is_not_rounded(
     teams: dict[int, ThreadTeam], kinds: tuple[CacheKind, CacheKind]

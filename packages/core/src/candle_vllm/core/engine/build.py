@@ -7,7 +7,7 @@ import dataclasses
 import logging
 from array import array
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +46,7 @@ from candle_vllm.core.engine.step.engine import Engine
 from candle_vllm.core.engine.step.preparation import DecoderPreparation, EncoderPreparation, pooling_tasks
 from candle_vllm.core.engine.step.scheduler import Scheduler, WholeTexts
 from candle_vllm.core.engine.step.sequence import Run, RunState, Sequence
-from candle_vllm.core.errors import ConfigError, refuse_settings
+from candle_vllm.core.errors import ConfigError, InvalidFileError, refuse_settings
 from candle_vllm.core.kernels.attention.cpu_cache import BLOCK, PLAIN, CacheKind, number_bytes
 from candle_vllm.core.kernels.collectives import Collective
 from candle_vllm.core.kernels.latent_attention.layout import choice_scratch
@@ -615,11 +615,12 @@ def _runner_on_cpu(
         keeps: dict[str, Any] = {"kinds": kinds, "room": plan.states, "windows": windows}
         runner = RecordedRunner(loaded.decoder, blocks, limits, team=team, taps=taps, **keeps, **sees)
         if kinds[0].is_quantised and runner.caches:
-            ids = loaded.tokenizer.encode(_FIT_TEXT)[: 3 * _FITTED]
+            ids = list[int]()
+            with suppress(InvalidFileError):  # its vocabulary may lack a token of the text
+                ids = loaded.tokenizer.encode(_FIT_TEXT)[: 3 * _FITTED]
             # Fitted keys are more exact, so those of few bits are measured again.
             for part in (ids,) if kinds[0].bits == 8 else (ids[:_FITTED], ids):
-                if part:
-                    runner.fit_keys(_fitting(runner, plan, limits, part), positions)
+                runner.fit_keys(_fitting(runner, plan, limits, part), positions)
         return runner
 
 

@@ -624,13 +624,14 @@ def keep_blocks(
 ) -> OffloadedBlocks | OffloadedPrefixes | None:
     """Return the KV tiers of the settings; None without KV tiers. Raises ConfigError if they cannot be used."""
     memory: Any = runner
-    store = _store(config, loaded, memory.block_bytes, drafts, 0)
+    fit = getattr(runner, "fit_mark", "")
+    store = _store(config, loaded, memory.block_bytes, drafts, 0, fit)
     if store is None:
         return None
     offloaded = OffloadedBlocks(store, memory, blocks, others)
     if pool is None:
         return offloaded
-    checkpoints = _store(config, loaded, memory.state_bytes, drafts, 0, " states")
+    checkpoints = _store(config, loaded, memory.state_bytes, drafts, 0, fit, " states")
     assert checkpoints is not None
     keeps = OffloadedBlocks(checkpoints, memory, pool, state=True)
     return OffloadedPrefixes(offloaded, keeps, pool, getattr(checkpoints, "look", None))
@@ -646,7 +647,7 @@ def keep_parts(
 
 
 def _store(
-    config: EngineConfig, loaded: LoadedModel, size: int, drafts: bool, rank: int, what: str = ""
+    config: EngineConfig, loaded: LoadedModel, size: int, drafts: bool, rank: int, fit: str = "", what: str = ""
 ) -> BlockStore | None:
     """Return the store of a rank's parts of blocks, `size` bytes each, or None; `what` is added to its fingerprint."""
     placement = loaded.placement
@@ -678,7 +679,7 @@ def _store(
         if refused:
             raise ConfigError(f"{outliving} is not supported for {refused}: leave it out", outliving)
         if config.prompt_cache_path is not None:
-            name = _fingerprint(config, loaded, rank) + what
+            name = _fingerprint(config, loaded, rank, fit) + what
             folder = BlockFolder(config.prompt_cache_path.expanduser(), name, config.prompt_cache_bytes, size)
             logger.info("blocks are offloaded to %s: %.1f MB there", config.prompt_cache_path, folder.num_bytes / 1e6)
             stores.append(folder)
@@ -687,15 +688,15 @@ def _store(
 
             halves = 2 if states(loaded.config.cache_specs) else 1  # blocks and checkpoints share the limit
             most = config.prompt_cache_bytes // (config.ranks * halves)
-            name = _fingerprint(config, loaded, rank, times=False) + what  # each server may have its own download
+            name = _fingerprint(config, loaded, rank, fit, times=False) + what  # each server may have its own download
             stores.append(RedisBlocks(config.prompt_cache_url, name, most, size, listed=bool(what)))
     return stores[0] if len(stores) == 1 else Tiers(stores)
 
 
-def _fingerprint(config: EngineConfig, loaded: LoadedModel, rank: int, *, times: bool = True) -> str:
+def _fingerprint(config: EngineConfig, loaded: LoadedModel, rank: int, fit: str = "", *, times: bool = True) -> str:
     """Return everything that determines the bytes of a rank's part of a block except tokens, adapters and images.
 
-    `times` are the modification times of the model's files, see `files_mark`.
+    `fit` is `RecordedRunner.fit_mark`; `times` are the modification times of the model's files, see `files_mark`.
     """
     placement = loaded.placement
     if placement.recorded:
@@ -712,6 +713,7 @@ def _fingerprint(config: EngineConfig, loaded: LoadedModel, rank: int, *, times:
         settings += ("tensor_parallel_size", "pipeline_parallel_size", "enable_expert_parallel", "nnodes",
                      "distributed_executor_backend")  # fmt: skip
     said = [f"{name}={getattr(config, name)}" for name in settings] + [f"rank={rank}"] * (config.ranks > 1)
+    said += [f"fit={fit}"] * bool(fit)
     mark = files_mark(loaded.files, times=times)
     about = [version("candle-vllm-core"), kernels, mark, loaded.config.max_position, *said]
     return " ".join(map(str, about))

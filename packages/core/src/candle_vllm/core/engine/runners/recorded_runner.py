@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import itertools
 import math
 import weakref
@@ -194,6 +195,12 @@ class RecordedRunner(StepwiseRunner):
             done += tokens
         for fit, sums, group, centred in measured:
             fitted(fit, sums, done, group, centred=centred)
+
+    @property
+    def fit_mark(self) -> str:
+        """Hash of what the quantised keys of all layers were fitted to, which also determines the bytes of a block."""
+        fits = [cache.fit.tobytes() for cache in self._own if cache.fit is not None]
+        return hashlib.sha256(b"".join(fits)).hexdigest()[:16] if fits else ""
 
     def _layers(self, decoder: Any, recorder: Recorder, step: StepInput) -> Recorded:
         """Record the layers before the head; return the hidden states that the head reads."""
