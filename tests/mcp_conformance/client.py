@@ -19,7 +19,7 @@ import sys
 import traceback
 from typing import Any, NoReturn
 
-from candle_vllm.responses.mcp.link import McpLink, definition_of
+from candle_vllm.responses.mcp.link import LinkTool, McpLink
 from candle_vllm.responses.mcp.server_config import McpServerConfig
 from candle_vllm.responses.mcp.server_values import OAuthClient
 from candle_vllm.responses.tools.tool import ToolError
@@ -47,7 +47,7 @@ def calls(link: McpLink, context: dict[str, Any]) -> list[tuple[str, dict[str, A
     if "toolCalls" in context:
         return [(call["name"], call["arguments"]) for call in context["toolCalls"]]
     if "json_schema_echo" in link.tools:  # wants to see what a model would see of the other tool
-        seen = definition_of(link.name, link.tools["json_schema_2020_12_tool"]).parameters
+        seen = LinkTool(link, link.tools["json_schema_2020_12_tool"]).definition.parameters
         return [("json_schema_echo", {"schema": dict(seen)})]
     return [(name, arguments_for(tool.input_schema)) for name, tool in link.tools.items()]
 

@@ -174,6 +174,7 @@ def test_the_official_clients_fields_are_there(name: str, params: Any) -> None:
         ("Completion", official.Completion),
         ("CompletionChoice", official.CompletionChoice),
         ("EmbeddingList", official.CreateEmbeddingResponse),
+        ("Embedding", official.Embedding),
         ("LoadedCard", official.Model),
         ("UnloadedCard", official.Model),
     ],
@@ -182,6 +183,11 @@ def test_answers_have_what_the_official_types_require(name: str, kind: Any) -> N
     required = {field for field, info in kind.model_fields.items() if info.is_required()}
     assert required <= {*SCHEMAS[name]["properties"]}
     assert required - {"finish_reason", "usage"} <= {*SCHEMAS[name]["required"]}
+
+
+@pytest.mark.parametrize("name", ["Classified", "Pooled", "Score"])
+def test_entries_of_lists_have_all_their_fields(name: str) -> None:
+    assert SCHEMAS[name]["required"] == [*SCHEMAS[name]["properties"]]
 
 
 def test_requests_are_taken_apart_as_the_schemas_say() -> None:

@@ -86,7 +86,7 @@ async def test_the_token_is_got_once(issuer: str | None, methods: list[str] | No
 
 
 async def test_requests_with_a_token_do_not_wait_for_each_other() -> None:
-    """And one token replaces a revoked one."""
+    """Neither do those that wait for the token which replaces a revoked one."""
     servers, running, all_run = Servers(), 0, asyncio.Event()
 
     async def answer(request: httpx2.Request) -> httpx2.Response:
@@ -101,10 +101,57 @@ async def test_requests_with_a_token_do_not_wait_for_each_other() -> None:
 
     async with httpx2.AsyncClient(transport=httpx2.MockTransport(answer), auth=auth_of()) as sender:
         await sender.post(URL)
-        async with asyncio.timeout(PATIENCE):
-            sent = await asyncio.gather(*(sender.post(URL, content=b"call") for _ in range(3)))
-        assert [each.text for each in sent] == ["in"] * 3
-        servers.token = "renewed"
-        sent = await asyncio.gather(*(sender.post(URL) for _ in range(3)))
-        assert [each.text for each in sent] == ["in"] * 3
+        for token in ("issued", "renewed"):
+            servers.token, running = token, 0
+            all_run.clear()
+            async with asyncio.timeout(PATIENCE):
+                sent = await asyncio.gather(*(sender.post(URL, content=b"call") for _ in range(3)))
+            assert [each.text for each in sent] == ["in"] * 3
     assert servers.asked.count(f"POST {ISSUER}/token") == 2
+
+
+@pytest.mark.parametrize(
+    ("status", "challenge", "sent"),
+    [(200, 'Bearer error="insufficient_scope"', 1), (401, "Bearer", 3), (403, "", 1)],
+)
+async def test_a_request_is_sent_again_only_if_its_token_is_refused(status: int, challenge: str, sent: int) -> None:
+    servers = Servers()
+
+    def answer(request: httpx2.Request) -> httpx2.Response:
+        response = servers(request)
+        if request.content == b"call":
+            return httpx2.Response(status, headers={"www-authenticate": challenge} if challenge else {})
+        return response
+
+    async with httpx2.AsyncClient(transport=httpx2.MockTransport(answer), auth=auth_of()) as sender:
+        await sender.post(URL)
+        servers.asked.clear()
+        assert (await sender.post(URL, content=b"call")).status_code == status
+    assert servers.asked.count(f"POST {URL}") == sent
+
+
+@pytest.mark.parametrize("refreshes", [True, False])
+async def test_an_expired_token_is_refreshed_or_replaced(refreshes: bool) -> None:
+    servers, made = Servers(), 0
+
+    def answer(request: httpx2.Request) -> httpx2.Response:
+        nonlocal made
+        if not request.url.path.startswith("/token"):
+            return servers(request)
+        (kind,) = parse_qs(request.content.decode())["grant_type"]
+        servers.asked.append(kind)
+        if kind == "refresh_token" and not refreshes:
+            return httpx2.Response(400)
+        made += 1
+        servers.token = f"token {made}"
+        held = {"access_token": servers.token, "token_type": "Bearer", "refresh_token": "more"}
+        return httpx2.Response(200, json=held | {"expires_in": -1 if made == 1 else 60})
+
+    async with httpx2.AsyncClient(transport=httpx2.MockTransport(answer), auth=auth_of()) as sender:
+        for _ in range(3):
+            assert (await sender.post(URL)).text == "in"
+        servers.token = "revoked"
+        assert (await sender.post(URL)).text == "in"
+    kinds = [each for each in servers.asked if each in ("client_credentials", "refresh_token")]
+    first = ["client_credentials", "refresh_token"] + ([] if refreshes else ["client_credentials"])
+    assert kinds == [*first, "client_credentials"]

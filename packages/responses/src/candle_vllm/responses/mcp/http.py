@@ -110,17 +110,32 @@ class _ClientCredentials(ClientCredentialsOAuthProvider):
         self._scopes = scopes = " ".join(client.scopes) or None
         super().__init__(url, unstored, client.client_id, client.client_secret, scope=scopes, issuer=client.issuer)
 
+    async def _initialize(self) -> None:
+        self.context.client_info, self._initialized = self._fixed_client_info, True  # the token is not stored
+
     async def _auth_flow(self, request: httpx2.Request) -> AsyncGenerator[httpx2.Request, httpx2.Response]:
-        if self.context.is_token_valid():
-            self._add_auth_header(request)
-            given = yield request
-            if given.status_code != 401 and "insufficient_scope" not in given.headers.get("www-authenticate", ""):
-                return
-        response: Any = None
-        async with contextlib.aclosing(super()._auth_flow(request)) as flow:
-            with contextlib.suppress(StopAsyncIteration):
-                while True:
-                    response = yield await flow.asend(response)
+        old: Any = None
+        last = False  # whether a refusal of the next token is the answer
+        while True:
+            if self._has_newer(old):
+                self._add_auth_header(request)
+                given = yield request
+                if last or not _wants_token(given):
+                    return
+            old = self.context.current_tokens
+            # The SDK's flow holds a lock, so it is left as soon as there is a newer token, before that is sent.
+            async with contextlib.aclosing(super()._auth_flow(request)) as flow:
+                asked = await anext(flow)
+                while asked is not request or not self._has_newer(old):
+                    last = last or asked is request  # it is sent without a newer token; if refused, the flow gets one
+                    given = yield asked
+                    try:
+                        asked = await flow.asend(given)
+                    except StopAsyncIteration:
+                        return
+
+    def _has_newer(self, old: Any) -> bool:
+        return self.context.is_token_valid() and self.context.current_tokens is not old
 
     async def _perform_authorization(self) -> httpx2.Request:
         client, server = self._fixed_client_info, self.context.oauth_metadata
@@ -130,6 +145,12 @@ class _ClientCredentials(ClientCredentialsOAuthProvider):
         if self._scopes is not None:
             self.context.client_metadata.scope = self._scopes
         return await super()._perform_authorization()
+
+
+def _wants_token(response: httpx2.Response) -> bool:
+    """Whether a response refuses the token or its scopes."""
+    wanted = response.headers.get("www-authenticate", "")
+    return response.status_code == 401 or (response.status_code == 403 and "insufficient_scope" in wanted)
 
 
 class HttpNotes:

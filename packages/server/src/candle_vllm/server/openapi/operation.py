@@ -12,7 +12,7 @@ import re
 import textwrap
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Concatenate, ParamSpec, TypeVar, get_args, get_type_hints
+from typing import Any, Concatenate, ParamSpec, TypeVar, get_args
 
 import msgspec
 from fastapi import APIRouter
@@ -114,7 +114,7 @@ def _reached(kinds: Sequence[Any], base: type[_T]) -> Iterator[type[_T]]:
             if issubclass(kind, WireModel):
                 waiting += [field.annotation for field in kind.model_fields.values()]
             else:
-                waiting += get_type_hints(kind).values()
+                waiting += [field.type for field in msgspec.structs.fields(kind)]  # of a generic type, too
 
 
 def _described(schema: Schema, text: str | None) -> Schema:
