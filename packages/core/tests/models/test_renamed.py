@@ -399,6 +399,11 @@ def test_other_qwens_are_refused(changes: dict[str, Any], message: str) -> None:
         ("ffn", {"ffn_mult": -1.0}, "an MLP of -"),
         ("ffn", {"ffn_mult": 1e308}, "an MLP of inf"),
         ("ffn", {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ("attention", {"no_op": "no"}, "no_op is 'no', not a bool"),
+        ("attention", {"n_heads_in_group": "2"}, "n_heads_in_group is '2', not a int"),
+        ("attention", {"n_heads_in_group": None}, "n_heads_in_group is missing"),
+        ("ffn", {"ffn_mult": None}, "intermediate_size is missing"),
+        ("ffn", {"ffn_mult": None, "intermediate_size": 3.7}, "intermediate_size is 3.7, not a int"),
     ],
 )
 def test_other_blocks_are_refused(part: str, changes: dict[str, Any], message: str) -> None:
@@ -409,6 +414,19 @@ def test_other_blocks_are_refused(part: str, changes: dict[str, Any], message: s
     first = block | {part: block[part] | changes}
     with pytest.raises((InvalidFileError, UnsupportedModelError), match=message):
         family_from_hf(sizes | rest | {"block_configs": [first, block]}, Path("config.json"))
+    many = {"num_hidden_layers": 1 << 24, "block_configs": None}  # must not take memory for each
+    with pytest.raises(InvalidFileError, match="num_hidden_layers is 16777216; it must be 1 to 4096"):
+        family_from_hf(sizes | rest | many, Path("config.json"))
+
+
+@pytest.mark.parametrize("heads", ["", [], {}, False])
+def test_key_value_heads_of_pico_are_a_number(heads: Any) -> None:
+    """0 means one for each head."""
+    config = {"architectures": ["PicoDecoderHF"], "d_model": 64, "n_layers": 2, "vocab_size": 272, "norm_eps": 1e-6}
+    config |= {"attention_n_heads": 4, "attention_n_kv_heads": 0, "activation_hidden_dim": 64, "max_seq_len": 512}
+    assert family_from_hf(config, Path("config.json"))[1].num_kv_heads == 4
+    with pytest.raises(InvalidFileError, match="attention_n_kv_heads is"):
+        family_from_hf(config | {"attention_n_kv_heads": heads}, Path("config.json"))
 
 
 def test_keys_of_ling_may_be_null() -> None:

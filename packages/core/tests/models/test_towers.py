@@ -179,6 +179,13 @@ def test_apertus_1_5_has_logits_of_its_text_tokens(tmp_path: Path) -> None:
     wrong = config | {"text_config": config["text_config"] | {"output_vocab_size": text["vocab_size"] + 65}}
     with pytest.raises(InvalidFileError, match=r"text_config\.output_vocab_size is \d+; it must be 1 to"):
         family_from_hf(wrong, PATH)
+    for kind in ("plain", "whole"):  # only the rows that the config names as those of codes are not loaded
+        stored = load_file(tmp_path / kind / "model.safetensors")
+        name = next(name for name in stored if name.endswith("embed_tokens.weight"))
+        stored[name] = torch.cat([stored[name], torch.ones(1, stored[name].shape[1])])
+        save_file(stored, tmp_path / kind / "model.safetensors", {"format": "pt"})
+        with pytest.raises(WeightsError, match=r"embed_tokens\.weight"):
+            eager_logits(tmp_path / kind, tokens, [24])
 
 
 @pytest.mark.parametrize("end", ["layers.0.weight", "visual.patch_embed.weight"])

@@ -18,8 +18,6 @@ import numpy as np
 
 from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError, WeightsError
 from candle_vllm.core.fields import Fields
-from candle_vllm.core.kernels.recorded import Recorded, Value
-from candle_vllm.core.layers.linear import Linear
 from candle_vllm.core.layers.parameters import Placement
 from candle_vllm.core.loading.config import shared_from_gguf, shared_from_hf
 from candle_vllm.core.loading.tensors import Checkpoint
@@ -28,6 +26,7 @@ from candle_vllm.core.models import llama
 from candle_vllm.core.models.attention_names import GG, HF, gguf_has_bias
 from candle_vllm.core.models.family import Architecture, Family
 from candle_vllm.core.models.llama import Llama, LlamaConfig
+from candle_vllm.core.models.xielu import XieluMLP
 from candle_vllm.core.quantization.tensors import StoredTensor
 
 # ---- config ----------------------------------------------------------------------------------------------------------
@@ -39,9 +38,13 @@ _ROPE = {"rope_type": "llama3", "rope_theta": 1.2e7, "factor": 8.0, "original_ma
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ApertusConfig(LlamaConfig):
-    """Config of Llama, and the stored xIELU parameters of each layer: alpha_p, alpha_n, beta and eps."""
+    """Config of Llama, each layer's stored xIELU parameters (alpha_p, alpha_n, beta, eps), and all rows of embeddings.
+
+    The rows are 0 in a model without codes of images and audio.
+    """
 
     xielu: tuple[tuple[float, ...], ...] = ()
+    rows: int = 0
 
     def numbers(self, layer: int) -> np.ndarray:
         """The factors of `xielu` in a layer, float32 [3]; raises UnsupportedModelError if eps is not close to 0."""
@@ -58,7 +61,7 @@ def config_from_hf(fields: Fields, model_type: str) -> ApertusConfig:
     shared, bias = fields.with_defaults(rope_theta=1.2e7, **usual), fields.get("attention_bias", bool, False)
     values = shared_from_hf(shared, model_type)
     if "output_vocab_size" in fields:
-        values["vocab_size"] = fields.count("output_vocab_size", most=values["vocab_size"])
+        values |= {"vocab_size": fields.count("output_vocab_size", most=(rows := values["vocab_size"])), "rows": rows}
     return ApertusConfig(**values, qk_norm=True, qkv_bias=bias, output_bias=bias)
 
 
@@ -88,27 +91,6 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> ApertusConfig:
 # ---- block and model -------------------------------------------------------------------------------------------------
 
 
-def xielu(x: Value, numbers: Any) -> Value:
-    """beta x + p max(x, 0)^2 + n (expm1(z) - z), z = min(x, 0); `numbers` are p, n, beta. In place if recorded."""
-    if isinstance(x, Recorded):
-        return x.xielu(numbers)
-    wide, (p, n, beta) = x.float(), numbers
-    above, below = wide.clamp(min=0), wide.clamp(max=0)
-    return (beta * wide + p * above * above + n * (below.expm1() - below)).to(x.dtype)
-
-
-class XieluMLP:
-    """down(xielu(up(x))) for x [T, E]."""
-
-    def __init__(self, config: ApertusConfig, layer: int, placement: Placement) -> None:
-        self.up = Linear(config.hidden_size, config.intermediate_size, placement)
-        self.down = Linear(config.intermediate_size, config.hidden_size, placement)
-        self._numbers = placement.constant(config.numbers(layer))
-
-    def __call__(self, x: Value) -> Value:
-        return self.down(xielu(self.up(x), self._numbers))
-
-
 class Block(llama.Block):
     """One decoder layer."""
 
@@ -127,8 +109,8 @@ class Apertus(Llama):
 
 
 def text_rows(stored: StoredTensor, config: ApertusConfig) -> StoredTensor:
-    """View of the embeddings of the tokens that have logits."""
-    more = len(stored.shape) == 2 and stored.shape[0] > config.vocab_size
+    """View of the embeddings of the tokens that have logits, if a file has those of all codes."""
+    more = config.rows > config.vocab_size and stored.shape == (config.rows, config.hidden_size)
     return stored.rows(0, config.vocab_size) if more else stored
 
 

@@ -70,7 +70,7 @@ def config_from_hf(
 ) -> GotOcr2TowerConfig:
     """Read `config.json` and `preprocessor_config.json`."""
     vision = fields.section("vision_config")
-    sizes = [2 * vision.count("output_channels", 256), text_size]
+    sizes = [2 * vision.count("output_channels", 256, most=1 << 13), text_size]
     own = sam_from_hf(Fields({**vision.values, "downsample_channels": sizes}, fields.path))
     usual = {"size": {"height": 384, "width": 384}, **PROCESSOR, "crop_to_patches": False}
     images = over(processor.with_absent(**usual), said)

@@ -8,6 +8,7 @@ Sources: Bercovich et al., 2024, arXiv:2411.19146 (Puzzle); `modeling_decilm.py`
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from typing import Any, ClassVar
 
@@ -20,6 +21,7 @@ from candle_vllm.core.layers.norm import RMSNorm
 from candle_vllm.core.layers.parameters import Placement
 from candle_vllm.core.layers.rotary import Rotary
 from candle_vllm.core.loading.cache_specs import CacheSpec, SharedKVSpec
+from candle_vllm.core.loading.config import MAX_LAYERS
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.models import llama
 from candle_vllm.core.models.family import Architecture, Family
@@ -41,19 +43,18 @@ class NasConfig(LlamaConfig):
     @property
     def cache_specs(self) -> tuple[CacheSpec, ...]:
         """See `ModelConfig`; a layer without attention stores nothing, as if it shared an earlier layer's cache."""
-        own = [max(self.attending & {*range(layer + 1)}) for layer in range(self.num_layers)]
+        own = [*itertools.accumulate(range(self.num_layers), lambda last, n: n if n in self.attending else last)]
         return tuple(spec if n == own[n] else SharedKVSpec(own[n]) for n, spec in enumerate(super().cache_specs))
 
 
 def config_from_hf(fields: Fields, model_type: str) -> NasConfig:
     """Read `config.json` of nemotron-nas, a model with remote code."""
-    layers, heads = fields.count("num_hidden_layers"), fields.count("num_attention_heads")
+    layers, heads = fields.count("num_hidden_layers", most=MAX_LAYERS), fields.count("num_attention_heads")
     blocks = listed(fields, "block_configs", layers, None)
     whole = [Fields({"block_configs": block}, fields.path).section("block_configs") for block in blocks]
     attention, ffn = ([block.section(part) for block in whole] for part in ("attention", "ffn"))
-    groups = [_read(block, {"n_heads_in_group"}).get("n_heads_in_group", 0) for block in attention]
-    group = max((each for each in groups if type(each) is int), default=0)
-    if group <= 0 or heads % group or {*map(str, groups)} - {"0", str(group)}:
+    groups = [block.count("n_heads_in_group") if _is_there(block, "n_heads_in_group") else 0 for block in attention]
+    if not (group := max(groups)) or heads % group or {*groups} - {0, group}:
         raise UnsupportedModelError(f"{fields.path}: n_heads_in_group is {groups!r:.40}, not one divisor of {heads}")
     sizes = [_inner(block, fields.count("hidden_size")) for block in ffn]
     own = {"num_key_value_heads": heads // group, "intermediate_size": math.gcd(*sizes)}
@@ -61,22 +62,22 @@ def config_from_hf(fields: Fields, model_type: str) -> NasConfig:
     return _config(plain, groups, sizes, fields, model_type=model_type)
 
 
-def _read(block: Fields, known: set[str]) -> dict[str, Any]:
-    """The values of a block that is there; an empty mapping for one that is not; other settings are refused."""
-    said = {key: value for key, value in block.values.items() if value not in (None, False)}
-    if other := said.keys() - known - {"no_op"}:
+def _is_there(block: Fields, *known: str) -> bool:
+    """Whether a block is there; settings that are not `known` are refused."""
+    if other := {key for key, value in block.values.items() if value not in (None, False)} - {*known, "no_op"}:
         raise UnsupportedModelError(f"{block.path}: {min(other)} in block_configs is not implemented")
-    return {} if "no_op" in said else said
+    return not block.get("no_op", bool, False)
 
 
 def _inner(block: Fields, size: int) -> int:
     """The size of a layer's MLP: a number, or a factor of two thirds of E, rounded up to a multiple of 256."""
-    said = _read(block, {"ffn_mult", "intermediate_size", "hidden_act"})
+    there = _is_there(block, "ffn_mult", "intermediate_size", "hidden_act")
     block.choice("hidden_act", "silu", "silu")
-    inner = 2 * block.get("ffn_mult", float) * size / 3 if "ffn_mult" in said else said.get("intermediate_size", 0)
-    if type(inner) not in (int, float) or not 0 <= inner <= MAX_COUNT:
+    if not there or "ffn_mult" not in block:
+        return block.count("intermediate_size") if there else 0
+    if not 1 <= (inner := 2 * block.get("ffn_mult", float) * size / 3) <= MAX_COUNT:
         raise InvalidFileError(f"{block.path}: block_configs has an MLP of {inner!r:.40} elements")
-    return int(inner) + (-int(inner) % 256 if "ffn_mult" in said else 0)
+    return int(inner) + -int(inner) % 256
 
 
 def _config(plain: LlamaConfig, heads: list[int], sizes: list[int], fields: Fields, **own: Any) -> NasConfig:
@@ -89,14 +90,13 @@ def _config(plain: LlamaConfig, heads: list[int], sizes: list[int], fields: Fiel
 
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> NasConfig:
     """Read GGUF metadata of deci."""
-    heads, kv_heads, sizes = counts = [listed(fields, key, fields.count("block_count"), None) for key in _KEYS]
-    if not all(type(each) is int and 0 <= each <= MAX_COUNT for some in counts for each in some):
-        raise InvalidFileError(f"{fields.path}: {', '.join(_KEYS)} are {counts!r:.80}, not counts")
-    if len({*zip(heads, kv_heads)} - {(0, 0)}) != 1:
+    heads, kv, sizes = said = [listed(fields, key, fields.count("block_count", most=MAX_LAYERS), None) for key in _KEYS]
+    if not all(type(each) is int and 0 <= each <= MAX_COUNT for some in said for each in some):
+        raise InvalidFileError(f"{fields.path}: {', '.join(_KEYS)} are {said!r:.80}, not counts")
+    if len({*zip(heads, kv)} - {(0, 0)}) != 1:
         raise UnsupportedModelError(f"{fields.path}: different {' and '.join(_KEYS[:2])} in layers are not implemented")
-    own = zip(_KEYS, (max(heads), max(kv_heads), math.gcd(*sizes)))
-    values = {**fields.values, **{fields.prefix + key: value for key, value in own}}
-    plain = llama.config_from_gguf(Fields(values, fields.path, fields.prefix), checkpoint)
+    own = dict(zip((fields.prefix + key for key in _KEYS), (max(heads), max(kv), math.gcd(*sizes))))
+    plain = llama.config_from_gguf(Fields({**fields.values, **own}, fields.path, fields.prefix), checkpoint)
     return _config(plain, heads, sizes, fields, interleaved_rotary=True)
 
 

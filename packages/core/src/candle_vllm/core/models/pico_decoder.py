@@ -30,7 +30,8 @@ _KEYS = {
 def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
     """Read `config.json` of pico_decoder, a model with remote code; 0 key-value heads means one for each head."""
     values = dict(fields.values) | {"rope_theta": fields.get("position_emb_theta", float, 10000.0)}
-    values["attention_n_kv_heads"] = values.get("attention_n_kv_heads") or None
+    if type(heads := values.get("attention_n_kv_heads")) is int and not heads:
+        values["attention_n_kv_heads"] = None
     return LlamaConfig(
         **shared_from_hf(Fields(values, fields.path), model_type, eps="norm_eps", names=_KEYS), interleaved_rotary=True
     )
