@@ -73,6 +73,10 @@ MADE: dict[str, tuple[str, list[str | re.Pattern[Any]]]] = {
     "openai.formats.tagged.Tagged._call": ("fullmatch", []),  # of formats, see `of_tables`
     "openai.formats.tagged._Arguments._key": ("fullmatch", []),
     "openai.json_body._next": ("search", [row[1] for row in json_body._LIMITS]),
+    "openai.protocol.fields.spelled": (
+        "fullmatch",
+        ["[A-Za-z0-9._:-]{1,128}", "[a-zA-Z0-9_-]{1,128}", r"[\w.\-:/]{1,256}"],
+    ),
     "openai.task.Paths.blamed": ("search", [r"(?<![\w.])max_tokens(?!\w)"]),
     "responses.mcp.server_values.redactor": ("search", [_EITHER]),
     "server.http.auth.origins": ("fullmatch", [origins(["https://*.example.com", "http://localhost:*"])]),
