@@ -114,7 +114,8 @@ def _reached(kinds: Sequence[Any], base: type[_T]) -> Iterator[type[_T]]:
             if issubclass(kind, WireModel):
                 waiting += [field.annotation for field in kind.model_fields.values()]
             else:
-                waiting += [field.type for field in msgspec.structs.fields(kind)]  # of a generic type, too
+                struct: Any = kind  # of a generic type, too
+                waiting += [field.type for field in msgspec.structs.fields(struct)]
 
 
 def _described(schema: Schema, text: str | None) -> Schema:
