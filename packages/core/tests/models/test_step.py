@@ -148,6 +148,7 @@ def test_published_keys_and_names_give_transformers_logits(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("changes", "kind", "message"),
     [
+        ({"num_hidden_layers": 1 << 24}, InvalidFileError, "num_hidden_layers is 16777216; it must be 1 to 4096"),
         ({"swiglu_limits": [9.0] * 45}, UnsupportedModelError, r"swiglu_limits is \[9\.0.*implemented: 7 and 16"),
         ({"swiglu_limits_shared": [7.0] * 3}, InvalidFileError, "swiglu_limits_shared has 3 entries for 45 layers"),
         ({"moe_layers_enum": "3,x"}, InvalidFileError, "moe_layers_enum is '3,x', not numbers"),

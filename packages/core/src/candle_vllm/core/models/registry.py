@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeVar
 from candle_vllm.core.config import ModelImpl
 from candle_vllm.core.errors import ConfigError, InvalidFileError, UnsupportedModelError, with_extra
 from candle_vllm.core.fields import Fields
-from candle_vllm.core.loading.config import EncoderConfig, ModelConfig
+from candle_vllm.core.loading.config import MAX_LAYERS, EncoderConfig, ModelConfig
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.towers import TOWERS, text_fields
 from candle_vllm.core.loading.trunks import SCORES, decoder_class, head_as_stored, is_headed, without_head
@@ -251,6 +251,8 @@ def family_from_hf(
     if len(names) != 1 or not isinstance(names[0], str):
         raise InvalidFileError(f"{path}: architectures must name one model class, not {names!r:.80}")
     named, fields = text_fields(names[0], config, path, tensors)
+    for key in ("num_hidden_layers", "num_layers", "n_layer", "n_layers"):  # before a list has an entry for each layer
+        fields.count(key, 1, most=MAX_LAYERS)
     name = decoder_class(named, HF_FAMILIES)
     if impl == "auto" and name not in HF_FAMILIES and _has_transformers() and _is_decoder_of_transformers(name, config):
         return _family_of_transformers(config, path, tensors)
@@ -309,6 +311,7 @@ def family_from_gguf(
 ) -> tuple[Family, ModelConfig]:
     """The family and config for GGUF metadata; `impl` as in `family_from_hf`."""
     name = Fields(metadata, checkpoint.path).get("general.architecture", str)
+    Fields(metadata, checkpoint.path, f"{name}.").count("block_count", 1, most=MAX_LAYERS)
     absent = name not in GGUF_FAMILIES and name not in GGUF_ENCODERS
     if impl == "transformers" or (impl == "auto" and absent and _has_transformers()):
         module = _any_architecture()
