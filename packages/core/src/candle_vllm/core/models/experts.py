@@ -84,7 +84,7 @@ def routed_names(*corrections: str, router: str = "mlp.gate") -> list[WeightName
     """The table rows of a router, of its experts and of the shared expert.
 
     Args:
-        corrections: possible names of the router's correction bias in a layer; without one it has none.
+        corrections: possible names of the router's correction bias in a layer; empty for a router without it.
         router: the router's name in a layer.
     """
     to, hf = "layers.{i}.mlp.router:", tuple(HF + name for name in corrections)

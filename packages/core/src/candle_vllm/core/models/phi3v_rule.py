@@ -58,8 +58,8 @@ _TAPS = ((-1, -3 / 32), (0, 19 / 32), (1, 19 / 32), (2, -3 / 32))
 def shrunk(pixels: NDArray[np.uint8], side: int) -> NDArray[np.float32]:
     """Pixels [side, side, 3] of an image whose sides are multiples of `side`, as by torch's `interpolate`, bicubic.
 
-    As that does not smooth, each pixel is the middle one of those that it stands for; where none is in the middle, of
-    an even number, it is interpolated between the pixels beside. The result is exact, and may exceed 0 to 255.
+    As that does not smooth, each pixel is the middle one of the pixels that it stands for; of an even number of pixels,
+    it is interpolated between the two in the middle. The result is exact, and may exceed 0 to 255.
     """
     found: NDArray[Any] = pixels
     for axis in (0, 1):

@@ -28,7 +28,7 @@ END_OF_FILE = (
 # Parts of gpt-oss's message frame: the parser of the text needs them, so they are not hidden.
 VISIBLE_FRAME = ("<|channel|>", "<|message|>", "<|start|>", "<|constrain|>")
 
-# The chat template of models whose files have none, as the first Qwen's, and of `--chat-template chatml`.
+# The chat template of `--chat-template chatml`, and of models whose files lack a template, as the first Qwen's.
 CHATML = """{% for message in messages %}<|im_start|>{{ message.role }}
 {{ message.content }}<|im_end|>
 {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant

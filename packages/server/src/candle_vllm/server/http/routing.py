@@ -14,13 +14,10 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
-
-if TYPE_CHECKING:
-    from candle_vllm.server.http.limits import Meter
 
 
 def routed_path(scope: Scope) -> str:
@@ -162,6 +159,14 @@ _MAX_TRACE_HEADER = 512  # characters, as the W3C recommends for tracestate
 current_request: ContextVar[RequestContext | None] = ContextVar("current_request", default=None)
 
 
+class Spender(Protocol):
+    """Counts what the requests of a key use (`Meter`)."""
+
+    def spend(self, unit: str, count: int) -> None:
+        """Count an amount of a unit."""
+        ...
+
+
 @dataclass(frozen=True)
 class RequestContext:
     """One HTTP request, seen through its ASGI scope on each access, because key and route are found late."""
@@ -194,7 +199,7 @@ class RequestContext:
         return bool(self.state.get("prompt_only", False))
 
     @property
-    def meter(self) -> Meter | None:
+    def meter(self) -> Spender | None:
         """The rate-limit meter that counts what the request uses; None if its caller has no limits."""
         return self.state.get("meter")
 

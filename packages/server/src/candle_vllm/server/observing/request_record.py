@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import msgspec
 
@@ -20,15 +21,30 @@ from candle_vllm.core.engine.outputs import FinishReason, RequestMetrics, TokenO
 from candle_vllm.core.engine.requests import arrival_time
 from candle_vllm.core.engine.stats import Histogram
 from candle_vllm.core.engine.step.request_watchers import Pooled, RequestInfo
-from candle_vllm.server.http.routing import RequestContext
-
-if TYPE_CHECKING:
-    from candle_vllm.server.http.limits import Meter
-    from candle_vllm.server.observing.model_metrics import ModelMetrics
+from candle_vllm.server.http.routing import RequestContext, Spender
 
 MAX_KEYS = 1000
 OTHER_KEYS = "other"
 """Label under which the keys or adapters beyond the maximum number are counted together."""
+
+
+class Counts(Protocol):
+    """The counts of a model, to which a request is added.
+
+    Attributes:
+        gap_bounds: bounds of the histogram of times between outputs.
+        ended: the records that have ended; appended to without a lock.
+    """
+
+    name: str
+    gap_bounds: tuple[float, ...]
+    ended: deque[RequestRecord]
+
+    def first_token(self, seconds: float) -> None: ...
+
+    def refused(self, reason: str, record: RequestRecord) -> None: ...
+
+    def settle(self) -> None: ...
 
 
 @dataclass(eq=False, repr=False, slots=True)
@@ -51,7 +67,7 @@ class RequestRecord:
         failure: the error message, or None.
     """
 
-    counts: ModelMetrics
+    counts: Counts
     info: RequestInfo
     context: RequestContext | None
     arrived: float = field(default_factory=arrival_time, init=False)
@@ -67,7 +83,7 @@ class RequestRecord:
     failure: str | None = None
     _reasons: list[FinishReason | None] = field(init=False)
     _last: list[float] = field(init=False)
-    _meter: Meter | None = field(init=False)
+    _meter: Spender | None = field(init=False)
     _counted: int = field(init=False)
 
     def __post_init__(self) -> None:
