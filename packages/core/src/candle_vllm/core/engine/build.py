@@ -7,7 +7,7 @@ import dataclasses
 import logging
 from array import array
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -571,8 +571,8 @@ def _runner_on_cpu(
     # A draft model has a page for each block, also outside its windows, unless it reads the target's caches.
     windows = plan.windows if beside is None or not loaded.config.cache_specs else ()
     model = loaded.head if isinstance(loaded, LoadedHead) else loaded.decoder
-    positions = min(loaded.config.max_position, _FAR)
-    model.prepare(min(max(plan.max_model_len, positions), loaded.config.max_position))
+    fitted = min(loaded.config.max_position, _FAR) if kinds[0].is_quantised else 0  # positions
+    model.prepare(max(min(plan.max_model_len, loaded.config.max_position), fitted))
     turning = loaded.turning(budget) if isinstance(loaded, LoadedModel) else None
     if not placement.recorded:
         from candle_vllm.core.engine.runners.eager_runner import EagerHead, EagerRunner, StageRunner
@@ -616,11 +616,13 @@ def _runner_on_cpu(
         runner = RecordedRunner(loaded.decoder, blocks, limits, team=team, taps=taps, **keeps, **sees)
         if kinds[0].is_quantised and runner.caches:
             ids = list[int]()
-            with suppress(InvalidFileError):  # its vocabulary may lack a token of the text
+            try:
                 ids = loaded.tokenizer.encode(_FIT_TEXT)[: 3 * _FITTED]
+            except InvalidFileError as error:  # the vocabulary lacks a token of the text
+                logger.warning("quantised keys are not fitted to the model, and less exact: %s", error)
             # Fitted keys are more exact, so those of few bits are measured again.
             for part in (ids,) if kinds[0].bits == 8 else (ids[:_FITTED], ids):
-                runner.fit_keys(_fitting(runner, plan, limits, part), positions)
+                runner.fit_keys(_fitting(runner, plan, limits, part), fitted)
         return runner
 
 
