@@ -24,12 +24,12 @@ import pytest
 from candle_vllm.core import ConfigError, EngineConfig, InferenceEngine, LoRARequest, SamplingParams
 from candle_vllm.core.assembly.model import load_model
 from candle_vllm.core.devices import CPU
-from candle_vllm.core.engine import build
 from candle_vllm.core.engine.build import build_engine
 from candle_vllm.core.engine.cache import block_stores
 from candle_vllm.core.engine.cache import block_tiers as kept_blocks
 from candle_vllm.core.engine.cache.block_stores import BlockFolder
 from candle_vllm.core.engine.requests import GenerationRequest
+from candle_vllm.core.engine.runners import key_fit
 from candle_vllm.core.engine.step.engine import Engine
 from candle_vllm.core.fields import read_json
 from candle_vllm.core.loading.source import files_mark
@@ -338,7 +338,7 @@ def test_keys_that_were_fitted_to_another_text_are_not_read(
     folder = tmp_path / "kept"
     with running(model, folder, kv_cache_dtype="q8_0") as engine:
         answer(engine, PROMPT)
-    monkeypatch.setattr(build, "_FIT_TEXT", "Another text, of which a tokenizer makes other tokens.")
+    monkeypatch.setattr(key_fit, "_TEXT", "Another text, of which a tokenizer makes other tokens.")
     with running(model, folder, kv_cache_dtype="q8_0") as engine:
         answer(engine, PROMPT)
         assert cached(engine) == 0

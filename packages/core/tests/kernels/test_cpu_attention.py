@@ -21,13 +21,13 @@ pytest.importorskip("numba")
 from numba import njit
 
 from candle_vllm.core.config import CACHE_TYPES
+from candle_vllm.core.engine.runners import key_fit
 from candle_vllm.core.kernels.attention import reference as attention_reference
 from candle_vllm.core.kernels.attention.cpu_cache import (
     BF16,
     PLAIN,
     CacheKind,
     code_bytes,
-    fitted,
     key_bytes,
     key_cache_shape,
     scratch_bytes,
@@ -41,6 +41,7 @@ from candle_vllm.core.kernels.attention.rows import AttentionRows
 from candle_vllm.core.kernels.cpu_runtime.emit import F32, Emitter, Int, emitted, vector
 from candle_vllm.core.kernels.cpu_runtime.level import Isa, host_isa
 from candle_vllm.core.kernels.cpu_runtime.operation import address_of, plan_row
+from candle_vllm.core.kernels.cpu_runtime.recorder import MeasuredKeys
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
 from candle_vllm.core.kernels.kv_write import WriteArguments, measure_operation, rotate_and_write_operation
 from candle_vllm.core.kernels.rotary import reference as rotary_reference
@@ -142,7 +143,7 @@ class Model:
     threads: int = 1
     kinds: tuple[CacheKind, CacheKind] = PLAIN
     fit: np.ndarray | None = None
-    sums: np.ndarray | None = None  # what `fitted` needs of the keys and queries of all steps
+    sums: np.ndarray | None = None  # what `key_fit` needs of the keys and queries of all steps
     poison: bool = True
 
     def __post_init__(self) -> None:
@@ -665,10 +666,10 @@ def test_keys_and_queries_are_measured(teams: dict[int, ThreadTeam], rotary: int
 
 def test_keys_are_fitted_to_any_number_of_tokens() -> None:
     fit = np.ones((2, 3, 64), np.float32)
-    fitted(fit, np.zeros((2, 3, 64)), 0, 3, centred=True)
+    key_fit.fit(MeasuredKeys(fit, np.zeros((2, 3, 64)), 3, True), 0)
     assert (fit == 1).all()
     keys = np.random.default_rng(1).standard_normal((2, 64))
-    fitted(fit, np.stack([keys, keys**2, np.full_like(keys, 3 * 4.0)], 1), 1, 3, centred=True)
+    key_fit.fit(MeasuredKeys(fit, np.stack([keys, keys**2, np.full_like(keys, 3 * 4.0)], 1), 3, True), 1)
     assert np.allclose(fit[:, 0], keys)
     assert (fit[:, 1] < 2).all(), "one token does not tell how far keys are from each other"
 
@@ -690,7 +691,7 @@ def test_what_all_keys_have_in_common_is_not_rounded(
         if fits:
             model.sums = np.zeros((2, 3, 64))
             step.run(model, teams[2])
-            fitted(model.kept_fit, model.sums, 300, 3, centred=True)
+            key_fit.fit(MeasuredKeys(model.kept_fit, model.sums, 3, True), 300)
             model.sums = None
         got, queries = step.run(model, teams[2])
         if fits:
@@ -702,7 +703,7 @@ def test_what_all_keys_have_in_common_is_not_rounded(
     assert off[1] < 0.03 * off[0]
     assert np.allclose(fit[:, 1] * fit[:, 2], 1, rtol=1e-6)
     unmoved = fit.copy()
-    fitted(unmoved, np.ones((2, 3, 64)), 1, 3, centred=False)
+    key_fit.fit(MeasuredKeys(unmoved, np.ones((2, 3, 64)), 3, False), 1)
     assert not unmoved[:, 0].any()
 
 

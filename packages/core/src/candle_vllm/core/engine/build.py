@@ -5,13 +5,10 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
-
-import msgspec
 
 from candle_vllm.core.assembly.draft import DescribedHead
 from candle_vllm.core.assembly.encoder import LoadedEncoder
@@ -37,16 +34,14 @@ from candle_vllm.core.engine.cache.states import StatePool
 from candle_vllm.core.engine.cache.window_pages import WindowedBlocks
 from candle_vllm.core.engine.model_info import ModelInfo
 from candle_vllm.core.engine.ranks.ranks import RankedParts, RankedRunner, Ranks
-from candle_vllm.core.engine.requests import GenerationRequest
 from candle_vllm.core.engine.runners.images import ImageStore
+from candle_vllm.core.engine.runners.key_fit import FIT_POSITIONS, fit_keys
 from candle_vllm.core.engine.runners.model_runner import MAX_SCORED_ROWS, HeadRunner, ModelRunner, StepwiseRunner
 from candle_vllm.core.engine.runners.sleeping import Sleeper
-from candle_vllm.core.engine.step.batch import Batch, BatchBuilder
 from candle_vllm.core.engine.step.engine import Engine
 from candle_vllm.core.engine.step.preparation import DecoderPreparation, EncoderPreparation, pooling_tasks
 from candle_vllm.core.engine.step.scheduler import Scheduler, WholeTexts
-from candle_vllm.core.engine.step.sequence import Run, RunState, Sequence
-from candle_vllm.core.errors import ConfigError, InvalidFileError, refuse_settings
+from candle_vllm.core.errors import ConfigError, refuse_settings
 from candle_vllm.core.kernels.attention.cpu_cache import BLOCK, PLAIN, CacheKind, number_bytes
 from candle_vllm.core.kernels.collectives import Collective
 from candle_vllm.core.kernels.latent_attention.layout import choice_scratch
@@ -66,13 +61,12 @@ from candle_vllm.core.memory import (
 )
 from candle_vllm.core.models.stack import DecoderStack
 from candle_vllm.core.quantization.plain import ELEMENTS
-from candle_vllm.core.sampling.params import DEFAULT_SAMPLING, SamplingParams
+from candle_vllm.core.sampling.params import DEFAULT_SAMPLING
 from candle_vllm.core.sampling.sampler import Sampler
 from candle_vllm.core.threads import default_threads
 
 if TYPE_CHECKING:
     from candle_vllm.core.engine.drafts.draft_model import DraftModel
-    from candle_vllm.core.engine.runners.recorded_runner import RecordedRunner
     from candle_vllm.core.kernels.cpu_runtime.recorder import StepLimits
     from candle_vllm.core.layers.parameters import Placement
 
@@ -82,30 +76,6 @@ _LEAST_FOR_ADAPTERS, _MOST_FOR_ADAPTERS = 64 * MIB, 4096 * MIB
 _MOST_FOR_IMAGES = 256 * MIB  # see `ImageStore`
 
 logger = logging.getLogger(__name__)
-
-_FITTED = 128  # maximum number of tokens of a sequence with a part of `_FIT_TEXT`
-_FAR = 4096  # number of positions at which the keys of these sequences are measured
-_FIT_TEXT = """The ferry leaves at seven in the morning and needs forty minutes to the island. Most of the people on
-board know each other: teachers, masons, a doctor with two heavy bags. "Did you hear about the bridge?" one of them
-asks. "It will be open again in March, or so they say." Nobody believes it. Last year the council spent $1,250,000 on
-a study with 312 pages, and in the end it only recommended another study.
-
-def mean(values):
-    total = 0.0
-    for value in values:
-        total += value
-    return total / len(values) if values else None
-
-Question: a train travels 150 km in 2 hours. How fast is it? Answer: 150 / 2 = 75 km/h.
-
-- Die Schule beginnt um acht Uhr, und im Winter ist es dann noch dunkel.
-- La bibliothèque est fermée le lundi, sauf pendant les vacances.
-- El mercado está cerca de la plaza; hoy venden naranjas y pan.
-- 今天下雨，我们在家里看书。
-
-{"name": "lamp", "price": 19.5, "tags": ["light", "desk"], "stock": null}
-Water boils at 100 degrees at sea level, because its vapour pressure then equals the pressure of the air above it.
-"""  # to which the quantisation of keys is fitted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -571,8 +541,8 @@ def _runner_on_cpu(
     # A draft model has a page for each block, also outside its windows, unless it reads the target's caches.
     windows = plan.windows if beside is None or not loaded.config.cache_specs else ()
     model = loaded.head if isinstance(loaded, LoadedHead) else loaded.decoder
-    fitted = min(loaded.config.max_position, _FAR) if kinds[0].is_quantised else 0  # positions
-    model.prepare(max(min(plan.max_model_len, loaded.config.max_position), fitted))
+    positions = min(loaded.config.max_position, FIT_POSITIONS) if kinds[0].is_quantised else 0
+    model.prepare(max(min(plan.max_model_len, loaded.config.max_position), positions))
     turning = loaded.turning(budget) if isinstance(loaded, LoadedModel) else None
     if not placement.recorded:
         from candle_vllm.core.engine.runners.eager_runner import EagerHead, EagerRunner, StageRunner
@@ -615,34 +585,8 @@ def _runner_on_cpu(
         keeps: dict[str, Any] = {"kinds": kinds, "room": plan.states, "windows": windows}
         runner = RecordedRunner(loaded.decoder, blocks, limits, team=team, taps=taps, **keeps, **sees)
         if kinds[0].is_quantised and runner.caches:
-            ids = list[int]()
-            try:
-                ids = loaded.tokenizer.encode(_FIT_TEXT)[: 3 * _FITTED]
-            except InvalidFileError as error:  # the vocabulary lacks a token of the text
-                logger.warning("quantised keys are not fitted to the model, and less exact: %s", error)
-            # Fitted keys are more exact, so those of few bits are measured again.
-            for part in (ids,) if kinds[0].bits == 8 else (ids[:_FITTED], ids):
-                runner.fit_keys(_fitting(runner, plan, limits, part), fitted)
+            fit_keys(runner, plan, limits, loaded.tokenizer, positions, again=kinds[0].has_halves)
         return runner
-
-
-def _fitting(runner: RecordedRunner, plan: CachePlan, limits: StepLimits, ids: list[int]) -> Iterator[Batch]:
-    """Yield the steps of short sequences with the tokens of a text; how they are divided changes no bit."""
-    blocks = min(-(-_FITTED // limits.block_size), plan.num_blocks, *(room.pages - 1 for room in plan.windows))
-    size = min(_FITTED, blocks * limits.block_size, plan.max_model_len)
-    builder = BatchBuilder(limits.block_size, runner.step_memory)
-    for pages in runner.page_of:
-        pages[:blocks] = range(1, blocks + 1)
-    for first in range(0, len(ids), size):
-        tokens = ids[first : first + size]
-        sequence = Sequence(GenerationRequest(request_id="f", prompt_token_ids=tokens, params=SamplingParams()), 0, 0)
-        sequence.block_table = array("i", range(blocks))
-        for start in range(0, len(tokens), limits.tokens):
-            sequence.num_uncomputed_tokens = len(tokens) - start
-            run = Run.next(sequence, min(limits.tokens, len(tokens) - start))
-            state = RunState(0, 0 if start else -1) if plan.states.running else run.state
-            yield builder.build([msgspec.structs.replace(run, state=state)])
-    runner.page_of[:] = 0
 
 
 def adapter_store(

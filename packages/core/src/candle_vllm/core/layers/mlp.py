@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from candle_vllm.core.kernels.activation import Activation, activation
-from candle_vllm.core.kernels.recorded import GateKind, Value
+from candle_vllm.core.kernels.recorded import GateKind, Recorded, Value
 from candle_vllm.core.kernels.silu_mul import gate_mul
 from candle_vllm.core.layers.linear import Linear
 from candle_vllm.core.layers.parameters import Placement
@@ -61,3 +63,27 @@ class MLP:
 
     def __call__(self, x: Value) -> Value:
         return self.down(activation(self.up(x), self._activation))
+
+
+class XieluMLP:
+    """down(xielu(up(x))) for x [T, E]. Arguments as in `GatedMLP`, and the factors of `xielu` [3]."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int, factors: Any, placement: Placement) -> None:
+        self.up = Linear(hidden_size, intermediate_size, placement)
+        self.down = Linear(intermediate_size, hidden_size, placement)
+        self._factors = placement.constant(factors)
+
+    def __call__(self, x: Value) -> Value:
+        return self.down(xielu(self.up(x), self._factors))
+
+
+def xielu(x: Value, factors: Any) -> Value:
+    """Return beta x + p max(x, 0)^2 + n (expm1(z) - z) with z = min(x, 0) and factors p, n, beta; in place if recorded.
+
+    Source: Huang and Schlag, 2024, arXiv:2411.13010.
+    """
+    if isinstance(x, Recorded):
+        return x.xielu(factors)
+    wide, (p, n, beta) = x.float(), factors
+    above, below = wide.clamp(min=0), wide.clamp(max=0)
+    return (beta * wide + p * above * above + n * (below.expm1() - below)).to(x.dtype)

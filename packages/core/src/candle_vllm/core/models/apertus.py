@@ -18,6 +18,7 @@ import numpy as np
 
 from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError, WeightsError
 from candle_vllm.core.fields import Fields
+from candle_vllm.core.layers.mlp import XieluMLP
 from candle_vllm.core.layers.parameters import Placement
 from candle_vllm.core.loading.config import shared_from_gguf, shared_from_hf
 from candle_vllm.core.loading.tensors import Checkpoint
@@ -26,7 +27,6 @@ from candle_vllm.core.models import llama
 from candle_vllm.core.models.attention_names import GG, HF, gguf_has_bias
 from candle_vllm.core.models.family import Architecture, Family
 from candle_vllm.core.models.llama import Llama, LlamaConfig
-from candle_vllm.core.models.xielu import XieluMLP
 from candle_vllm.core.quantization.tensors import StoredTensor
 
 # ---- config ----------------------------------------------------------------------------------------------------------
@@ -96,7 +96,7 @@ class Block(llama.Block):
 
     def feed_forward(self, config: Any, layer: int, placement: Placement) -> XieluMLP:
         """See `llama.Block`."""
-        return XieluMLP(config, layer, placement)
+        return XieluMLP(config.hidden_size, config.intermediate_size, config.numbers(layer), placement)
 
 
 class Apertus(Llama):

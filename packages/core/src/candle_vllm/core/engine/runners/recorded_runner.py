@@ -27,7 +27,6 @@ from candle_vllm.core.kernels import sampling
 from candle_vllm.core.kernels.attention.cpu_cache import (
     PLAIN,
     CacheKind,
-    fitted,
     key_cache_shape,
     number_bytes,
     value_cache_shape,
@@ -38,7 +37,14 @@ from candle_vllm.core.kernels.cpu_runtime import team
 from candle_vllm.core.kernels.cpu_runtime.level import Isa, host_isa
 from candle_vllm.core.kernels.cpu_runtime.numa import CpuRanks
 from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, compile_first, operation
-from candle_vllm.core.kernels.cpu_runtime.recorder import Adapted, EntryArrays, Recorder, StepLimits, aligned
+from candle_vllm.core.kernels.cpu_runtime.recorder import (
+    Adapted,
+    EntryArrays,
+    MeasuredKeys,
+    Recorder,
+    StepLimits,
+    aligned,
+)
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
 from candle_vllm.core.kernels.cpu_runtime.values import buffer_of, buffer_value, step_tokens
 from candle_vllm.core.kernels.cpu_runtime.weight_memory import drop_pages
@@ -177,8 +183,9 @@ class RecordedRunner(StepwiseRunner):
         kept = self._step.taps
         return [hidden, *([] if kept is None else [kept.values[layer] for layer in self._taps])], *ends
 
-    def fit_keys(self, batches: Iterable[Batch], positions: int) -> None:
-        """Run steps, and fit the quantisation of keys to their keys and queries, as if at any of some positions."""
+    def measure_keys(self, batches: Iterable[Batch], positions: int) -> tuple[list[MeasuredKeys], int]:
+        """Run steps, and return sums over each layer's keys and queries, as if tokens were spread over positions below
+        `positions`; also return the number of tokens."""
         recorder, done = self._recorder, 0
         recorder.measured, at = [], recorder.measured_at
         _, size, count = self._record(recorder, Adapted.NOT)
@@ -193,8 +200,7 @@ class RecordedRunner(StepwiseRunner):
             at[:tokens] = np.arange(done, done + tokens) * _APART % positions
             self.team.run(plan, count)
             done += tokens
-        for fit, sums, group, centred in measured:
-            fitted(fit, sums, done, group, centred=centred)
+        return measured, done
 
     @property
     def fit_mark(self) -> str:

@@ -23,14 +23,11 @@ from __future__ import annotations
 from typing import Self
 
 import numpy as np
-from numpy.typing import NDArray
 
 from candle_vllm.core.kernels.cpu_runtime.level import LANES
 
 STRETCH = 1024
 STRETCH_SHIFT = STRETCH.bit_length() - 1
-
-_LEAST_SPREAD = 1e-3  # least standard deviation of a dimension that counts, beside the largest of its head
 
 BLOCK = 32
 """Elements of a quantised block."""
@@ -111,28 +108,6 @@ def key_bytes(kind: CacheKind, head_dim: int) -> int:
 def value_bytes(kind: CacheKind, head_dim: int) -> int:
     halves = head_dim // BLOCK * (1 + kind.has_minima) if kind.is_quantised else 0
     return code_bytes(kind, head_dim) + 2 * halves
-
-
-def fitted(fit: NDArray[np.float32], sums: NDArray[np.float64], tokens: int, group: int, *, centred: bool) -> None:
-    """Set a layer's `PagedCache.fit` [K, 3, D] by its keys and queries before they are quantised.
-
-    Without tokens, or with numbers that are not finite, `fit` does not change.
-
-    Args:
-        sums: [K, 3, D]: sums over all tokens of keys, of their squares, and of the squares of the head's queries.
-        tokens: number of tokens.
-        group: number of query heads of a KV head.
-        centred: whether scores may all change by the same number: without softcap and sinks.
-    """
-    if not tokens or not np.isfinite(sums).all():  # an answer will report what is not finite
-        return
-    mean, keys, queries = np.moveaxis(sums / np.array([[tokens], [tokens], [tokens * group]]), 1, 0)
-    mean = mean if centred else np.zeros_like(mean)
-    spread = np.sqrt([np.maximum(keys - mean**2, 0), queries])
-    largest = spread.max(-1, keepdims=True)
-    spread = np.maximum(spread, np.where(largest > 0, largest * _LEAST_SPREAD, 1) + np.finfo(np.float32).tiny)
-    factor = np.sqrt(spread[1] / spread[0]).astype(np.float32)
-    fit[:, 0], fit[:, 1], fit[:, 2] = mean, factor, 1 / factor
 
 
 MOST_DIM = 512

@@ -23,12 +23,12 @@ exact, and all other sums have a fixed order: a result depends neither on the in
 
 Before they are quantised, queries, keys and values are multiplied by a Hadamard matrix, which spreads outliers of a few
 dimensions over all; for values this is undone after attention. Before the multiplication, keys and queries are fitted
-to each other (`fitted`). An offset that is the same for all keys of a head is subtracted from keys: softmax does not
-depend on it, but it may be a hundred times the difference between keys, as in Qwen2, and rounding would lose the
-difference. And each dimension of keys is multiplied by a factor, by which that dimension of queries is divided, so that
-no dimension of one is large where the other is small. Sources: llama.cpp's `ggml-quants.c` (formats); Ashkboos et al.,
-2024, arXiv:2404.00456 (rotation); Zhang et al., 2024, arXiv:2411.10958 (offset); Xiao et al., 2023, arXiv:2211.10438
-(factors).
+to each other (`engine/runners/key_fit.py`). An offset that is the same for all keys of a head is subtracted from keys:
+softmax does not depend on it, but it may be a hundred times the difference between keys, as in Qwen2, and rounding
+would lose the difference. And each dimension of keys is multiplied by a factor, by which that dimension of queries is
+divided, so that no dimension of one is large where the other is small. Sources: llama.cpp's `ggml-quants.c` (formats);
+Ashkboos et al., 2024, arXiv:2404.00456 (rotation); Zhang et al., 2024, arXiv:2411.10958 (offset); Xiao et al., 2023,
+arXiv:2211.10438 (factors).
 """
 
 from __future__ import annotations

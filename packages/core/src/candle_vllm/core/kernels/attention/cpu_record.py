@@ -20,6 +20,7 @@ from candle_vllm.core.kernels.attention.cpu_cache import (
 from candle_vllm.core.kernels.attention.rows import WindowedCache
 from candle_vllm.core.kernels.cpu_runtime.level import Isa
 from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of, operation
+from candle_vllm.core.kernels.cpu_runtime.recorder import MeasuredKeys
 from candle_vllm.core.kernels.kv_write import WriteArguments, measure_operation, rotate_and_write_operation
 
 if TYPE_CHECKING:
@@ -168,7 +169,8 @@ def _record_write(
     )
     if recorder.measured is not None and writes and keys.is_quantised:
         sums = np.zeros(cache.fit.shape)
-        recorder.measured.append((cache.fit, sums, written.group, scores.softcap is None and scores.sinks is None))
+        centred = scores.softcap is None and scores.sinks is None
+        recorder.measured.append(MeasuredKeys(cache.fit, sums, written.group, centred))
         recorder.add(
             measure_operation(), written._replace(fit=address_of(sums), positions=address_of(recorder.measured_at))
         )

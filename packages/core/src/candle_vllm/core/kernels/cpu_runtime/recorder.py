@@ -12,7 +12,7 @@ import dataclasses
 import enum
 import weakref
 from collections import defaultdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -130,6 +130,22 @@ class Adapted(enum.IntEnum):
     APART = 2
 
 
+class MeasuredKeys(NamedTuple):
+    """Sums over the keys and queries of a layer, which a plan adds to.
+
+    Attributes:
+        fit: the layer's `PagedCache.fit`.
+        sums: [K, 3, D]: sums over all tokens of keys, of their squares, and of the squares of the head's queries.
+        group: number of query heads of a KV head.
+        centred: whether scores may all change by the same number: without softcap and sinks.
+    """
+
+    fit: NDArray[np.float32]
+    sums: NDArray[np.float64]
+    group: int
+    centred: bool
+
+
 class Recorder:
     """Recorder of plans; owns their memory.
 
@@ -151,7 +167,7 @@ class Recorder:
         entries = limits.tokens * limits.row_adapters if limits.adapter_rank else 0
         self.entries = EntryArrays(entries)  # entries of all rows of the step
         self.logit_entries = EntryArrays(min(entries, limits.logit_rows * limits.row_adapters))
-        self.measured: list[tuple[Any, Any, int, bool]] | None = None  # arguments of `fitted`, if a plan measures keys
+        self.measured: list[MeasuredKeys] | None = None  # a list if the plan measures keys
         self.measured_at = np.zeros(limits.tokens, np.int64)  # the row of the rotary tables at which a key is measured
         self._keep: list[object] = []  # objects that plans refer to by address
         self._free: defaultdict[tuple[int, type], list[np.ndarray]] = defaultdict(list)

@@ -99,7 +99,7 @@ class WriteArguments(NamedTuple):
 
 
 def measure_operation() -> int:
-    """Return the address of the operation that sums up keys and queries for `fitted`."""
+    """Return the address of the operation that sums up keys and queries for `MeasuredKeys`."""
     return operation("kv_write.cpu:measure")
 
 
