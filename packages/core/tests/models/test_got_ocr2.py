@@ -23,17 +23,14 @@ from candle_vllm.core.fields import Fields
 from candle_vllm.core.models.got_ocr2_tower import FAMILY
 from candle_vllm.core.models.registry import family_from_hf, tower_family
 from candle_vllm.core.vision.pictures import picture_of
-from packages.core.tests.exact_sums import exact_sums
 from packages.core.tests.models.sight import (
     GPU_STEPS,
     RANDOM,
     answers_alone,
-    answers_of_a_gpu,
-    answers_op_by_op,
     loaded_from,
     require_embeddings,
     require_logits,
-    require_same,
+    require_same_on_a_gpu,
     require_same_when_cached,
     without_template,
     write_tokenizer,
@@ -202,11 +199,8 @@ def test_answers_are_the_same_in_a_batch_in_chunks_and_cached(tokens: int, folde
 @pytest.mark.parametrize("how", few(GPU_STEPS, "captured"))
 def test_steps_of_a_gpu_have_the_same_answers(folder: Path, how: str) -> None:
     """By the references of its kernels."""
-    loaded = loaded_from(folder, op_by_op=True)
     asked = [("<img><imgpad></img>\nRead.", PICTURES[:1]), ("Nothing to see.", [])]
-    with exact_sums():
-        found, _ = answers_of_a_gpu(loaded, asked, **GPU_STEPS[how])
-        require_same(found, answers_op_by_op(loaded, asked))
+    require_same_on_a_gpu(folder, asked, how)
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
