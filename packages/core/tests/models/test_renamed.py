@@ -375,8 +375,8 @@ def test_a_published_qwen_is_read() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"visual": {"heads": 16, "image_size": 448}}, "visual is that of Qwen-VL"),
-        ({"audio": {"n_mels": 80}}, "audio is that of Qwen-Audio"),
+        ({"visual": {"heads": 16, "image_size": 448}}, "visual belongs to Qwen-VL"),
+        ({"audio": {"n_mels": 80}}, "audio belongs to Qwen-Audio"),
         ({"no_bias": False}, "no_bias is false"),
         ({"scale_attn_weights": False}, "scale_attn_weights is false"),
         ({"rotary_pct": 0.5}, "rotary_pct is 0.5"),

@@ -170,7 +170,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[Mapping[str, Any]]:
         yield {"busy": lambda: any(each.busy for each in working)}
     finally:
         watch.cancel()
-        # Each is closed before those that it uses.
+        # A service is closed before the services that it uses.
         for each in (
             state.batches, state.mailbox_writer, state.background, state.response_store, state.mcp, state.manager,
             state.mailbox,

@@ -30,7 +30,7 @@ def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
     """Read `config.json` of qwen, a model with remote code; `intermediate_size` counts the rows of w1 and of w2."""
     for key, name in (("visual", "Qwen-VL"), ("audio", "Qwen-Audio")):
         if key in fields:
-            raise UnsupportedModelError(f"{fields.path}: {key} is that of {name}, which is not implemented")
+            raise UnsupportedModelError(f"{fields.path}: {key} belongs to {name}, which is not implemented")
     for key in ("no_bias", "scale_attn_weights"):
         if not fields.get(key, bool, True):
             raise UnsupportedModelError(f"{fields.path}: {key} is false, which is not implemented")
