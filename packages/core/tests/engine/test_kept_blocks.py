@@ -86,8 +86,8 @@ def cached(engine: Engine) -> int:
 @pytest.mark.one_of_each(2)
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"kv_cache_dtype": "q8_0"}, {"key_cache_dtype": "q8_0", "value_cache_dtype": "q4_0"}, {"op_by_op": True}],
-    ids=["bf16", "q8_0", "mixed", "eager"],
+    [{}, {"key_cache_dtype": "q8_0", "value_cache_dtype": "q4_0"}, {"kv_cache_dtype": "q8_0"}, {"op_by_op": True}],
+    ids=["bf16", "mixed", "q8_0", "eager"],
 )
 def test_a_prompt_is_found_after_a_restart(model: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
     with running(model, None, **settings) as engine:

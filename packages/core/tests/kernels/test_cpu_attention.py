@@ -601,11 +601,12 @@ QUANTISED = [(kind, kind) for kind in KINDS.values() if kind.is_quantised]
 OTHERS = [(CacheKind.of(bits, minima),) * 2 for bits, minima in ((7, False), (3, False), (2, True))]  # without a name
 MIXED = [(keys, values) for keys in KINDS.values() for values in KINDS.values() if keys != values]
 USUAL = [(KINDS["q8_0"], BF16), (KINDS["q8_0"], KINDS["q5_1"])]
+COMMON = [(KINDS[name],) * 2 for name in ("q8_0", "q5_1", "q4_0")]
 READERS = [Isa.GENERIC, *([Isa.AVX_VNNI] if host_isa() & Isa.VNNI else [])]  # besides this CPU's own
 
 
 @pytest.mark.one_of_each(2)
-@pytest.mark.parametrize(("keys", "values"), few([*QUANTISED, *MIXED, *OTHERS], *QUANTISED))
+@pytest.mark.parametrize(("keys", "values"), few([*QUANTISED, *MIXED, *OTHERS], *COMMON))
 @pytest.mark.parametrize("dim", few([32, 64, 96, 128, 256, 512], 64))
 def test_quantised_caches(teams: dict[int, ThreadTeam], keys: CacheKind, values: CacheKind, dim: int) -> None:
     """Of what the caches hold nothing is lost but the rounding of weights, in chunks of every size, split and not."""
@@ -614,7 +615,7 @@ def test_quantised_caches(teams: dict[int, ThreadTeam], keys: CacheKind, values:
         check(model, teams[2], [700, 41, 90], [1, 41, 30])
 
 
-@pytest.mark.parametrize(("keys", "values"), few(QUANTISED, *[(KINDS[name],) * 2 for name in ("q8_0", "q5_1")]))
+@pytest.mark.parametrize(("keys", "values"), few(QUANTISED, (KINDS["q5_1"],) * 2))
 def test_quantised_windows_caps_and_sinks(teams: dict[int, ThreadTeam], keys: CacheKind, values: CacheKind) -> None:
     sinks = torch.tensor([-200.0, -1.0, 0.0, 0.7, 3.0, 9.0])
     model = Model(heads=6, kv_heads=2, kinds=(keys, values), window=50, softcap=5.0, sinks=sinks)
@@ -623,7 +624,7 @@ def test_quantised_windows_caps_and_sinks(teams: dict[int, ThreadTeam], keys: Ca
 
 
 @pytest.mark.parametrize("isa", few([host_isa(), *READERS], host_isa()))
-@pytest.mark.parametrize(("keys", "values"), few([*QUANTISED, *USUAL, *OTHERS], *QUANTISED))
+@pytest.mark.parametrize(("keys", "values"), few([*QUANTISED, *USUAL, *OTHERS], *COMMON))
 def test_no_bit_of_a_quantised_cache_depends_on_how_it_is_read(
     teams: dict[int, ThreadTeam], keys: CacheKind, values: CacheKind, isa: Isa
 ) -> None:

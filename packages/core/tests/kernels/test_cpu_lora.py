@@ -28,7 +28,7 @@ from packages.core.tests.kernels.lora_field import add, fitted, low_rank, stored
 from tests.common_run import few
 
 ISAS = [Isa.GENERIC, host_isa()] if host_isa() & Isa.BF16 else [Isa.GENERIC]
-COMMON = [(Isa.GENERIC, "F32"), (ISAS[-1], "BF16"), (Isa.GENERIC, "I8"), (ISAS[-1], "I8")]
+COMMON = [(ISAS[-1], "BF16"), (Isa.GENERIC, "I8")]
 each_form = pytest.mark.parametrize(("isa", "dtype"), few(itertools.product(ISAS, ["F32", "BF16", "I8"]), *COMMON))
 TOLERANCE = {"F32": 1e-6, "BF16": 5e-3, "I8": 1e-5}  # of BF16 the reference rounds inputs too; of I8 ties differ
 PLACES = {"layer": (Place(1, 96, {"q.": (0, 0, 40), "k.": (0, 40, 53), "v.": (0, 53, 123)}),)}

@@ -48,7 +48,8 @@ each_kind = pytest.mark.parametrize("kind", list(PackedKind), ids=lambda kind: k
 IN_CODES = [PackedKind[f"{name}_CODES"] for name in grids.FORMATS]
 USUAL_CODES = (PackedKind.IQ3_S_CODES, PackedKind.IQ2_S_CODES)  # of four bits, and of three with two scales
 RARELY = (  # compiled for the exhaustive run alone
-    *(PackedKind.Q8_K, PackedKind.TQ2_0, PackedKind.Q1_0),
+    *(PackedKind.Q8_K, PackedKind.TQ2_0, PackedKind.Q1_0, PackedKind.Q5_1, PackedKind.NVFP4),
+    *(PackedKind.IQ1_M, PackedKind.IQ2_XS, PackedKind.IQ2_S, PackedKind.IQ3_XXS),
     *(kind for kind in IN_CODES if kind not in USUAL_CODES),
 )
 each_compiled = pytest.mark.parametrize(

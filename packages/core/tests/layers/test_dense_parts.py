@@ -78,7 +78,7 @@ class Variant:
 VARIANTS = {
     "Llama": Variant(),
     "Phi-2": Variant(
-        head_dim=80,
+        head_dim=72,
         kv_heads=4,
         rotary=(32, 32),
         layer_norm=True,
@@ -87,7 +87,7 @@ VARIANTS = {
         mlp="MLP gelu_tanh",
         embedding={"bias": True},
     ),
-    "Phi-3": Variant(head_dim=96, rotary=(72, 72), fused=True),
+    "Phi-3": Variant(head_dim=72, rotary=(36, 36), fused=True),
     "Gemma-2": Variant(
         head_dim=16,
         rotary=(16, 16),
