@@ -117,78 +117,6 @@ def _list_tiles(
 
 
 @njit(inline="always")
-def _scores(
-    q: int,
-    tiles: int,
-    coming: int,
-    stride: int,
-    scores: int,
-    count: int,
-    rows: int,
-    dim: int,
-    kind: int,
-    isa: int,
-) -> None:
-    for n in range(0, count, TILES):
-        at, ask, to = tiles + 8 * n, coming + 8 * n, scores + 4 * LANES * n
-        if rows == 4:
-            score_tiles(q, at, ask, stride, to, 4, dim, kind, isa)
-        elif rows == 3:
-            score_tiles(q, at, ask, stride, to, 3, dim, kind, isa)
-        elif rows == 2:
-            score_tiles(q, at, ask, stride, to, 2, dim, kind, isa)
-        else:
-            score_tiles(q, at, ask, stride, to, 1, dim, kind, isa)
-
-
-@njit(inline="always")
-def _softmax(
-    scores: int,
-    to: int,
-    tiles: int,
-    positions: int,
-    start: int,
-    window: int,
-    partials: int,
-    rows: int,
-    dim: int,
-    kind: int,
-    isa: int,
-) -> None:
-    if rows == 4:
-        softmax_rows(scores, to, tiles, positions, start, window, partials, 4, dim, kind, isa)
-    elif rows == 3:
-        softmax_rows(scores, to, tiles, positions, start, window, partials, 3, dim, kind, isa)
-    elif rows == 2:
-        softmax_rows(scores, to, tiles, positions, start, window, partials, 2, dim, kind, isa)
-    else:
-        softmax_rows(scores, to, tiles, positions, start, window, partials, 1, dim, kind, isa)
-
-
-@njit(inline="always")
-def _values(
-    scores: int,
-    probabilities: int,
-    tiles: int,
-    coming: int,
-    keys: int,
-    to: int,
-    rows: int,
-    dim: int,
-    kind: int,
-    isa: int,
-) -> None:
-    if rows == 4:
-        value_tiles(scores, probabilities, tiles, coming, keys, to, 4, dim, kind, isa)
-    elif rows == 3:
-        value_tiles(scores, probabilities, tiles, coming, keys, to, 3, dim, kind, isa)
-    elif rows == 2:
-        value_tiles(scores, probabilities, tiles, coming, keys, to, 2, dim, kind, isa)
-    else:
-        value_tiles(scores, probabilities, tiles, coming, keys, to, 1, dim, kind, isa)
-
-
-@njit(inline="always")
 def _gather_queries(
     q: int,
     to: int,
@@ -240,15 +168,16 @@ def _attend_rows(memory, chunk, to, size, rows, stride, cap, dim, keys_as, value
     """
     queries, positions, tiles, coming, scores, probabilities = memory
     start, keys, count, window = chunk[:4]
-    _scores(queries, tiles, coming, stride, scores, count, rows, dim, keys_as, isa)
+    for n in range(0, count, TILES):
+        score_tiles(queries, tiles + 8 * n, coming + 8 * n, stride, scores + 4 * LANES * n, rows, dim, keys_as, isa)
     if cap > 0:
         for j in range(rows):
             cap_scores(scores + j * SCORE_STRIDE, count, cap)
     for j in range(rows):
         _fall(scores, chunk, positions, j)
-    _softmax(scores, probabilities, count, positions, start, window, to, rows, dim, values_as, isa)
+    softmax_rows(scores, probabilities, count, positions, start, window, to, rows, dim, values_as, isa)
     values, asked = tiles + VALUE_TILES, coming + VALUE_TILES
-    _values(scores, probabilities, values, asked, keys, to, rows, dim, values_as, isa)
+    value_tiles(scores, probabilities, values, asked, keys, to, rows, dim, values_as, isa)
 
 
 @njit(inline="always")
@@ -266,7 +195,7 @@ def _attend_square(memory, chunk, to, size, rows, stride, cap, dim, keys_as, val
         for i in range(some):
             _fall(scores, chunk, positions, j + i)
         weights = probabilities + j * PROBABILITY_STRIDE
-        _softmax(at, weights, count, positions + 8 * j, start, window, to + j * size, some, dim, values_as, isa)
+        softmax_rows(at, weights, count, positions + 8 * j, start, window, to + j * size, some, dim, values_as, isa)
     value_squares(probabilities, tiles + VALUE_TILES, count, to, dim)
 
 

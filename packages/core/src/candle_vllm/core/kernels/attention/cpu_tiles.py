@@ -15,6 +15,8 @@ does not depend on other rows, and masked keys do not change any bit of a result
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from llvmlite import ir
@@ -23,6 +25,7 @@ from numba import njit
 from candle_vllm.core.kernels.attention.cpu_cache import (
     PROBABILITY_STRIDE,
     ROW_TILE,
+    ROWS,
     SCORE_STRIDE,
     STRETCH_SHIFT,
     TILES,
@@ -72,21 +75,30 @@ def score_tiles(
     coming: Int,
     stride: Int,
     scores: Int,
-    rows: int,
+    rows: Int,
     dim: int,
     kind: CacheKind,
     isa: Isa,
 ) -> None:
-    """Compute the scores of `rows` query rows with the keys of four tiles.
+    """Compute the scores of `rows` query rows, 1 to `ROWS`, with the keys of four tiles.
 
     `q` has the rows as `copy_query` writes them. `tiles` points at four addresses of tiles, `coming` at four addresses
     of tiles to prefetch if keys are quantised (may be `tiles`). `stride` is the bytes from a pair of dimensions to the
     next.
     """
-    if kind.is_quantised:
-        emit_scores(e, q, tiles, coming, stride, scores, rows, dim, kind, isa)
-    else:
-        _scores(e, q, [e.load(tiles, I64, 8 * n) for n in range(TILES)], stride, scores, rows, dim, isa)
+
+    def of_rows(m: int) -> None:
+        if kind.is_quantised:
+            emit_scores(e, q, tiles, coming, stride, scores, m, dim, kind, isa)
+        else:
+            _scores(e, q, [e.load(tiles, I64, 8 * n) for n in range(TILES)], stride, scores, m, dim, isa)
+
+    _choose_rows(e, rows, of_rows)
+
+
+def _choose_rows(e: Emitter, rows: Any, emit: Callable[[int], None]) -> None:
+    """Emit the code of 1 to `ROWS` rows, and a switch between them."""
+    e.choose(rows, {m: partial(emit, m) for m in range(1, ROWS + 1)})
 
 
 def _scores(e: Emitter, queries: Any, tiles: list[Any], stride: Any, scores: Any, m: int, d: int, isa: Isa) -> None:
@@ -168,20 +180,38 @@ def softmax_rows(
     start: Int,
     window: Int,
     partials: Int,
-    rows: int,
+    rows: Int,
     dim: int,
     kind: CacheKind,
     isa: Isa,
 ) -> None:
-    """Compute exp2(score - m) for `rows` rows over 16 * tiles keys from position `start` on; masked keys get 0.
+    """Compute exp2(score - m) for 1 to `ROWS` rows over 16 * tiles keys from position `start` on; masked keys get 0.
 
     The results are rounded to bfloat16, except for quantised values, and written to `probabilities`. With `in_floats`,
     and for quantised values, they are stored as float32 in `scores` instead. `positions` points at the rows' int64
     positions; `ROW_TILE` elements after each is the last position that the row attends to. m and s, the sum of the
     results, are written to `partials`.
     """
+    given = (scores, probabilities, tiles, positions, start, window, partials)
+    _choose_rows(e, rows, lambda m: _softmax(e, *given, m, dim, kind.is_quantised, in_floats(isa)))
+
+
+def _softmax(
+    e: Emitter,
+    scores: Any,
+    probabilities: Any,
+    tiles: Any,
+    positions: Any,
+    start: Any,
+    window: Any,
+    partials: Any,
+    rows: int,
+    dim: int,
+    exact: bool,
+    wide: bool,
+) -> None:
+    """Emit `softmax_rows`; `exact` and `wide` results are float32."""
     b = e.b
-    wide, exact = in_floats(isa), kind.is_quantised
     bounds = [
         _seen_keys(e, *(e.load(positions, I64, 8 * at) for at in (row, row + ROW_TILE)), start=start, window=window)
         for row in range(rows)
@@ -287,7 +317,7 @@ def value_tiles(
     coming: Int,
     keys: Int,
     partials: Int,
-    rows: int,
+    rows: Int,
     dim: int,
     kind: CacheKind,
     isa: Isa,
@@ -298,10 +328,14 @@ def value_tiles(
     `in_floats`, and for quantised values, float32 probabilities are read from `scores`; `probabilities` is then unused
     or scratch memory.
     """
-    if kind.is_quantised:
-        emit_values(e, scores, probabilities, tiles, coming, keys, partials, rows, dim, kind, isa)
-    else:
-        _values(e, scores, probabilities, tiles, keys, partials, rows, dim, isa)
+
+    def of_rows(m: int) -> None:
+        if kind.is_quantised:
+            emit_values(e, scores, probabilities, tiles, coming, keys, partials, m, dim, kind, isa)
+        else:
+            _values(e, scores, probabilities, tiles, keys, partials, m, dim, isa)
+
+    _choose_rows(e, rows, of_rows)
 
 
 @emitted
