@@ -22,6 +22,9 @@ from candle_vllm.core import EngineConfig, InferenceEngine, SamplingParams, thre
 from candle_vllm.core.assembly import packed_cache
 from candle_vllm.core.assembly.encoder import load_any_model
 from candle_vllm.core.devices import CPU
+from candle_vllm.core.engine.build import build_engine
+from candle_vllm.core.engine.runners import key_fit
+from candle_vllm.core.engine.runners.recorded_runner import RecordedRunner
 from candle_vllm.core.errors import ModelNotFoundError
 from candle_vllm.core.kernels import packed_linear, plain_linear
 from candle_vllm.core.kernels.cpu_runtime import packed_file
@@ -163,6 +166,44 @@ def test_it_may_be_off(model: Path, tmp_path: Path, packings: list[str], monkeyp
     monkeypatch.setattr(packed_cache, "LEAST_BYTES", 1 << 30)
     load(model, tmp_path / "small")
     assert not (tmp_path / "small").exists()
+
+
+def test_what_keys_are_fitted_to_is_kept(model: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until the file, the text or the type of keys changes."""
+    measured, measure = list[int](), RecordedRunner.measure_keys
+    monkeypatch.setattr(RecordedRunner, "measure_keys", lambda *given: (measured.append(1), measure(*given))[1])
+
+    def fits(kind: str = "q8_0") -> bytes:
+        measured.clear()
+        config = EngineConfig(
+            model=str(model), **SETTINGS, packed_cache=str(folder), kv_cache_dtype=kind, kv_cache_memory=4 << 20
+        )
+        engine = build_engine(config, loaded := load_any_model(config, CPU, lambda *_: None))
+        found = b"".join(fit.tobytes() for fit in engine.runner.fits)
+        engine.close()
+        for memory in loaded.memories:
+            assert memory.writer is None or memory.writer.join() is None
+        return found
+
+    right = fits()
+    assert len(measured) == 1
+    assert (fits(), measured) == (right, [])
+    [file] = [each for each in kept(folder) if each.suffix == packed_file.FITS]
+    whole = file.read_bytes()
+    for harmed in (whole[:-1], whole + b"0", b"", whole[:-1] + bytes([whole[-1] ^ 1])):
+        file.write_bytes(harmed)
+        assert (fits(), len(measured)) == (right, 1)
+        assert file.read_bytes() == whole
+    monkeypatch.setattr(key_fit, "_TEXT", "Another text.")
+    assert fits() != right
+    assert measured
+    fits("q4_0")
+    assert measured
+    write_toy_gguf(model, CONFIG, quantization="Q4_0", others={"attn_v": "F16"}, seed=1)
+    fits("q4_0")
+    assert measured
+    fits("q4_0")
+    assert not measured
 
 
 @pytest.mark.parametrize("harm", ["matrix", "table", "shortened", "foreign", "empty", "longer"])

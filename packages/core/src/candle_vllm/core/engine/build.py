@@ -585,7 +585,7 @@ def _runner_on_cpu(
         keeps: dict[str, Any] = {"kinds": kinds, "room": plan.states, "windows": windows}
         runner = RecordedRunner(loaded.decoder, blocks, limits, team=team, taps=taps, **keeps, **sees)
         if kinds[0].is_quantised and runner.caches:
-            fit_keys(runner, plan, limits, loaded.tokenizer, positions, again=kinds[0].has_halves)
+            fit_keys(runner, plan, limits, loaded, kinds, positions)
         return runner
 
 

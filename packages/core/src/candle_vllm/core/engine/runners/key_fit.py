@@ -20,10 +20,11 @@ from candle_vllm.core.engine.step.sequence import Run, RunState, Sequence
 from candle_vllm.core.errors import InvalidFileError
 from candle_vllm.core.memory import CachePlan
 from candle_vllm.core.sampling.params import SamplingParams
-from candle_vllm.core.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
+    from candle_vllm.core.assembly.model import LoadedModel
     from candle_vllm.core.engine.runners.recorded_runner import RecordedRunner
+    from candle_vllm.core.kernels.attention.cpu_cache import CacheKind
     from candle_vllm.core.kernels.cpu_runtime.recorder import MeasuredKeys, StepLimits
 
 logger = logging.getLogger(__name__)
@@ -58,30 +59,46 @@ Water boils at 100 degrees at sea level, because its vapour pressure then equals
 
 
 def fit_keys(
-    runner: RecordedRunner, plan: CachePlan, limits: StepLimits, tokenizer: Tokenizer, positions: int, *, again: bool
+    runner: RecordedRunner,
+    plan: CachePlan,
+    limits: StepLimits,
+    loaded: LoadedModel,
+    kinds: tuple[CacheKind, CacheKind],
+    positions: int,
 ) -> None:
-    """Fit the quantised keys of all layers to the keys and queries of a text.
+    """Fit the quantised keys of all layers to the keys and queries of a text, or read what an earlier start found.
+
+    Keys in fewer than 8 bits are measured twice, the first time with one sequence: fitted keys of few bits give more
+    exact keys in later layers.
 
     Args:
+        kinds: types of keys and of values.
         positions: number of positions at which keys are measured, at most the rows of the rotary tables.
-        again: whether keys are measured twice, the first time with one sequence: fitted keys of few bits give more
-            exact keys in later layers.
     """
     try:
-        ids = tokenizer.encode(_TEXT)[:_TOKENS]
+        ids = loaded.tokenizer.encode(_TEXT)[:_TOKENS]
     except InvalidFileError as error:  # the vocabulary lacks a token of the text
         logger.warning("quantised keys are not fitted to the model, and less exact: %s", error)
         return
-    for part in (ids[:_SEQUENCE], ids) if again else (ids,):
-        measured, tokens = runner.measure_keys(_steps(runner, plan, limits, part), positions)
+    blocks = min(-(-_SEQUENCE // limits.block_size), plan.num_blocks, *(room.pages - 1 for room in plan.windows))
+    size = min(_SEQUENCE, blocks * limits.block_size, plan.max_model_len)  # maximum number of tokens of a sequence
+    memory = loaded.placement.weight_memory
+    kept = None if memory is None else memory.fits
+    key = f"{kinds} {loaded.config} {ids} {size} {positions}"
+    if kept is not None and kept.read(runner.fits, key):
+        return
+    for part in (ids[:_SEQUENCE], ids) if kinds[0].has_halves else (ids,):
+        measured, tokens = runner.measure_keys(_steps(runner, plan, limits, part, blocks, size), positions)
         for layer in measured:
             fit(layer, tokens)
+    if kept is not None:
+        kept.write(runner.fits, key)
 
 
-def _steps(runner: RecordedRunner, plan: CachePlan, limits: StepLimits, ids: list[int]) -> Iterator[Batch]:
-    """Yield the steps of short sequences with the tokens of a text; how they are divided changes no bit."""
-    blocks = min(-(-_SEQUENCE // limits.block_size), plan.num_blocks, *(room.pages - 1 for room in plan.windows))
-    size = min(_SEQUENCE, blocks * limits.block_size, plan.max_model_len)
+def _steps(
+    runner: RecordedRunner, plan: CachePlan, limits: StepLimits, ids: list[int], blocks: int, size: int
+) -> Iterator[Batch]:
+    """Yield the steps of sequences with at most `size` tokens of a text; how they are divided changes no bit."""
     builder = BatchBuilder(limits.block_size, runner.step_memory)
     for pages in runner.page_of:
         pages[:blocks] = range(1, blocks + 1)

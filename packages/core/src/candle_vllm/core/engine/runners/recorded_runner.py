@@ -203,10 +203,14 @@ class RecordedRunner(StepwiseRunner):
         return measured, done
 
     @property
+    def fits(self) -> list[NDArray[np.float32]]:
+        """`PagedCache.fit` of the layers with quantised keys."""
+        return [cache.fit for cache in self._own if cache.fit is not None]
+
+    @property
     def fit_mark(self) -> str:
         """Hash of what the quantised keys of all layers were fitted to, which also determines the bytes of a block."""
-        fits = [cache.fit.tobytes() for cache in self._own if cache.fit is not None]
-        return hashlib.sha256(b"".join(fits)).hexdigest()[:16] if fits else ""
+        return hashlib.sha256(b"".join(fit.tobytes() for fit in fits)).hexdigest()[:16] if (fits := self.fits) else ""
 
     def _layers(self, decoder: Any, recorder: Recorder, step: StepInput) -> Recorded:
         """Record the layers before the head; return the hidden states that the head reads."""
