@@ -39,7 +39,7 @@ class PagedSpec:
     @property
     def slides(self) -> bool:
         """Whether pages outside the window may be freed."""
-        return self.window is not None and self.value_dim > 0
+        return self.window is not None
 
 
 @dataclasses.dataclass(frozen=True)
