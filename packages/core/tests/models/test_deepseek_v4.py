@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""DeepSeek V4: closeness to transformers for every cut, configs as published or wrong, caches, and an engine's answers."""
+"""DeepSeek V4: closeness to transformers for every cut, published and wrong configs, caches, an engine's answers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from candle_vllm.core.errors import ConfigError, InvalidFileError, UnsupportedMo
 from candle_vllm.core.loading.cache_specs import PagedSpec, SharedKVSpec
 from candle_vllm.core.models.deepseek_v4_config import DeepseekV4Config
 from candle_vllm.core.models.registry import family_from_hf
-from packages.core.tests.models.families import ROWS, cases
+from packages.core.tests.models.families import ROWS
 from packages.core.tests.models.tiny import (
     LENGTH,
     cuts,

@@ -2,7 +2,7 @@
 """DeepSeek V4: several residual streams, attention to compressed entries, experts in every layer.
 
 A block reads its streams, computes attention or experts of their norm, and writes the result to all streams
-(`layers/residual_streams.py`). The first layers choose experts by token id. Multi-token prediction layers are not
+(`models/residual_streams.py`). The first layers choose experts by token id. Multi-token prediction layers are not
 loaded. Source: DeepSeek-AI, 2026, DeepSeek-V4. Shapes: T tokens, E hidden, N streams, X experts, k of a token.
 """
 
@@ -22,13 +22,13 @@ from candle_vllm.core.layers.embedding import Embedding
 from candle_vllm.core.layers.moe import SparseMLP
 from candle_vllm.core.layers.norm import RMSNorm
 from candle_vllm.core.layers.parameters import Placement, TensorParameter, on_host
-from candle_vllm.core.layers.residual_streams import HyperConnection, StreamCopies, StreamHead
 from candle_vllm.core.layers.rotary import Rotary
 from candle_vllm.core.loading.weights import Parameter
 from candle_vllm.core.models.deepseek_v4_attention import Attention
 from candle_vllm.core.models.deepseek_v4_config import DeepseekV4Config, config_from_hf
 from candle_vllm.core.models.deepseek_v4_names import WEIGHTS
 from candle_vllm.core.models.family import Family
+from candle_vllm.core.models.residual_streams import HyperConnection, StreamCopies, StreamHead
 from candle_vllm.core.models.stack import DecoderStack
 
 

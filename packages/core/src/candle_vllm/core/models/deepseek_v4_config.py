@@ -12,11 +12,11 @@ from candle_vllm.core.fields import MAX_COUNT, Fields
 from candle_vllm.core.kernels.compressed_attention import Groups, entry_share
 from candle_vllm.core.kernels.moe import Scoring
 from candle_vllm.core.layers.moe import Mixture
-from candle_vllm.core.layers.residual_streams import MOST_STREAMS, Streams
 from candle_vllm.core.loading.cache_specs import CacheSpec, PagedSpec, SharedKVSpec
 from candle_vllm.core.loading.config import LatentSizes, ModelConfig, shared_from_hf
 from candle_vllm.core.loading.rope import RopeConfig, rope_from_hf, stretched_context
 from candle_vllm.core.models.local_layers import listed, refuse_others
+from candle_vllm.core.models.residual_streams import MOST_STREAMS, Streams
 
 _SCORING: Mapping[str, Scoring] = {"sqrtsoftplus": "sqrt_softplus", "sigmoid": "sigmoid"}
 _INDEXED, _HEAVY = "compressed_sparse_attention", "heavily_compressed_attention"

@@ -684,7 +684,7 @@ def _layers(
     else:
         sizes = (num_blocks, block_size, layers, kv_heads, key_dim)
         shapes = [key_cache_shape(*sizes, kinds[0]), value_cache_shape(*sizes, kinds[1])]
-    types = [np.dtype(np.float32)] * 2 if wide else [kind.dtype for kind in kinds or PLAIN]
+    types: list[Any] = [np.float32] * 2 if wide else [kind.dtype for kind in kinds or PLAIN]
     by_heads = kinds is not None and ranks is not None and ranks.divides(kv_heads)
     made: list[NDArray[Any]] = []
     for each, dtype in zip(shapes, types):

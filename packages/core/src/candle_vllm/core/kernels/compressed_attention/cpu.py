@@ -7,23 +7,20 @@ Caches are float32 [B, S, width]. Sums have a fixed order, so that a token's bit
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from numba import njit
 
 from candle_vllm.core.kernels.activation_quant.cpu import rms_scale_within
-from candle_vllm.core.kernels.compressed_attention.cpu_record import (
-    AttendArguments,
-    ChooseArguments,
-    CompressArguments,
-    TurnArguments,
-    WriteArguments,
-)
+from candle_vllm.core.kernels.compressed_attention.cpu_record import LayerArguments
 from candle_vllm.core.kernels.cpu_runtime.emit import F32, I64, Emitter, Int, emitted, vector
 from candle_vllm.core.kernels.cpu_runtime.level import LANES
 from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber
 from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at, int32_at, int64_at, read, step_number
 from candle_vllm.core.kernels.cpu_runtime.tiles import add_rows, stack_bytes
+from candle_vllm.core.kernels.latent_attention.cpu import choose_largest
+from candle_vllm.core.kernels.latent_attention.layout import FEW_TOKENS
 
 _TOKENS, _SEQUENCES = StepNumber.TOKENS.value, StepNumber.SEQUENCES.value
 
@@ -52,17 +49,6 @@ def _turn(x: int, cos: Any, sin: Any, half: int, sign: float) -> None:
         values[2 * i], values[2 * i + 1] = first * c - second * s, second * c + first * s
 
 
-def turn(row, thread, threads):
-    """Rotate the last elements of heads, in place."""
-    given = read(TurnArguments, row)
-    total = step_number(row, _TOKENS) * given.heads
-    for unit in range(total * thread // threads, total * (thread + 1) // threads):
-        t = unit // given.heads
-        at = int64_at(given.positions)[t] * given.half * 4
-        end = given.x + (t * given.stride + (unit - t * given.heads + 1) * given.size) * 4
-        _turn(end - 8 * given.half, float32_at(given.cos + at), float32_at(given.sin + at), given.half, 1.0)
-
-
 @njit
 def _copy(target: int, source: int, count: int) -> None:
     to, values = float32_at(target), float32_at(source)
@@ -71,23 +57,28 @@ def _copy(target: int, source: int, count: int) -> None:
 
 
 def write(row, thread, threads):
-    """Normalise, rotate and write each token's row, and write its inputs."""
-    given = read(WriteArguments, row)
-    rows, size, half = step_number(row, _TOKENS), given.size, given.half
-    norm = float32_at(given.norm)
+    """Rotate queries in place; normalise, rotate and write each token's row; write its inputs."""
+    given = read(LayerArguments, row)
+    rows, size, half, norm = step_number(row, _TOKENS), given.size, given.half, float32_at(given.norm)
     for t in range(rows * thread // threads, rows * (thread + 1) // threads):
+        at = int64_at(given.positions)[t] * half * 4
+        cos, sin = float32_at(given.cos + at), float32_at(given.sin + at)
+        for h in range(given.heads):
+            _turn(given.q + (t * given.q_stride + (h + 1) * size - 2 * half) * 4, cos, sin, half, 1.0)
+        for h in range(given.index_heads):
+            end = t * given.index_stride + (h + 1) * given.index_size
+            _turn(given.index_q + (end - 2 * half) * 4, cos, sin, half, 1.0)
         slot = int64_at(given.slots)[t]
-        if slot < 0:
-            continue
-        source, target = given.kv + t * given.stride * 4, given.cache + slot * size * 4
+        source, target = given.kv + t * given.kv_stride * 4, given.cache + slot * size * 4
         values, to, scale = float32_at(source), float32_at(target), rms_scale_within(source, size, given.eps)
         for i in range(size):
             to[i] = values[i] * scale * norm[i]
-        at = int64_at(given.positions)[t] * half * 4
-        _turn(target + (size - 2 * half) * 4, float32_at(given.cos + at), float32_at(given.sin + at), half, 1.0)
-        inputs = given.inputs + slot * (given.width + given.more_width) * 4
-        _copy(inputs, given.first + t * given.first_stride * 4, given.width)
-        _copy(inputs + given.width * 4, given.more + t * given.more_stride * 4, given.more_width)
+        _turn(target + (size - 2 * half) * 4, cos, sin, half, 1.0)
+        if given.ratio != 0:
+            width = 2 * size * (1 + given.overlaps)
+            inputs = given.inputs + slot * given.width * 4
+            _copy(inputs, given.first + t * given.first_stride * 4, width)
+            _copy(inputs + width * 4, given.more + t * given.more_stride * 4, given.width - width)
 
 
 @njit
@@ -113,7 +104,7 @@ def _pool(span: Any, count: int, ratio: int, size: int, overlaps: int, bias: int
 
 def compress(row, thread, threads):
     """Write the entries of the groups that end in this step; threads divide the groups."""
-    given = read(CompressArguments, row)
+    given = read(LayerArguments, row)
     ratio, size, shift, half = given.ratio, given.size, given.block_shift, given.half
     mask, number = (1 << shift) - 1, 0
     memory = stack_bytes(12 * 2 * ratio)
@@ -161,105 +152,50 @@ def _entry(log: int, table: int, share: int, ratio: int, size: int, shift: int, 
     return log + ((block << shift) * share + (last & ((1 << shift) - 1)) // ratio * size) * 4
 
 
-@njit
-def _sift(scores: Any, numbers: Any, count: int) -> None:
-    """Move the first element of a heap down: the lowest score comes first, among equals the highest number."""
-    at = 0
-    while True:
-        child = 2 * at + 1
-        if child >= count:
-            return
-        right = child + 1
-        if right < count and (
-            scores[right] < scores[child] or (scores[right] == scores[child] and numbers[right] > numbers[child])
-        ):
-            child = right
-        if scores[at] < scores[child] or (scores[at] == scores[child] and numbers[at] > numbers[child]):
-            return
-        scores[at], scores[child] = scores[child], scores[at]
-        numbers[at], numbers[child] = numbers[child], numbers[at]
-        at = child
+def make_choose(CHOOSES: int) -> Callable[..., None]:
+    """Return the first (0) or second (1) operation of a choice, for tokens with more than `top` entries.
 
+    In a step of few tokens the first computes scores, with the entries divided among threads, and the second chooses.
+    In larger steps the second does both, with the tokens divided among threads.
+    """
 
-def choose(row, thread, threads):
-    """Write the numbers of the entries with the largest scores, for tokens with more than `top` entries."""
-    given = read(ChooseArguments, row)
-    rows, heads, size, top = step_number(row, _TOKENS), given.heads, given.size, given.top
-    quads = (heads + 3) >> 2
-    memory = stack_bytes(8 * 4 * quads + 4 * 4 * quads + 4 * top)
-    addresses, products, best = int64_at(memory), float32_at(memory + 32 * quads), float32_at(memory + 48 * quads)
-    for t in range(rows * thread // threads, rows * (thread + 1) // threads):
-        ended = (int64_at(given.positions)[t] + 1) // given.ratio
-        if ended <= top:
-            continue
-        r = _sequence_of(given.query_start, step_number(row, _SEQUENCES), t)
-        table = given.log_tables + r * given.table_stride * 8
-        for h in range(4 * quads):
-            addresses[h] = given.q + (t * given.stride + min(h, heads - 1) * size) * 4
-        weights, chosen = float32_at(given.weights + t * given.weight_stride * 4), int32_at(given.chosen + t * top * 4)
-        for n in range(ended):
-            key = _entry(given.log, table, given.share, given.ratio, size, given.block_shift, n)
-            for quad in range(quads):
-                _dot_4(key, memory + 32 * quad, memory + 32 * quads + 16 * quad, size >> 4)
-            score = 0.0
-            for h in range(heads):
-                score += max(float(products[h]), 0.0) * float(weights[h])
-            if n < top:  # fill from the end, so that the first element is the lowest of a heap
-                place = top - 1 - n
-                best[place], chosen[place] = score, n
-                if n == top - 1:
-                    _heap(best, chosen, top)
-            elif score > best[0]:
-                best[0], chosen[0] = score, n
-                _sift(best, chosen, top)
-        _ascend(chosen, top)
+    def choose(row, thread, threads):
+        given = read(LayerArguments, row)
+        tokens, heads, size, top = step_number(row, _TOKENS), given.index_heads, given.index_size, given.top
+        few, quads, sequences = tokens <= FEW_TOKENS, (heads + 3) >> 2, step_number(row, _SEQUENCES)
+        memory = stack_bytes(48 * quads)
+        addresses, products = int64_at(memory), float32_at(memory + 32 * quads)
+        for t in range(tokens):
+            ended = (int64_at(given.positions)[t] + 1) // given.ratio
+            if ended <= top or (CHOOSES == 1 and t % threads != thread):
+                continue
+            sums = given.scratch + (t if few else thread) * given.scratch_size
+            table = given.log_tables + _sequence_of(given.query_start, sequences, t) * given.table_stride * 8
+            weights = float32_at(given.weights + t * given.weight_stride * 4)
+            for h in range(4 * quads):
+                addresses[h] = given.index_q + (t * given.index_stride + min(h, heads - 1) * size) * 4
+            for n in range(ended if few == (CHOOSES == 0) else 0):
+                if few and n % threads != thread:
+                    continue
+                key = _entry(given.log, table, given.share, given.ratio, size, given.block_shift, n)
+                for quad in range(quads):
+                    _dot_4(key, memory + 32 * quad, memory + 32 * quads + 16 * quad, size >> 4)
+                score = 0.0
+                for h in range(heads):
+                    score += max(float(products[h]), 0.0) * float(weights[h])
+                float32_at(sums)[n] = score
+            if CHOOSES == 1:
+                choose_largest(sums, ended, top, given.chosen + 4 * t * top)
 
-
-@njit
-def _heap(scores: Any, numbers: Any, count: int) -> None:
-    """Make a heap of elements in any order, by insertion."""
-    for end in range(1, count):
-        at = end
-        while at > 0:
-            above = (at - 1) >> 1
-            if scores[above] < scores[at] or (scores[above] == scores[at] and numbers[above] > numbers[at]):
-                break
-            scores[at], scores[above] = scores[above], scores[at]
-            numbers[at], numbers[above] = numbers[above], numbers[at]
-            at = above
-
-
-@njit
-def _ascend(numbers: Any, count: int) -> None:
-    """Sort whole numbers, so that the order of sums does not depend on the scores (heap sort)."""
-    for start in range(count // 2 - 1, -1, -1):
-        _sink(numbers, start, count)
-    for end in range(count - 1, 0, -1):
-        numbers[0], numbers[end] = numbers[end], numbers[0]
-        _sink(numbers, 0, end)
-
-
-@njit
-def _sink(numbers: Any, at: int, count: int) -> None:
-    """Move an element of a heap, whose largest number comes first, down."""
-    while True:
-        child = 2 * at + 1
-        if child >= count:
-            return
-        if child + 1 < count and numbers[child + 1] > numbers[child]:
-            child += 1
-        if numbers[at] >= numbers[child]:
-            return
-        numbers[at], numbers[child] = numbers[child], numbers[at]
-        at = child
+    return choose
 
 
 def attend(row, thread, threads):
     """Attention of one head of one token at a time, and the rotation back of its result."""
-    given = read(AttendArguments, row)
+    given = read(LayerArguments, row)
     heads, size, half, shift = given.heads, given.size, given.half, given.block_shift
     total, mask, sequences = step_number(row, _TOKENS) * heads, (1 << shift) - 1, step_number(row, _SEQUENCES)
-    memory = given.scratch + thread * given.scratch_size
+    memory = given.scratch + thread * 12 * given.most
     addresses, weights = int64_at(memory), float32_at(memory + 8 * given.most)
     listed, count = -1, 0
     for unit in range(total * thread // threads, total * (thread + 1) // threads):
@@ -282,7 +218,7 @@ def attend(row, thread, threads):
                 count += 1
             for extra in range(count, (count + 3) & ~3):
                 addresses[extra] = addresses[count - 1]
-        q = given.q + (t * given.stride + h * size) * 4
+        q = given.q + (t * given.q_stride + h * size) * 4
         for quad in range((count + 3) >> 2):
             _dot_4(q, memory + 32 * quad, memory + 8 * given.most + 16 * quad, size >> 4)
         sink = float(float32_at(given.sinks)[h])
