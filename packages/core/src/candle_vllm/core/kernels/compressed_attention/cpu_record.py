@@ -45,47 +45,19 @@ def record_compressed(
     groups = layer.entries[0][0] if layer.entries else None
     ratio, longest, widths = 0, limits.table_width * limits.block_size, [2 * each.width for each, _ in layer.entries]
     row = LayerArguments(
-        positions=address_of(arrays.positions),
-        cos=keep(layer.cos),
-        sin=keep(layer.sin),
-        half=layer.cos.shape[1],
-        query_start=address_of(arrays.query_start),
-        context_lens=address_of(arrays.context_lens),
-        tables=address_of(arrays.block_tables if pool is None else arrays.page_tables[pool]),
-        slots=address_of(arrays.slots if pool is None else arrays.page_slots[pool]),
-        log_tables=address_of(arrays.block_tables),
-        table_stride=limits.table_width,
-        block_shift=limits.block_shift,
-        heads=layer.heads,
-        size=size,
-        q=q[0],
-        q_stride=q[1],
-        kv=kv[0],
-        kv_stride=kv[1],
-        norm=keep(layer.norm),
-        eps=layer.eps,
-        cache=address_of(rows.keys),
-        out=out[0],
-        out_stride=out[1],
-        scale=layer.scale,
-        window=layer.window,
-        sinks=keep(layer.sinks),
-    )
+        address_of(arrays.positions), keep(layer.cos), keep(layer.sin), layer.cos.shape[1],
+        address_of(arrays.query_start), address_of(arrays.context_lens),
+        address_of(arrays.block_tables if pool is None else arrays.page_tables[pool]),
+        address_of(arrays.slots if pool is None else arrays.page_slots[pool]),
+        address_of(arrays.block_tables), limits.table_width, limits.block_shift, layer.heads, size, *q, *kv,
+        keep(layer.norm), layer.eps, address_of(rows.keys), *out, layer.scale, layer.window, keep(layer.sinks),
+    )  # fmt: skip
     if groups is not None:
         ratio = groups.ratio
-        parts = [*inputs, (0, 0)][:2]
-        row = row._replace(
-            ratio=ratio,
-            overlaps=groups.overlaps,
-            inputs=address_of(rows.values),
-            width=sum(widths),
-            first=parts[0][0],
-            first_stride=parts[0][1],
-            more=parts[1][0],
-            more_stride=parts[1][1],
-            log=address_of(logs.keys),
-            share=entry_share(size, ratio),
-        )
+        (first, first_stride), (more, more_stride), *_ = [*inputs, (0, 0)]
+        row = row._replace(ratio=ratio, overlaps=groups.overlaps, inputs=address_of(rows.values), width=sum(widths))
+        row = row._replace(first=first, first_stride=first_stride, more=more, more_stride=more_stride)
+        row = row._replace(log=address_of(logs.keys), share=entry_share(size, ratio))
     most = longest // ratio if ratio else 0
     if index is not None:
         (at, stride), (weights, weight_stride) = index
