@@ -3,11 +3,15 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
+from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
 from candle_vllm.core import EngineConfig, InferenceEngine, SamplingParams
 from candle_vllm.core.errors import ConfigError, InvalidFileError, UnsupportedModelError, WeightsError
@@ -17,6 +21,7 @@ from candle_vllm.core.models.registry import family_from_hf
 from packages.core.tests.models.families import ROWS
 from packages.core.tests.models.tiny import (
     LENGTH,
+    config_of,
     cuts,
     eager_logits,
     load,
@@ -24,6 +29,7 @@ from packages.core.tests.models.tiny import (
     some_tokens,
     spread,
     their_logits,
+    typical_spread,
     write_tiny,
 )
 from tests.common_run import few
@@ -76,6 +82,15 @@ FLASH: dict[str, Any] = {  # as it is published
     "topk_method": "noaux_tc",
     "vocab_size": 129280,
 }
+
+
+PUBLISHED = (
+    ("model.", ""),
+    ("lm_head", "head"),
+    ("embed_tokens", "embed"),
+    ("hc_head.hc_", "hc_head_"),
+    ("attn.norm", "attn.kv_norm"),
+)
 
 
 def read(**changes: Any) -> DeepseekV4Config:
@@ -173,6 +188,47 @@ def test_a_table_with_wrong_experts_is_refused(folder: Path, tmp_path: Path) -> 
         save_file(weights | {name: changed}, tmp_path / "model.safetensors")
         with pytest.raises(WeightsError, match="does not name 3 distinct experts"):
             load(tmp_path)
+
+
+def test_weights_as_they_are_published(folder: Path, tmp_path: Path) -> None:
+    """FP8 in blocks with scales of powers of two, experts in packed FP4, a table of int64 and other matrices as floats:
+    the logits of what transformers decodes them to."""
+    decode, generator = Fp8Dequantize(None)._dequantize_one, torch.Generator().manual_seed(0)
+    stored, plain = dict[str, torch.Tensor](), dict[str, torch.Tensor]()
+    for name, weight in load_file(folder / "model.safetensors").items():
+        for old, new in PUBLISHED:
+            name = name.replace(old, new)
+        quantised = weight
+        if ".experts." in name:
+            rows, columns = weight.shape
+            quantised = torch.randint(-128, 128, (rows, columns // 2), generator=generator, dtype=torch.int8)
+            block = (1, 32)
+        elif re.search(r"(wq_[ab]|wo_a|wkv|shared_experts\.w\d)\.weight", name) and "compressor" not in name:
+            quantised, block = (weight * 64).to(torch.float8_e4m3fn), (32, 32)
+        plain[name] = stored[name] = quantised
+        if quantised is not weight:
+            shape = [-(-size // each) for size, each in zip(weight.shape, block, strict=True)]
+            scales = torch.randint(119, 123, shape, generator=generator, dtype=torch.uint8).view(torch.float8_e8m0fnu)
+            stored[name.replace(".weight", ".scale")] = scales
+            plain[name] = decoded(decode, quantised, scales, block)
+    method = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [32, 32], "scale_fmt": "ue8m0"}
+    for to, tensors, more in (("published", stored, {"quantization_config": method}), ("plain", plain, {})):
+        (tmp_path / to).mkdir()
+        (tmp_path / to / "config.json").write_text(json.dumps(config_of(folder) | more | {"expert_dtype": "fp4"}))
+        (tmp_path / to / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
+        save_file(tensors, tmp_path / to / "model.safetensors")
+    tokens = some_tokens()
+    wanted = eager_logits(tmp_path / "plain", tokens, [LENGTH])
+    assert spread(eager_logits(tmp_path / "published", tokens, [LENGTH]), wanted) < 1e-5
+    assert typical_spread(recorded_logits(tmp_path / "published", tokens, [LENGTH]), wanted) < 0.05
+
+
+def decoded(decode: Any, codes: torch.Tensor, scales: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
+    """transformers' decoding, of a matrix that whole blocks cover."""
+    rows, columns = codes.shape
+    padded = torch.zeros(scales.shape[0] * block[0], columns, dtype=torch.float32).to(codes.dtype)
+    padded[:rows] = codes
+    return decode(padded, scales, torch.float32)[:rows]
 
 
 def test_blocks_hold_an_entry(folder: Path) -> None:
