@@ -236,23 +236,25 @@ def test_blocks_hold_an_entry(folder: Path) -> None:
         load(folder, block_size=8)
 
 
-@pytest.mark.parametrize("op_by_op", [False, True])
-def test_neither_cache_nor_chunks_nor_company_change_an_answer(folder: Path, tmp_path: Path, op_by_op: bool) -> None:
-    """Prompts that share blocks, in chunks that cut groups, with preemption, and with blocks from a file."""
-    params = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True, logprobs=2)
-    prompts = [some_tokens(64), [*some_tokens(48), 7, 8, 9], some_tokens(64), some_tokens(70)[3:]]
+def test_no_cache_chunk_preemption_or_draft_changes_an_answer(folder: Path, tmp_path: Path) -> None:
+    """Prompts that share blocks, chunks that cut groups, too few blocks, blocks from a file; compiled and in torch."""
+    shared = [some_tokens(64), [*some_tokens(48), 7, 8, 9], some_tokens(64), some_tokens(70)[3:]]
+    apart = [some_tokens(20 + n)[n:] for n in range(8)]
 
-    def answers(given: list[list[int]], **settings: Any) -> list[Any]:
-        config = EngineConfig(model=str(folder), block_size=16, op_by_op=op_by_op, max_model_len=128, **settings)
+    def answers(given: list[list[int]], **settings: Any) -> tuple[list[Any], Any]:
+        params = SamplingParams(temperature=0.0, max_tokens=60, ignore_eos=True, logprobs=2)
+        config = EngineConfig(model=str(folder), block_size=16, max_model_len=128, threads=2, **settings)
         with InferenceEngine(config) as engine:
-            made = engine.generate(given, params)
-            stats.append(engine.stats())
-            return [(each.outputs[0].token_ids, each.outputs[0].logprobs) for each in made]
+            made = engine.generate(given, params, use_tqdm=False)
+            return [(each.outputs[0].token_ids, each.outputs[0].logprobs) for each in made], engine.stats()
 
-    stats: list[Any] = []
-    alone = [answers([prompt], enable_prefix_caching=False)[0] for prompt in prompts]
-    more: dict[str, Any] = {"max_num_batched_tokens": 20, "max_num_seqs": 4}
+    alone = [answers([prompt], enable_prefix_caching=False)[0][0] for prompt in (*shared, *apart)]
+    in_torch, _ = answers([*shared, *apart], op_by_op=True, max_num_batched_tokens=20, max_num_seqs=8)
+    assert [tokens for tokens, _ in in_torch] == [tokens for tokens, _ in alone]
     for kept in ({}, {"prompt_cache_path": tmp_path / "blocks"}, {"prompt_cache_path": tmp_path / "blocks"}):
-        for (tokens, logprobs), (own_tokens, own) in zip(answers(prompts, **more, **kept), alone, strict=True):
-            assert tokens == own_tokens
-            assert op_by_op or logprobs == own
+        found, stats = answers(shared, max_num_batched_tokens=20, max_num_seqs=4, **kept)
+        assert found == alone[:4]
+        assert stats.cached_prompt_tokens >= 96
+    found, stats = answers(apart, max_num_batched_tokens=64, max_num_seqs=8, kv_cache_memory=500 << 10)
+    assert found == alone[4:]
+    assert stats.preemptions > 0
