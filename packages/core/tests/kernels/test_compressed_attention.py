@@ -192,12 +192,19 @@ def test_the_operations_as_the_reference(problem: Problem, threads: int) -> None
     q, kv, *more = (buffer_value(recorder, buffer) for buffer in buffers)
     plain = [EntryParts(*[x if isinstance(x, float) else x.numpy() for x in problem.parts(n, each)])
              for n, each in enumerate(problem.all_groups)]  # fmt: skip
+    chooses: dict[str, int] = {"index_heads": INDEX_HEADS, "index_size": INDEX_SIZE, "top": TOP}
     layer = CompressedLayer(
-        *(HEADS, SIZE, WINDOW, SIZE**-0.5, (1 + problem.random(SIZE, seed=5) / 9).numpy(), EPS),
-        *(table.numpy() for table in problem.tables),
-        problem.random(HEADS, seed=3).numpy(),
-        tuple(zip(problem.all_groups, plain, strict=True)),
-        **({"index_heads": INDEX_HEADS, "index_size": INDEX_SIZE, "top": TOP} if problem.indexed else {}),
+        heads=HEADS,
+        size=SIZE,
+        window=WINDOW,
+        scale=SIZE**-0.5,
+        norm=(1 + problem.random(SIZE, seed=5) / 9).numpy(),
+        eps=EPS,
+        cos=problem.tables[0].numpy(),
+        sin=problem.tables[1].numpy(),
+        sinks=problem.random(HEADS, seed=3).numpy(),
+        entries=tuple(zip(problem.all_groups, plain, strict=True)),
+        **(chooses if problem.indexed else {}),
     )
     inputs, index = more[: len(plain)], (more[2], more[3]) if problem.indexed else None
     made = buffer_of(q.attend_compressed(kv, inputs, index, layer, (both[0], both[1])))

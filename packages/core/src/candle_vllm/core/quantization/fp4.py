@@ -22,12 +22,18 @@ import numpy as np
 from candle_vllm.core.errors import WeightsError
 from candle_vllm.core.fields import Fields
 from candle_vllm.core.quantization.finding import Found, StoredTensors, layers_with
-from candle_vllm.core.quantization.fp8 import scale_numbers
 from candle_vllm.core.quantization.ggml_blocks import BlockParts, e4m3_codes, put_together
 from candle_vllm.core.quantization.ggml_types import CONTENTS, E2M1_VALUES, GGMLQuantizationType
 from candle_vllm.core.quantization.group_codes import Blocks, GroupCodes, nibbles
 from candle_vllm.core.quantization.scaled_codes import ScaledCodes
-from candle_vllm.core.quantization.stored import CodeSource, FloatSource, LayerTensors, QuantisedTensor, numbers
+from candle_vllm.core.quantization.stored import (
+    CodeSource,
+    FloatSource,
+    LayerTensors,
+    QuantisedTensor,
+    numbers,
+    scale_numbers,
+)
 from candle_vllm.core.quantization.tensors import StoredTensor
 
 METHODS = ("mxfp4",)
