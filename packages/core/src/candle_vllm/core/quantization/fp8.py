@@ -22,7 +22,7 @@ from candle_vllm.core.fields import Fields
 from candle_vllm.core.quantization.finding import Found, StoredTensors
 from candle_vllm.core.quantization.fp4 import mxfp4_tensor
 from candle_vllm.core.quantization.scaled_codes import ScaledCodes
-from candle_vllm.core.quantization.stored import FLOATS, FloatSource, LayerTensors, QuantisedTensor, scale_numbers
+from candle_vllm.core.quantization.stored import FLOATS, FloatSource, LayerTensors, QuantisedTensor, floats
 from candle_vllm.core.quantization.tensors import StoredTensor
 
 METHODS = ("fp8", "fbgemm_fp8")
@@ -53,7 +53,7 @@ class Fp8Source(FloatSource):
         rows, columns = self._block
         matrix, row = np.divmod(np.arange(first, last), self._height)
         at = matrix * -(-self._height // rows) + row // rows
-        scales = scale_numbers(self._scales).reshape(-1, -(-self._weight.shape[1] // columns))[at]
+        scales = floats(self._scales).reshape(-1, -(-self._weight.shape[1] // columns))[at]
         return ScaledCodes(_NAMES[self._weight.type_name], self._weight.raw()[first:last], scales, columns)
 
 
