@@ -61,7 +61,7 @@ def assert_routed(logits: torch.Tensor, top_k: int, **changed: Any) -> None:
 
 
 @pytest.mark.one_of_each
-@pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("scoring", ["softmax", "sigmoid", "sqrt_softplus"])
 @pytest.mark.parametrize(
     ("experts", "top_k", "groups"),
     [(1, 1, (1, 1)), (8, 2, (1, 1)), (60, 5, (1, 1)), (512, 10, (1, 1)), (256, 8, (8, 4)), (160, 6, (8, 3))],
@@ -195,7 +195,7 @@ def test_many_pairs(
 
 @pytest.mark.one_of_each
 @pytest.mark.parametrize("tokens", [5, 40])
-@pytest.mark.parametrize("activation", ["silu", "swiglu_oai", "silu_7"])
+@pytest.mark.parametrize("activation", ["silu", "swiglu_oai", "silu_7", "silu_10"])
 def test_biases(tokens: int, activation: Activation, device: torch.device) -> None:
     """Of plain and of quantised experts; some gates are beyond the limits of gpt-oss and Step."""
     x, gate_up, down, weights, experts = problem(tokens, 4, 2, 64, 40, torch.bfloat16, device)

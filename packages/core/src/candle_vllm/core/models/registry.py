@@ -35,6 +35,7 @@ FAMILIES = (
     "llama",
     "bert",
     "deepseek",
+    "deepseek_v4",
     "deepseek_ocr",
     "gemma",
     "glm4",
@@ -105,7 +106,7 @@ serves the requested name, so the most common families come first."""
 
 
 NOT_BUILT = frozenset(
-    {"DeepseekV4ForCausalLM", "deepseek4", "Glm5NextForConditionalGeneration", "glm5-next"}
+    {"deepseek4", "Glm5NextForConditionalGeneration", "glm5-next"}
     | {"KimiK3ForConditionalGeneration", "kimi-k3"}
     | {"Qwen4ExpForCausalLM", "Qwen4ExpForConditionalGeneration", "qwen4exp"}
     | {"RWKV7ForCausalLM", "rwkv7"}

@@ -3,7 +3,8 @@
 
 A weight is scale * element in fp32. Elements are e4m3 (without infinities) or e5m2; a matrix [N, K] has one scale,
 scales [N] or [N, 1], or scales [N / block, K / block] rounded up, with smaller blocks at the edges. Hugging Face calls
-scales of blocks `weight_scale_inv`, although the elements are multiplied by them.
+scales of blocks `weight_scale_inv`, although the elements are multiplied by them; DeepSeek V4 calls them `scale`, and
+its experts are MXFP4 (`fp4.py`), a `weight` of bytes.
 Source: Micikevicius et al., 2022, arXiv:2209.05433; DeepSeek-V3's `weight_dequant`, 2024, arXiv:2412.19437.
 """
 
@@ -19,6 +20,7 @@ import numpy as np
 from candle_vllm.core.errors import InvalidFileError
 from candle_vllm.core.fields import Fields
 from candle_vllm.core.quantization.finding import Found, StoredTensors
+from candle_vllm.core.quantization.fp4 import mxfp4_tensor
 from candle_vllm.core.quantization.scaled_codes import ScaledCodes
 from candle_vllm.core.quantization.stored import FLOATS, FloatSource, LayerTensors, QuantisedTensor, floats
 from candle_vllm.core.quantization.tensors import StoredTensor
@@ -51,13 +53,8 @@ class Fp8Source(FloatSource):
         rows, columns = self._block
         matrix, row = np.divmod(np.arange(first, last), self._height)
         at = matrix * -(-self._height // rows) + row // rows
-        scales = scale_numbers(self._scales).reshape(-1, -(-self._weight.shape[1] // columns))[at]
+        scales = floats(self._scales).reshape(-1, -(-self._weight.shape[1] // columns))[at]
         return ScaledCodes(_NAMES[self._weight.type_name], self._weight.raw()[first:last], scales, columns)
-
-
-def scale_numbers(part: StoredTensor) -> np.ndarray:
-    """Return all stored scales as float32."""
-    return part.load() if part.type_name.startswith("F8") else floats(part)
 
 
 def fp8_tensor(parts: LayerTensors, block: tuple[int, int] | None) -> QuantisedTensor:
@@ -73,7 +70,7 @@ def fp8_tensor(parts: LayerTensors, block: tuple[int, int] | None) -> QuantisedT
     weight = parts.get(".weight", *NUMBERS)
     usual = ".weight_scale" if block is None else ".weight_scale_inv"
     others = ".weight_scale_inv" if block is None else ".weight_scale"
-    scale = parts.find(others, *SCALES) or parts.get(usual, *SCALES)
+    scale = parts.find(others, *SCALES) or parts.find(".scale", *SCALES) or parts.get(usual, *SCALES)
     if len(weight.shape) != 2 or 0 in weight.shape:
         raise parts.shape_error(weight, "[outputs, inputs]", "FP8 tensors of other shapes are not read")
     rows, columns = weight.shape
@@ -122,6 +119,9 @@ def layers(config: Fields, stored: StoredTensors) -> Found:
         elif tensor.type_name in NUMBERS and name + "_scale_inv" in stored.tensors:
             parts = LayerTensors(stored.tensors, name, stored.path)
             yield parts, fp8_experts(parts, block)
+        elif name.endswith(".weight") and tensor.type_name == "I8":
+            parts = LayerTensors(stored.tensors, name.removesuffix(".weight"), stored.path)
+            yield parts, mxfp4_tensor(parts, ".weight", ".scale")
 
 
 def block_shape(fields: Fields, key: str) -> tuple[int, int]:

@@ -50,6 +50,9 @@ def functions(isa: Isa) -> Iterator[tuple[str, tuple[int, ...]]]:
         "collectives.cpu:add_up",
         "collectives.cpu:stand_together",
         "column_order.cpu:column_order",
+        "compressed_attention.cpu:attend",
+        "compressed_attention.cpu:compress",
+        "compressed_attention.cpu:write",
         "cpu_runtime.walk:do_parts",
         "cpu_runtime.walk:take_part",
         "delta_rule.cpu:keep",
@@ -69,6 +72,7 @@ def functions(isa: Isa) -> Iterator[tuple[str, tuple[int, ...]]]:
         "sampling.cpu_chain:repeats",
         "side_by_side.cpu:copy",
         "stream_mix.cpu:mix",
+        "stream_mix.cpu:weigh",
         "whole_attention.cpu:lay_out",
         "whole_attention.cpu:turn",
     ):
@@ -94,6 +98,7 @@ def functions(isa: Isa) -> Iterator[tuple[str, tuple[int, ...]]]:
     for scan in ((0, 0), (0, 2), (1, 0), (1, 1)):
         yield "delta_rule.cpu:make_scan", scan
     for flag in (0, 1):
+        yield "compressed_attention.cpu:make_choose", (flag,)
         yield "rms_norm.cpu:make_head_norm", (flag,)
         yield "rms_norm.cpu:make_norm_onto", (flag,)
         yield "latent_attention.cpu_heads:make_heads", (flag,)

@@ -95,7 +95,7 @@ def finished(
             inner = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)
         act = gate / (1.0 + tl.exp(-inner))
         if ACT >= 5:
-            act, up = limited(act, up, 7.0 if ACT == 5 else 16.0)
+            act, up = limited(act, up, 7.0 if ACT == 5 else 16.0 if ACT == 6 else 10.0)
         total = tl.reshape(act * up, (ROWS // 2, TOKENS))
     elif ACT == 3:
         total = tl.where(total < 0.0, 0.0, total)  # NaN stays NaN

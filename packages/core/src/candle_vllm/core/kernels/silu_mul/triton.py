@@ -11,14 +11,15 @@ from candle_vllm.core.kernels.recorded import GateKind
 from candle_vllm.core.kernels.triton_build import OPTIONS, cdiv, next_power_of_2
 
 _PART = 1024  # elements of a program; not measured yet
-_KINDS = ("silu", "gelu_tanh", "sigmoid", "softplus", "silu_7", "silu_16")
+_KINDS = ("silu", "gelu_tanh", "sigmoid", "softplus", "silu_7", "silu_16", "silu_10")
 
 
 @triton.jit
 def limited(gate, up, LIMIT: tl.constexpr):
-    """Clamp both factors: gate to at most LIMIT, and up to [-LIMIT, LIMIT]. NaN stays NaN."""
+    """Clamp both factors: gate to at most LIMIT, or SiLU(10) for 10, and up to [-LIMIT, LIMIT]. NaN stays NaN."""
+    MOST: tl.constexpr = 9.999546021312976 if LIMIT == 10.0 else LIMIT
     up = tl.where(up > LIMIT, LIMIT, tl.where(up < -LIMIT, -LIMIT, up))
-    return tl.where(gate > LIMIT, LIMIT, gate), up
+    return tl.where(gate > MOST, MOST, gate), up
 
 
 @triton.jit
@@ -49,7 +50,7 @@ def gate_mul_kernel(
         whole = 1.0 + small  # its logarithm lacks what this sum rounds off
         act = tl.maximum(gates, 0.0) + tl.log(whole) + (small - (whole - 1.0)) / whole
     if KIND >= 4:
-        act, ups = limited(act, ups, 7.0 if KIND == 4 else 16.0)
+        act, ups = limited(act, ups, 7.0 if KIND == 4 else 16.0 if KIND == 5 else 10.0)
     tl.store(y + token * F + at, (act * ups).to(y.dtype.element_ty), mask=inside)
 
 
