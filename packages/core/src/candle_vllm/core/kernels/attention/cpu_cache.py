@@ -33,7 +33,7 @@ BLOCK = 32
 """Elements of a quantised block."""
 
 
-LEVELS = (-68, -54, -43, -34, -26, -18, -12, -5, 1, 7, 14, 20, 27, 35, 46, 59)
+LEVELS = (-66, -52, -42, -33, -25, -18, -11, -5, 1, 7, 13, 19, 26, 34, 44, 57)
 """What codes of 4 bits with levels stand for: dense near 0, where most of a rotated head's elements are."""
 
 

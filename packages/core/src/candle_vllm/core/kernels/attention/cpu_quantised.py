@@ -74,7 +74,7 @@ from candle_vllm.core.kernels.cpu_runtime.level import LANES, Isa
 _LARGEST_HALF = 65504.0
 _LARGEST_WEIGHT = 16383.0
 _SCALES = (1.0, 0.92, 0.85, 0.78)  # a block of 4 bits has the best of these scales: larger numbers end at the last code
-_LEVEL_SCALES = (1.08, 1.0, 0.92, 0.82)  # the same for a block with levels, for each sign of the scale
+_LEVEL_SCALES = (1.0, 0.93)  # the same for a block with levels, for each sign of the scale
 _FACTORS = [level - LEVELS[0] for level in LEVELS]
 _LEAST = 1e-30  # blocks and chunks' probabilities whose scale is smaller are treated as zeros
 
