@@ -442,15 +442,15 @@ def _block_codes(e: Emitter, x: Any, kind: CacheKind) -> tuple[list[Any], list[A
 def _level_codes(e: Emitter, values: list[Any]) -> tuple[list[Any], list[Any]]:
     """Quantise 32 floats to `LEVELS`: return the bits of the fp16 scale, and two vectors of codes.
 
-    For each of some scales the elements get the nearest levels, and these the scale whose squared error is least. The
-    best is taken, once more with the levels nearest to that scale.
+    For some scales of either sign, each element gets the nearest level, and the levels get the scale with the least
+    squared error. The best scale is taken, or the one that the same steps derive from it.
     """
     b, both = e.b, 2 * LANES
     above, below = _largest(e, values), _largest(e, [b.fneg(value) for value in values])
     extreme = b.select(b.fcmp_ordered(">", above, below), above, b.fneg(below))
 
     def count(halves: Any, steps: list[tuple[int, int]]) -> Any:
-        """Return the sum of `by` over the steps (of, by) with of < half, <32 x i8>."""
+        """Return the sum of `by` over the steps (of, by) that begin below a half, <32 x i8>."""
         total = e.zeros(I8, both)
         for of, by in steps:
             is_above = b.icmp_signed(">", halves, e.constant(I8, of, both))
@@ -460,7 +460,8 @@ def _level_codes(e: Emitter, values: list[Any]) -> tuple[list[Any], list[Any]]:
     def fitted(scale: Any) -> list[Any]:
         """Return the decrease of the squared error, the scale and the levels, beginning with a scale."""
         inverse = b.fmul(_inverse(e, scale), e.constant(F32, 2.0))
-        doubled = e.whole([_rounded(e, _limited(e, b.fmul(value, inverse), -128.0, 127.0)) for value in values])
+        up = [e.fma(value, inverse, e.constant(F32, 0.5)) for value in values]  # twice the level, rounded up
+        doubled = e.whole([_rounded(e, _limited(e, value, -128.0, 127.0)) for value in up])
         middles = [(low + high, high - low) for low, high in pairwise(LEVELS)]
         levels = b.add(count(b.trunc(doubled, vector(I8, both)), middles), e.constant(I8, LEVELS[0], both))
         numbers = [b.sitofp(part, vector(F32)) for part in e.parts(b.sext(levels, vector(I32, both)), 2)]
