@@ -246,7 +246,7 @@ def main() -> None:
     options = parser.parse_args()
     team = ThreadTeam(options.threads)
     rows = {name: CACHE_TYPES[CACHE_ALIASES.get(name, name)] for name in options.cache.split(",")}
-    names = {CacheKind.of(row.bits, row.minima): name for name, row in rows.items()}
+    names = {CacheKind.of(row.bits, row.minima, row.levels): name for name, row in rows.items()}
     common = {"shape": options.shape, "threads": options.threads, "block": options.block, "scatter": options.scatter}
     report(**common, kind="numpy read", gb_per_s=round(read_speed(), 1))
     for streams in map(int, options.streams.split(",")):

@@ -30,6 +30,7 @@ from packages.core.tests.toy_adapter import write_adapter
 TYPES = {
     "q8_0": {"kv_cache_dtype": "q8_0"},
     "q4_0": {"kv_cache_dtype": "q4_0"},
+    "iq4_nl": {"kv_cache_dtype": "iq4_nl"},
     "q6_0": {"kv_cache_dtype": "q6_0"},
     "q5_1": {"kv_cache_dtype": "q5_1"},
     "q8_0,q4_0": {"key_cache_dtype": "q8_0", "value_cache_dtype": "q4_0"},
@@ -48,7 +49,8 @@ PROJECTIONS = {
 def test_every_type_has_a_row_and_what_stores_it() -> None:
     assert tuple(CACHE_TYPES) == get_args(KvCacheDType)
     for name, kind in CACHE_TYPES.items():
-        assert (kind.bits, kind.minima) == (16, False) or name == f"q{kind.bits}_{kind.minima:d}"
+        form = "iq{}_nl" if kind.levels else "q{}_{:d}"
+        assert (kind.bits, kind.minima) == (16, False) or name == form.format(kind.bits, kind.minima)
         assert not kind.element or getattr(torch, kind.element).itemsize == 1, name
     others = [other for kind in CACHE_TYPES.values() for other in kind.names]
     assert len({*others, *CACHE_TYPES}) == len(others) + len(CACHE_TYPES)
@@ -127,9 +129,9 @@ def test_from_the_prefix_cache_and_after_preemption(
     folder: Path, types: dict[str, str], alone: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     """Blocks that others wrote, and a cache of so few blocks that somebody has to begin again."""
+    sizes = {"q8_0": 64 + 4, "q6_0": 48 + 4, "q5_1": 40 + 8, "iq4_nl": 32 + 4, "q4_0": 32 + 4}
     keys, values = (
-        {"q8_0": 64 + 4, "q6_0": 48 + 4, "q4_0": 32 + 4, "q5_1": 40 + 8}[types.get(name) or types["kv_cache_dtype"]]
-        for name in ("key_cache_dtype", "value_cache_dtype")
+        sizes[types.get(name) or types["kv_cache_dtype"]] for name in ("key_cache_dtype", "value_cache_dtype")
     )
     memory = 16 * 16 * 2 * 2 * (keys + values)  # of 16 blocks of 16 tokens, in two layers of two heads
     with caplog.at_level(logging.INFO), opened(

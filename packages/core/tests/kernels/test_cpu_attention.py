@@ -25,6 +25,7 @@ from candle_vllm.core.engine.runners import key_fit
 from candle_vllm.core.kernels.attention import reference as attention_reference
 from candle_vllm.core.kernels.attention.cpu_cache import (
     BF16,
+    LEVELS,
     PLAIN,
     CacheKind,
     code_bytes,
@@ -84,6 +85,11 @@ def turned(x: torch.Tensor) -> torch.Tensor:
     return (x.double().unflatten(-1, (-1, size)) @ (matrix / size**0.5)).flatten(-2).float()
 
 
+def meaning(codes: np.ndarray, kind: CacheKind) -> np.ndarray:
+    """The factors of a block's scale that codes stand for."""
+    return np.array(LEVELS, np.float32)[codes] if kind.has_levels else codes.astype(np.float32) - kind.bias
+
+
 def decoded_keys(cache: np.ndarray, dim: int, kind: CacheKind) -> torch.Tensor:
     """Keys [stretches, K, blocks, strips, W, D] of a layer's strips of bytes."""
     places, strip = cache.shape[:-1], cache.shape[-1] // key_bytes(kind, dim)
@@ -98,7 +104,7 @@ def decoded_keys(cache: np.ndarray, dim: int, kind: CacheKind) -> torch.Tensor:
         codes = codes.reshape(*words.shape[:-2], 8, 4)
         for bit, at in zip(range(kind.low, kind.bits), range(-kind.planes, 0)):
             codes |= (words[..., at, :][..., None, :] >> np.arange(8, dtype=np.uint8)[:, None] & 1) << bit
-    codes = codes.reshape(*places, strip, -1, 32).astype(np.float32) - kind.bias
+    codes = meaning(codes.reshape(*places, strip, -1, 32), kind)
     if kind.has_minima:
         numbers = codes * halves[..., :1] + halves[..., 1:]
     else:
@@ -119,7 +125,7 @@ def decoded_values(cache: np.ndarray, dim: int, kind: CacheKind) -> torch.Tensor
     codes = codes.swapaxes(-1, -2).reshape(*places, dim // 32, 16, 32)
     for n, bits in enumerate(planes):
         codes = codes | np.unpackbits(bits, axis=-1, bitorder="little").reshape(codes.shape) << kind.low + n
-    numbers = (codes.astype(np.float32) - kind.bias) * halves[..., 0, :, :]
+    numbers = meaning(codes, kind) * halves[..., 0, :, :]
     if kind.has_minima:
         numbers += halves[..., 1, :, :]
     return torch.from_numpy(np.moveaxis(numbers, -3, -2).reshape(*places, 16, dim))
@@ -596,13 +602,15 @@ def test_supported() -> None:
 
 # ---- quantised keys and values ---------------------------------------------------------------------------------------
 
-KINDS = {name: CacheKind.of(row.bits, row.minima) for name, row in CACHE_TYPES.items() if row.device != "cuda"}
+KINDS = {
+    name: CacheKind.of(row.bits, row.minima, row.levels) for name, row in CACHE_TYPES.items() if row.device != "cuda"
+}
 QUANTISED = [(kind, kind) for kind in KINDS.values() if kind.is_quantised]
 OTHERS = [(CacheKind.of(bits, minima),) * 2 for bits, minima in ((7, False), (3, False), (2, True))]  # without a name
 MIXED = [(keys, values) for keys in KINDS.values() for values in KINDS.values() if keys != values]
 USUAL = [(KINDS["q8_0"], BF16), (KINDS["q8_0"], KINDS["q5_1"])]
-COMMON = [(KINDS[name],) * 2 for name in ("q8_0", "q5_1", "q4_0")]
-READERS = [Isa.GENERIC, *([Isa.AVX_VNNI] if host_isa() & Isa.VNNI else [])]  # besides this CPU's own
+COMMON = [(KINDS[name],) * 2 for name in ("q8_0", "q5_1", "q4_0", "iq4_nl")]
+READERS = [Isa.GENERIC, *([Isa.AVX_VNNI, Isa.AVX2] if host_isa() & Isa.VNNI else [])]  # besides this CPU's own
 
 
 @pytest.mark.one_of_each(2)
@@ -725,7 +733,7 @@ def test_what_is_written_is_within_half_a_step(teams: dict[int, ThreadTeam], kin
     for got, wanted, steps in ((q, queries, 127), (kept[0], rotated[:, 5:], 0), (kept[1], wide[:, 10:], 0)):
         got, wanted = turned(got), turned(wanted)
         top = wanted.unflatten(-1, (3, 32)).abs().amax(-1, keepdim=True)
-        reach = steps or ((2**kind.bits - 1) / 2 if kind.has_minima else kind.bias - (not kind.has_halves))
+        reach = steps or (2**kind.bits - 1 if kind.has_minima else 2**kind.bits - 2 * (not kind.has_halves)) / 2
         off = (got - wanted).unflatten(-1, (3, 32)).abs() / (top + 1e-30)
         # A number as far from 0 as the farthest, on the other side, has no code of its own in q4_0.
         lacks = kind.has_halves and not kind.has_minima and not steps
@@ -733,8 +741,10 @@ def test_what_is_written_is_within_half_a_step(teams: dict[int, ThreadTeam], kin
         if kind.bits == 4 and not kind.has_minima and not steps:  # the best of several scales, also smaller ones
             blocks, fit = wanted.unflatten(-1, (3, 32)), (got - wanted).unflatten(-1, (3, 32)).square().sum(-1)
             ends = torch.stack([blocks.amin(-1, keepdim=True), blocks.amax(-1, keepdim=True)])
-            largest = (ends.gather(0, ends.abs().argmax(0, keepdim=True))[0] / -8).half().float()
-            plain = (blocks / (largest + 1e-30)).round().clamp(-8, 7) * largest
+            levels = torch.tensor(LEVELS if kind.has_levels else range(-8, 8)).float()
+            largest = (ends.gather(0, ends.abs().argmax(0, keepdim=True))[0] / levels[0]).half().float()
+            nearest = ((blocks / (largest + 1e-30))[..., None] - levels).abs().argmin(-1)
+            plain = levels[nearest] * largest
             assert (fit <= 1.01 * (plain - blocks).square().sum(-1) + 1e-9 * top[..., 0] ** 2).all()
             assert fit.sum() < 0.95 * (plain - blocks).square().sum()
         else:

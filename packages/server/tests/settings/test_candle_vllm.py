@@ -97,7 +97,7 @@ def test_prompts_that_are_not_cut(load: Load) -> None:
 def test_a_compressed_cache_is_refused_with_what_there_is(load: Load, name: str) -> None:
     with pytest.raises(
         UsageError,
-        match=r"must be one of auto, fp8, .*, q8_0, q6_0, q5_1, q4_0: the cache has 16 bits per element, or 8 ",
+        match=r"must be one of auto, fp8, .*, q8_0, q6_0, q5_1, iq4_nl, q4_0: the cache has 16 bits per element, or 8 ",
     ):
         load(f"--kvcache-dtype {name}")
 

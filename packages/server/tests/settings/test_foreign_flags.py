@@ -80,6 +80,7 @@ TRANSLATED: dict[str, dict[str, Any]] = {
         "model": "a.gguf", "max_model_len": 4096, "gpu_layers": 99, "max_num_seqs": 2, "threads": 4},
     "-ngl all --cpu-offload-gb 0": {"gpu_layers": 1024, "cpu_offload_gb": 0.0},
     "--n-gpu-layers auto": {"gpu_layers": None},
+    "-ctk iq4_nl -ctv q5_1 -fa on": {"key_cache_dtype": "iq4_nl", "value_cache_dtype": "q5_1"},
     "-c 0 -ngl 0 -np -1 -fa auto --no-webui": {"max_model_len": None, "device": "cpu", "ui_server": False},
     "--speculative-config.method ngram --speculative-config.num-speculative-tokens=4": {
         "speculative_config": {"method": "ngram", "num_speculative_tokens": 4}},

@@ -59,6 +59,7 @@ class CacheType(NamedTuple):
     Attributes:
         bits: bits of an element's code in a quantised type of the CPU; 16 in all other types.
         minima: whether an element of the CPU is scale * code + minimum; otherwise it is scale times a signed code.
+        levels: whether an element of the CPU is scale times one of 16 levels that are not evenly spaced.
         element: name of an element's torch dtype, in a type that only GPUs have.
         row_scales: whether each token and head has a scale on a GPU; otherwise each layer has one for keys and one for
             values, which a checkpoint may contain.
@@ -68,6 +69,7 @@ class CacheType(NamedTuple):
 
     bits: int = 16
     minima: bool = False
+    levels: bool = False
     element: str = ""
     row_scales: bool = False
     capability: tuple[int, int] = (0, 0)
@@ -79,7 +81,9 @@ class CacheType(NamedTuple):
         return "cuda" if self.element else "cpu" if self.bits < 16 else ""
 
 
-KvCacheDType = Literal["auto", "fp8", "fp8_per_token_head", "int8_per_token_head", "q8_0", "q6_0", "q5_1", "q4_0"]
+KvCacheDType = Literal[
+    "auto", "fp8", "fp8_per_token_head", "int8_per_token_head", "q8_0", "q6_0", "q5_1", "iq4_nl", "q4_0"
+]
 CACHE_TYPES: Mapping[str, CacheType] = MappingProxyType({
     "auto": CacheType(names=("bf16", "bfloat16")),
     "fp8": CacheType(element="float8_e4m3fn", capability=(8, 9), names=("fp8_e4m3", "e4m3")),
@@ -88,6 +92,7 @@ CACHE_TYPES: Mapping[str, CacheType] = MappingProxyType({
     "q8_0": CacheType(8, names=("turbo8", "k8v4")),
     "q6_0": CacheType(6),
     "q5_1": CacheType(5, minima=True),
+    "iq4_nl": CacheType(4, levels=True),
     "q4_0": CacheType(4, names=("turbo4", "4bit")),
 })  # fmt: skip
 """Values of `kv_cache_dtype`. Other modules read from this table what a type needs and allows."""

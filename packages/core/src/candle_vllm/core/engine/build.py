@@ -475,7 +475,7 @@ def cache_kinds(config: EngineConfig, model: LoadedModel | Described) -> tuple[C
         row = CACHE_TYPES[dtype]
         if row.device == "cuda":
             raise ConfigError(f"{asked} needs a GPU: on the CPU set 'q8_0', or leave it out", name)
-        kind = CacheKind.of(row.bits, row.minima)
+        kind = CacheKind.of(row.bits, row.minima, row.levels)
         change = "leave out op_by_op, or key and value types" if config.op_by_op else "leave it out"
         refuse_settings(
             (name, dtype != "auto" and not model.placement.recorded,

@@ -33,16 +33,20 @@ BLOCK = 32
 """Elements of a quantised block."""
 
 
+LEVELS = (-66, -52, -42, -33, -25, -18, -11, -5, 1, 7, 13, 19, 26, 34, 44, 57)
+"""What codes of 4 bits with levels stand for: dense near 0, where most of a rotated head's elements are."""
+
+
 class CacheKind(int):
-    """How keys or values are stored: the bits of an element's code, and 32 more if blocks have minima.
+    """How keys or values are stored: the bits of an element's code, 32 more if blocks have minima, 64 with `LEVELS`.
 
     Compiled kernels have this number in their names, and do not depend on the table of types, `CACHE_TYPES`.
     """
 
     @classmethod
-    def of(cls, bits: int, minima: bool = False) -> Self:
-        """Return the kind of a type in `CACHE_TYPES` from its fields `bits` and `minima`."""
-        return cls(bits + 32 * minima)
+    def of(cls, bits: int, minima: bool = False, levels: bool = False) -> Self:
+        """Return the kind of a type in `CACHE_TYPES` from its fields `bits`, `minima` and `levels`."""
+        return cls(bits + 32 * minima + 64 * levels)
 
     @property
     def bits(self) -> int:
@@ -52,7 +56,12 @@ class CacheKind(int):
     @property
     def has_minima(self) -> bool:
         """Whether an element is scale * code + minimum, instead of scale * (code - bias)."""
-        return self > 32
+        return self & 32 != 0
+
+    @property
+    def has_levels(self) -> bool:
+        """Whether an element is scale * `LEVELS`[code]."""
+        return self & 64 != 0
 
     @property
     def is_quantised(self) -> bool:
@@ -76,8 +85,13 @@ class CacheKind(int):
 
     @property
     def bias(self) -> int:
-        """The number that is added to signed codes before they are stored."""
-        return 0 if self.has_minima else 1 << self.bits - 1
+        """The number that is added to signed codes before they are stored, or to levels before they are multiplied."""
+        return -LEVELS[0] if self.has_levels else 0 if self.has_minima else 1 << self.bits - 1
+
+    @property
+    def largest(self) -> int:
+        """The largest factor that a code gives in products."""
+        return LEVELS[-1] - LEVELS[0] if self.has_levels else (1 << self.bits) - 1
 
     @property
     def dtype(self) -> type[np.int16 | np.uint8]:

@@ -2,8 +2,9 @@
 """Emitted code for a quantised KV cache on the CPU, in blocks of 32 elements of a key or value (terms: `cpu_cache.py`).
 
 An element is scale * (code - bias) with an fp16 scale per block and unsigned codes, which have 8 bits in q8_0 (GGUF's
-are signed), 6 bits in q6_0 and 4 bits in q4_0. In q5_1 it is scale * code + minimum, with 5 bits and an fp16 minimum;
-see `CacheKind`. The layout suits an instruction that adds four products of bytes in each of 16 lanes of 4-byte words:
+are signed), 6 bits in q6_0 and 4 bits in q4_0. In iq4_nl it is scale * `LEVELS`[code], with 4 bits in the layout of
+q4_0. In q5_1 it is scale * code + minimum, with 5 bits and an fp16 minimum; see `CacheKind`. The layout suits an
+instruction that adds four products of bytes in each of 16 lanes of 4-byte words:
 
 - a strip of keys: words of 4 dimensions, [D / 4, W] (q8_0), or of 8 dimensions, [D / 8, W], the first four in the low
   halves of the bytes (q4_0); then the scales of two blocks as one word, [D / 64 rounded up, W];
@@ -35,6 +36,7 @@ from __future__ import annotations
 
 import math
 from functools import reduce
+from itertools import pairwise
 from typing import Any
 
 from llvmlite import ir
@@ -43,6 +45,7 @@ from numba import njit
 from candle_vllm.core.kernels.attention.cpu_cache import (
     BLOCK,
     CHUNK,
+    LEVELS,
     PROBABILITY_STRIDE,
     SCORE_STRIDE,
     TILES,
@@ -65,23 +68,27 @@ from candle_vllm.core.kernels.cpu_runtime.emit import (
     vector,
 )
 from candle_vllm.core.kernels.cpu_runtime.emit_functions import emit_larger, emit_larger_size, emit_largest_lane
+from candle_vllm.core.kernels.cpu_runtime.emit_tables import look_up
 from candle_vllm.core.kernels.cpu_runtime.level import LANES, Isa
 
 _LARGEST_HALF = 65504.0
 _LARGEST_WEIGHT = 16383.0
 _SCALES = (1.0, 0.92, 0.85, 0.78)  # a block of 4 bits has the best of these scales: larger numbers end at the last code
+_LEVEL_SCALES = (1.0, 0.93)  # the same for a block with levels, for each sign of the scale
+_FACTORS = [level - LEVELS[0] for level in LEVELS]
 _LEAST = 1e-30  # blocks and chunks' probabilities whose scale is smaller are treated as zeros
 
 
-def _halves(e: Emitter, codes: Any, kind: CacheKind, planes: list[list[Any]]) -> list[Any]:
-    """Unpack words (None without bits in `kind.low`) to four codes in each lane; a plane has bits of both halves."""
+def _halves(e: Emitter, codes: Any, kind: CacheKind, planes: list[list[Any]], isa: Isa) -> list[Any]:
+    """Unpack words (None without bits in `kind.low`) to four factors in each lane; a plane has bits of both halves."""
     if not kind.has_halves:
         return [codes]
     low, b = e.constant(I32, 0x0F0F0F0F), e.b
     parts = list(planes)
     if kind.low:
         parts.insert(0, [b.and_(codes, low), b.and_(b.lshr(codes, e.constant(I32, 4)), low)])
-    return [reduce(b.or_, half) for half in zip(*parts)]
+    halves = [reduce(b.or_, half) for half in zip(*parts)]
+    return [look_up(e, _FACTORS, half, isa) for half in halves] if kind.has_levels else halves
 
 
 def _plane_of_keys(e: Emitter, bits: Any, to: int) -> list[Any]:
@@ -115,9 +122,9 @@ def _in_turn(kind: CacheKind, isa: Isa) -> bool:
 
 def _dots(e: Emitter, total: Any, codes: list[Any], words: list[Any], kind: CacheKind, isa: Isa) -> Any:
     """Return total[lane] + the sum of products of the lane's bytes of `codes` and of `words`."""
-    if not isa & Isa.AVX2 or isa & (Isa.AVX_VNNI | Isa.VNNI) or kind.bits > 5:
+    if not isa & Isa.AVX2 or isa & (Isa.AVX_VNNI | Isa.VNNI) or kind.largest > 31:
         for code, word in zip(codes, words):
-            total = e.dot_u8_i8(total, code, word, isa, largest=(1 << kind.bits) - 1)
+            total = e.dot_u8_i8(total, code, word, isa, largest=kind.largest)
         return total
     products = [e.pairs_u8_i8(*both, isa) for both in zip(codes, words)]  # sums of four stay below 2^15
     return e.dot_i16(total, e.b.bitcast(reduce(e.b.add, products), vector(I32)), e.constant(I32, 0x00010001), isa)
@@ -186,11 +193,11 @@ def emit_scores(
                 for tile in coming:
                     e.prefetch(b.add(tile, line))
             loaded = [e.load(b.add(tile, line), vector(I32)) if kind.low else None for tile in tiles]
-            keys = [_halves(e, codes, kind, each) for codes, each in zip(loaded, planes)]
+            keys = [_halves(e, codes, kind, each, isa) for codes, each in zip(loaded, planes)]
             for part in range(parts):
                 rows = [e.splat(e.load(at, I32, 2 * d * row + 4 * part)) for row in range(m)]
                 totals = [
-                    e.dot_u8_i8(totals[TILES * row + n], keys[n][part], rows[row], isa, largest=(1 << kind.bits) - 1)
+                    e.dot_u8_i8(totals[TILES * row + n], keys[n][part], rows[row], isa, largest=kind.largest)
                     for row in range(m)
                     for n in range(TILES)
                 ]
@@ -222,7 +229,7 @@ def emit_scores(
                     bits = [b.lshr(each, e.constant(I32, 2 * index)) for each in bits]
                     planes = [_plane_of_keys(e, *each) for each in zip(bits, bits_of)]
                     loaded = e.load(b.add(tile, lines_at[index]), vector(I32)) if kind.low else None
-                    codes += _halves(e, loaded, kind, planes)
+                    codes += _halves(e, loaded, kind, planes, isa)
                 for row in range(m):
                     at = range(8 * start, 8 * start + 16, 4)
                     four = [e.splat(e.load(of_block, I32, 2 * d * row + offset)) for offset in at]
@@ -327,7 +334,7 @@ def emit_values(
                 planes = [_plane_of_values(e, b.add(codes, e.int64(at)), kind.low + n) for n, at in enumerate(starts)]
                 offsets = [64 * (vectors * group + n) for n in range(vectors)]
                 loaded = [e.load(codes, vector(I32), at) if kind.low else None for at in offsets]
-                return [part for each in loaded for part in _halves(e, each, kind, planes)]
+                return [part for each in loaded for part in _halves(e, each, kind, planes, isa)]
 
             groups = range(LANES // 4)
             places = [(4 * row + 2 * low, PROBABILITY_STRIDE * row + CHUNK * low) for row in range(m) for low in (0, 1)]
@@ -343,7 +350,7 @@ def emit_values(
                 for place, start in places:
                     word = e.splat(e.load(at, I32, start + 4 * group))
                     for n, part in enumerate(parts):
-                        found = e.dot_u8_i8(totals[place + n], part, word, isa, largest=(1 << kind.bits) - 1)
+                        found = e.dot_u8_i8(totals[place + n], part, word, isa, largest=kind.largest)
                         totals[place + n] = found
             return totals
 
@@ -402,6 +409,8 @@ def _block_codes(e: Emitter, x: Any, kind: CacheKind) -> tuple[list[Any], list[A
     """Quantise 32 floats: return the bits of the fp16 scale and of the minimum, if any, and two vectors of codes."""
     b, most = e.b, float((1 << kind.bits) - 1)
     values = [e.load(x, vector(F32), 64 * n) for n in range(2)]
+    if kind.has_levels:
+        return _level_codes(e, values)
     if kind.has_minima:
         above, below = _largest(e, values), _largest(e, [b.fneg(value) for value in values])
         low, minimum = _to_half(e, b.fneg(below))
@@ -428,6 +437,47 @@ def _block_codes(e: Emitter, x: Any, kind: CacheKind) -> tuple[list[Any], list[A
         better = b.fcmp_ordered("<", found[0], best[0]) if best else None
         best = [b.select(better, *pair) for pair in zip(found, best)] if best else found
     return best[1:2], [b.add(code, e.constant(I32, kind.bias)) for code in best[2:]]
+
+
+def _level_codes(e: Emitter, values: list[Any]) -> tuple[list[Any], list[Any]]:
+    """Quantise 32 floats to `LEVELS`: return the bits of the fp16 scale, and two vectors of codes.
+
+    For some scales of either sign, each element gets the nearest level, and the levels get the scale with the least
+    squared error. The best scale is taken, or the one that the same steps derive from it.
+    """
+    b, both = e.b, 2 * LANES
+    above, below = _largest(e, values), _largest(e, [b.fneg(value) for value in values])
+    extreme = b.select(b.fcmp_ordered(">", above, below), above, b.fneg(below))
+
+    def count(halves: Any, steps: list[tuple[int, int]]) -> Any:
+        """Return the sum of `by` over the steps (of, by) that begin below a half, <32 x i8>."""
+        total = e.zeros(I8, both)
+        for of, by in steps:
+            is_above = b.icmp_signed(">", halves, e.constant(I8, of, both))
+            total = b.add(total, b.select(is_above, e.constant(I8, by, both), e.zeros(I8, both)))
+        return total
+
+    def fitted(scale: Any) -> list[Any]:
+        """Return the decrease of the squared error, the scale and the levels, beginning with a scale."""
+        inverse = b.fmul(_inverse(e, scale), e.constant(F32, 2.0))
+        up = [e.fma(value, inverse, e.constant(F32, 0.5)) for value in values]  # twice the level, rounded up
+        doubled = e.whole([_rounded(e, _limited(e, value, -128.0, 127.0)) for value in up])
+        middles = [(low + high, high - low) for low, high in pairwise(LEVELS)]
+        levels = b.add(count(b.trunc(doubled, vector(I8, both)), middles), e.constant(I8, LEVELS[0], both))
+        numbers = [b.sitofp(part, vector(F32)) for part in e.parts(b.sext(levels, vector(I32, both)), 2)]
+        product = e.sum_lanes(b.fadd(*(b.fmul(*pair) for pair in zip(values, numbers))))
+        best = b.fdiv(product, e.sum_lanes(b.fadd(*(b.fmul(number, number) for number in numbers))))
+        return [b.fmul(product, best), best, levels]
+
+    def better(one: list[Any], other: list[Any]) -> list[Any]:
+        more = b.fcmp_ordered(">", other[0], one[0])
+        return [b.select(more, *pair) for pair in zip(other, one)]
+
+    ends = [factor / end for end in (LEVELS[0], LEVELS[-1]) for factor in _LEVEL_SCALES]
+    best = reduce(better, [fitted(b.fmul(extreme, e.constant(F32, end))) for end in ends])
+    _, scale, levels = better(best, fitted(e.splat(best[1])))
+    codes = b.zext(count(levels, [(low, 1) for low in LEVELS[:-1]]), vector(I32, both))
+    return [_to_half(e, e.splat(scale))[0]], e.parts(codes, 2)
 
 
 @emitted

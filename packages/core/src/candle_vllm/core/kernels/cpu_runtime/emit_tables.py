@@ -31,7 +31,7 @@ def look_up(e: Emitter, numbers: Sequence[int], words: Any, isa: Isa, lanes: int
         return _one_by_one(e, numbers, words)
     if isa.wide:
         count, name = 1, "llvm.x86.avx512.pshuf.b.512"
-    elif isa & Isa.AVX2:
+    elif isa & (Isa.AVX2 | Isa.AVX_VNNI):
         count, name = 2, "llvm.x86.avx2.pshuf.b"
     elif isa & Isa.NEON:
         count, name = 4, "llvm.aarch64.neon.tbl1.v16i8"

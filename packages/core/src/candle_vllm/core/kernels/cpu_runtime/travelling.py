@@ -39,7 +39,7 @@ from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType
 HEAD_DIMS = (32, 64, 80, 96, 128, 160, 192, 256, 512)
 LATENT = ((64, 512),)  # sizes of the rotary part and of the latent vector: DeepSeek
 INDEX_KEY = 128  # elements of a key of DeepSeek's indexer
-_KINDS = [CacheKind.of(row.bits, row.minima) for row in CACHE_TYPES.values() if row.device != "cuda"]
+_KINDS = [CacheKind.of(row.bits, row.minima, row.levels) for row in CACHE_TYPES.values() if row.device != "cuda"]
 CACHES = [(k, v) for k in _KINDS for v in _KINDS if k == v or (k.bits == 8 and v.bits < 8)]
 """Kinds of (keys, values): equal kinds, or 8-bit keys with smaller values."""
 
