@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import mmap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -287,7 +288,8 @@ def test_it_sleeps(level: int, mixture: Path, runner_of: Callable[..., Made]) ->
     sleeper.sleep(level)
     experts: Any = _layers(loaded)[0].mlp.experts
     *_, last = experts.gate_up.pieces.values()
-    assert last.data.any() == (level == 1)
+    rest = last.data.reshape(-1)[mmap.PAGESIZE :]  # whole pages go back, and the matrix may begin within one
+    assert rest.any() == (level == 1)
     if level == 2:
         sleeper._loaded = loaded  # tensors of a device are on the CPU here
     sleeper.wake_up({"weights", "kv_cache"})

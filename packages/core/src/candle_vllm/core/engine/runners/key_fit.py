@@ -6,18 +6,24 @@ A rank of a divided model fits its own heads; all ranks run the same steps.
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import os
 from array import array
 from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 from candle_vllm.core.engine.requests import GenerationRequest
 from candle_vllm.core.engine.step.batch import Batch, BatchBuilder
 from candle_vllm.core.engine.step.sequence import Run, RunState, Sequence
 from candle_vllm.core.errors import InvalidFileError
+from candle_vllm.core.kernels.cpu_runtime.packed_file import FITS
 from candle_vllm.core.memory import CachePlan
 from candle_vllm.core.sampling.params import SamplingParams
 
@@ -31,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 _SEQUENCE = 128  # maximum number of tokens of a sequence with a part of the text
 _TOKENS = 3 * _SEQUENCE  # maximum number of tokens of the text
+_DIGESTS = 64  # bytes of `_digests`
 FIT_POSITIONS = 4096
 """Number of positions at which keys are measured: what keys share depends on the position."""
 
@@ -83,16 +90,53 @@ def fit_keys(
     blocks = min(-(-_SEQUENCE // limits.block_size), plan.num_blocks, *(room.pages - 1 for room in plan.windows))
     size = min(_SEQUENCE, blocks * limits.block_size, plan.max_model_len)  # maximum number of tokens of a sequence
     memory = loaded.placement.weight_memory
-    kept = None if memory is None else memory.fits
-    key = f"{kinds} {loaded.config} {ids} {size} {positions}"
-    if kept is not None and kept.read(runner.fits, key):
+    path, about = (None, "") if memory is None or memory.kept is None else memory.kept
+    path = path and path.with_suffix(FITS)
+    key = f"{about} {kinds} {loaded.config} {ids} {size} {positions}"
+    if path is not None and _read(path, key, runner.fits):
         return
     for part in (ids[:_SEQUENCE], ids) if kinds[0].has_halves else (ids,):
         measured, tokens = runner.measure_keys(_steps(runner, plan, limits, part, blocks, size), positions)
         for layer in measured:
             fit(layer, tokens)
-    if kept is not None:
-        kept.write(runner.fits, key)
+    if path is not None:
+        _write(path, key, runner.fits)
+
+
+def _read(path: Path, key: str, fits: list[NDArray[np.float32]]) -> bool:
+    """Fill the fits of all layers from a file of `_write`; return whether it has exactly them, found for this key."""
+    size = sum(each.nbytes for each in fits)
+    try:
+        with path.open("rb") as file:
+            found = file.read(_DIGESTS + size + 1)
+    except OSError:
+        return False
+    data = found[_DIGESTS:]
+    if len(data) != size or found[:_DIGESTS] != _digests(key, data):
+        return False
+    at = 0
+    for each in fits:
+        each[...] = np.frombuffer(data, np.float32, each.size, at).reshape(each.shape)
+        at += each.nbytes
+    return True
+
+
+def _write(path: Path, key: str, fits: list[NDArray[np.float32]]) -> None:
+    """Replace the file; on an error, log it: the next start runs the text again."""
+    data = b"".join(each.tobytes() for each in fits)
+    part = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        part.write_bytes(_digests(key, data) + data)
+        part.replace(path)
+    except OSError as error:
+        logger.info("what keys are fitted to cannot be saved: %s", error)
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+def _digests(key: str, data: bytes) -> bytes:
+    """Return the beginning of a file: the SHA-256 of its key, and of the fits' bytes, which follow."""
+    return hashlib.sha256(key.encode()).digest() + hashlib.sha256(data).digest()
 
 
 def _steps(

@@ -26,7 +26,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from contextvars import ContextVar
 from functools import cache, partial
@@ -54,48 +54,6 @@ _SUMMED = 1 << 17  # 64-bit words of which `checksum` computes one sum
 _POPULATE_READ = 22  # MADV_POPULATE_READ of Linux 5.14 and newer
 _SILENCE = 60  # seconds without a write after which a .tmp file counts as left by an ended process
 _PATIENCE = 10.0  # maximum seconds that an ending process waits for its file to be written
-
-
-@dataclasses.dataclass(frozen=True)
-class KeptArrays:
-    """A file with arrays that are computed from a model's weights; it is replaced if a key or its bytes are others.
-
-    The file is the SHA-256 of the key, the SHA-256 of the arrays' bytes, and these bytes.
-    """
-
-    path: Path
-    about: str  # of the weights
-
-    def read(self, arrays: Sequence[np.ndarray], key: str) -> bool:
-        """Fill contiguous arrays from the file; return whether the file has exactly them, computed for this key."""
-        size = sum(array.nbytes for array in arrays)
-        try:
-            with self.path.open("rb") as file:
-                found = file.read(64 + size + 1)
-        except OSError:
-            return False
-        if len(found) != 64 + size or found[:64] != self._digests(key, found[64:]):
-            return False
-        at = 64
-        for array in arrays:
-            array[...] = np.frombuffer(found, array.dtype, array.size, at).reshape(array.shape)
-            at += array.nbytes
-        return True
-
-    def write(self, arrays: Sequence[np.ndarray], key: str) -> None:
-        """Replace the file; on an error, log it: the arrays are computed again at the next start."""
-        data = b"".join(array.tobytes() for array in arrays)
-        part = self.path.with_name(f"{self.path.name}.{os.getpid()}.tmp")
-        try:
-            part.write_bytes(self._digests(key, data) + data)
-            part.replace(self.path)
-        except OSError as error:
-            logger.info("%s cannot be written: %s", self.path, error)
-            with suppress(OSError):
-                part.unlink(missing_ok=True)
-
-    def _digests(self, key: str, data: bytes) -> bytes:
-        return hashlib.sha256(f"{self.about}\n{key}".encode()).digest() + hashlib.sha256(data).digest()
 
 
 class PackedFile:
@@ -131,7 +89,7 @@ class PackedFile:
     def finish(self) -> None:
         """Write the file in a thread of low priority if it lacks matrices; otherwise log what was read."""
         for memory in self._memories:
-            memory.fits = KeptArrays(self._path.with_suffix(FITS), self._about)
+            memory.kept = self._path, self._about
         size = sum(matrix.nbytes for _, matrix, _ in self._all.values())
         if self._lacking:
             thread = threading.Thread(target=self._write, args=(size,), name="packed-weights", daemon=True)

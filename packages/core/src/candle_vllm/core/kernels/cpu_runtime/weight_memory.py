@@ -33,7 +33,6 @@ from candle_vllm.core.threads import AT_EXIT, LOADED_PART, in_chunks, read_or_no
 
 if TYPE_CHECKING:
     from candle_vllm.core.kernels.cpu_runtime.numa import CpuRanks
-    from candle_vllm.core.kernels.cpu_runtime.packed_file import KeptArrays
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +115,9 @@ class WeightMemory:
         self._again: Counter[object] | None = None  # number of `take` calls of each part since `begin_again`
         self.mapped: dict[str, tuple[Any, str | None]] = {}  # set by `packed_file`: matrices in a mapped file, by key
         self.writer: threading.Thread | None = None  # thread of `packed_file` that writes the matrices to a file
-        self.fits: KeptArrays | None = None  # set by `packed_file`: the file for what keys are fitted to
+        self.kept: tuple[Path, str] | None = (
+            None  # set by `packed_file`: its file, and what that depends on
+        )
 
     def take(self, count: int, tiles: int = 1) -> np.ndarray:
         """Allocate `count` uninitialised bytes, uint8, at a multiple of 64.
