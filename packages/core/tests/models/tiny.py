@@ -21,6 +21,8 @@ from transformers.models.deepseek_ocr2.modeling_deepseek_ocr2 import (
     DeepseekOcr2TextModel,
     DeepseekOcr2TextPreTrainedModel,
 )
+from transformers.models.glm5_next.configuration_glm5_next import Glm5NextTextConfig
+from transformers.models.glm5_next.modeling_glm5_next import Glm5NextPreTrainedModel, Glm5NextTextModel
 from transformers.models.mistral4 import Mistral4Config, Mistral4ForCausalLM
 from transformers.models.muse_glimmer.configuration_muse_glimmer import MuseGlimmerTextConfig
 from transformers.models.muse_glimmer.modeling_muse_glimmer import MuseGlimmerPreTrainedModel, MuseGlimmerTextModel
@@ -95,7 +97,24 @@ class DeepseekOcr2ForCausalLM(DeepseekOcr2TextPreTrainedModel, GenerationMixin):
         return CausalLMOutput(logits=self.lm_head(self.model(input_ids=input_ids)[0]))
 
 
+class Glm5NextForCausalLM(Glm5NextPreTrainedModel, GenerationMixin):
+    """transformers' text model with a head."""
+
+    config_class = Glm5NextTextConfig
+
+    def __init__(self, config: Glm5NextTextConfig) -> None:
+        super().__init__(config)
+        self.model = Glm5NextTextModel(config)
+        self.lm_head = torch.nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(self, input_ids: torch.Tensor) -> CausalLMOutput:
+        """Logits."""
+        return CausalLMOutput(logits=self.lm_head(self.model(input_ids=input_ids)[0]))
+
+
 AutoModelForCausalLM.register(DeepseekOcr2TextConfig, DeepseekOcr2ForCausalLM, exist_ok=True)
+AutoModelForCausalLM.register(Glm5NextTextConfig, Glm5NextForCausalLM, exist_ok=True)
 AutoModelForCausalLM.register(MuseGlimmerTextConfig, MuseGlimmerForCausalLM, exist_ok=True)
 AutoModelForCausalLM.register(Step3p7TextConfig, Step3p5ForCausalLM, exist_ok=True)
 
@@ -144,10 +163,11 @@ def tiny_config(model_type: str, **overrides: Any) -> Any:
 def randomise(model: torch.nn.Module) -> None:
     """Matrices whose products keep the size of what they multiply; norms near what they are, biases small.
 
-    States decay so slowly that they hold more than the last token. Both factors of Step's SwiGLU go beyond its limits.
+    States decay so slowly that they hold more than the last token. Both factors of the SwiGLU of Step and GLM-5.3-Flash
+    go beyond its limits.
     """
     model_type = str(getattr(getattr(model, "config", None), "model_type", ""))
-    unscaled, limited = model_type.startswith(("gemma4", "gemma3n")), model_type.startswith("step3")
+    unscaled, limited = model_type.startswith(("gemma4", "gemma3n")), model_type.startswith(("step3", "glm5_next"))
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if name.endswith("A_log"):

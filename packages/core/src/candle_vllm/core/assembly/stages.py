@@ -86,6 +86,8 @@ def stage_of(name: str, family: Family, config: ModelConfig, checkpoint: Checkpo
     elif getattr(config, "input_size", 0):
         own = f"the layers of {name} have their own embedding tables"
         obstacle = f"{own}, which only the first stage has: leave pipeline_parallel_size out"
+    elif getattr(config, "streams", 0):
+        obstacle = f"the layers of {name} have several residual streams: leave pipeline_parallel_size out"
     if obstacle is not None:
         raise ConfigError(obstacle, "pipeline_parallel_size")
     tensors, paths = checkpoint.tensors, dict[str, set[str]]()

@@ -59,6 +59,7 @@ FAMILIES = (
     "mamba",
     "jamba",
     "kimi_linear",
+    "glm5_next",
     "olmo",
     "olmo2",
     "olmoe",
@@ -105,7 +106,7 @@ serves the requested name, so the most common families come first."""
 
 
 NOT_BUILT = frozenset(
-    {"DeepseekV4ForCausalLM", "deepseek4", "Glm5NextForConditionalGeneration", "glm5-next"}
+    {"DeepseekV4ForCausalLM", "deepseek4"}
     | {"KimiK3ForConditionalGeneration", "kimi-k3"}
     | {"Qwen4ExpForCausalLM", "Qwen4ExpForConditionalGeneration", "qwen4exp"}
     | {"RWKV7ForCausalLM", "rwkv7"}
