@@ -236,6 +236,7 @@ def test_experts_of_all_kinds(kinds: tuple[str, ...], activation: Activation, bi
         {"scoring": "softmax", "groups": 4, "top_groups": 2},
         {"scoring": "sigmoid", "biased": True, "groups": 6, "top_groups": 3},
         {"scoring": "softmax", "scaled": True},
+        {"scoring": "sqrt_softplus", "biased": True, "scale": 1.5},
         {"scoring": "sparsemixer", "renormalise": False, "jitter": 0.3},
     ],
     ids=str,

@@ -33,7 +33,9 @@ def chosen_by_hand(
 ) -> tuple[list[int], list[float]]:
     """A token's experts and their scores."""
     count = len(row)
-    if scoring == "sigmoid":
+    if scoring == "sqrt_softplus":
+        scores = [math.sqrt(math.log(1 + math.exp(x))) for x in row]
+    elif scoring == "sigmoid":
         scores = [1 / (1 + math.exp(-x)) for x in row]
     else:
         total = sum(math.exp(x) for x in row)
@@ -49,7 +51,7 @@ def chosen_by_hand(
     return experts, [scores[x] for x in experts]
 
 
-@pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("scoring", ["softmax", "sigmoid", "sqrt_softplus"])
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize(("experts", "top_k", "groups", "top_groups"), [(8, 2, 1, 1), (60, 6, 1, 1), (60, 6, 5, 2)])
 def test_routing(scoring: Scoring, biased: bool, experts: int, top_k: int, groups: int, top_groups: int) -> None:
@@ -135,6 +137,7 @@ def gated_by_hand(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torc
         return 0.5 * up * (1 + torch.erf(up / math.sqrt(2)))
     if activation.startswith("silu"):
         limit = float(activation[5:] or math.inf)
+        gate = gate.clamp(max=limit) if activation == "silu_10" else gate
         return (gate / (1 + torch.exp(-gate))).clamp(max=limit) * up.clamp(-limit, limit)
     if activation == "gelu_tanh":
         return 0.5 * gate * (1 + torch.tanh(math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3))) * up
@@ -146,7 +149,7 @@ def gated_by_hand(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torc
 @pytest.mark.parametrize("activation", get_args(Activation))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_experts(activation: Activation, dtype: torch.dtype, biased: bool) -> None:
-    large = 4 if activation in ("swiglu_oai", "silu_7", "silu_16") else 1  # some gates are beyond the limits
+    large = 4 if activation in ("swiglu_oai", "silu_7", "silu_16", "silu_10") else 1  # some gates are beyond the limits
     x, gate_up = random(9, 40, dtype=dtype) * large, random(5, 2 * 33, 40, dtype=dtype, seed=1) / 8 * large
     first = 0 if is_gated(activation) else 33
     down = random(5, 40, 33, dtype=dtype, seed=2) / 8

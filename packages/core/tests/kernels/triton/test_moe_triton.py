@@ -61,7 +61,7 @@ def assert_routed(logits: torch.Tensor, top_k: int, **changed: Any) -> None:
 
 
 @pytest.mark.one_of_each
-@pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("scoring", ["softmax", "sigmoid", "sqrt_softplus"])
 @pytest.mark.parametrize(
     ("experts", "top_k", "groups"),
     [(1, 1, (1, 1)), (8, 2, (1, 1)), (60, 5, (1, 1)), (512, 10, (1, 1)), (256, 8, (8, 4)), (160, 6, (8, 3))],

@@ -19,11 +19,13 @@ Value: TypeAlias = Any
 Activation: TypeAlias = Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "relu2", "tanh"]
 """Activation without a gate; see `kernels/activation`."""
 
-GateKind: TypeAlias = Literal["sigmoid", "silu", "gelu_tanh", "gelu", "softplus", "silu_7", "silu_16"]
+GateKind: TypeAlias = Literal["sigmoid", "silu", "gelu_tanh", "gelu", "softplus", "silu_7", "silu_16", "silu_10"]
 """Activation of a gate; see `kernels/silu_mul`."""
 
-LIMITS: Mapping[str, float] = MappingProxyType({"silu_7": 7.0, "silu_16": 16.0})
-"""Limit of both factors of a gated product, by its kind."""
+LIMITS: Mapping[str, tuple[float, float]] = MappingProxyType(
+    {"silu_7": (7.0, 7.0), "silu_16": (16.0, 16.0), "silu_10": (9.999546021312976, 10.0)}
+)
+"""Limits of act(gate) and of the other factor of a gated product, by its kind; silu_10's first one is SiLU(10)."""
 
 Floats: TypeAlias = "NDArray[np.float32]"
 Gates: TypeAlias = "tuple[Recorded, Recorded] | None"
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from candle_vllm.core.kernels.attention.rows import PagedCache
+    from candle_vllm.core.kernels.compressed_attention import CompressedLayer
     from candle_vllm.core.kernels.cpu_runtime.operation import Matrix
     from candle_vllm.core.kernels.delta_rule.layout import DeltaGates
     from candle_vllm.core.kernels.latent_attention.layout import LatentParts
@@ -102,9 +105,11 @@ class Recorded(ABC):
         """See `kernels/position_scale`."""
 
     @abstractmethod
-    def mixed(
-        self, table: NDArray[np.float32], gates: Recorded | None, scale: NDArray[np.float32] | None, *, level: bool
-    ) -> Recorded:
+    def mixed(self, table: Floats | Recorded, gates: Recorded | None, scale: Floats | None, *, level: bool) -> Recorded:
+        """See `kernels/stream_mix`; a table [T, M, N] is a `Recorded` with heads of N elements."""
+
+    @abstractmethod
+    def stream_weights(self, scale: Floats, base: Floats, streams: int, *, rounds: int, eps: float) -> Recorded:
         """See `kernels/stream_mix`."""
 
     @abstractmethod
@@ -189,6 +194,17 @@ class Recorded(ABC):
     @abstractmethod
     def choose_positions(self, key: Recorded, weights: Recorded, parts: LatentParts, cache: Any, top: int) -> Any:
         """Return `LatentParts.chosen`; see `kernels/latent_attention`. This value is q, `key` the result of a norm."""
+
+    @abstractmethod
+    def attend_compressed(
+        self,
+        kv: Recorded,
+        inputs: Sequence[Recorded],
+        index: tuple[Recorded, Recorded] | None,
+        layer: CompressedLayer,
+        caches: tuple[PagedCache, PagedCache],
+    ) -> Recorded:
+        """See `kernels/compressed_attention/cpu_record.py`; this value is the queries [T, H * D], rotated in place."""
 
     @abstractmethod
     def narrowed(self) -> Recorded:

@@ -8,7 +8,7 @@ Contract: for x float32 [T, C], first a prologue computes y [T, K]:
     SILU         y = silu(x[:, :K]) * x[:, K:], K = C / 2 (see `kernels/silu_mul`)
     GELU_GATE    y = gelu(x[:, :K]) * x[:, K:] in the tanh form, K = C / 2 (see `kernels/silu_mul`)
     GELU_ERF_GATE  GELU_GATE by the error function
-    SILU_7, SILU_16   SILU with a limit (see `kernels/silu_mul`)
+    SILU_7, SILU_16, SILU_10   SILU with a limit (see `kernels/silu_mul`)
     SWIGLU_OAI   y = gpt-oss's activation of gate x[:, :K] and up x[:, K:], K = C / 2 (see `kernels/moe`)
     GELU_TANH, GELU, RELU, RELU2, TANH, QUICK_GELU   y = act(x), K = C (see `kernels/activation`)
 Then each group of 32 adjacent elements of a row becomes 32 signed bytes q = round(y * (1 / s)), to nearest even, with
@@ -56,6 +56,7 @@ class Prologue(enum.IntEnum):
     GELU_ERF_GATE = 12
     SILU_7 = 13
     SILU_16 = 14
+    SILU_10 = 15
 
     @property
     def gated(self) -> bool:

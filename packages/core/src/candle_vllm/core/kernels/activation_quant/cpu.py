@@ -94,7 +94,7 @@ def _two(e: Emitter, base: Any, group: Any) -> list[Any]:
 
 _ACTIVATIONS = MappingProxyType(
     {
-        **dict.fromkeys((Prologue.SILU, Prologue.SILU_7, Prologue.SILU_16), emit_functions.emit_silu),
+        **dict.fromkeys((Prologue.SILU, Prologue.SILU_7, Prologue.SILU_16, Prologue.SILU_10), emit_functions.emit_silu),
         Prologue.GELU_GATE: emit_functions.emit_gelu_tanh,
         Prologue.GELU_ERF_GATE: emit_functions.emit_gelu,
         Prologue.GELU_TANH: emit_functions.emit_gelu_tanh,
@@ -112,8 +112,8 @@ def emit_gated(e: Emitter, prologue: Prologue, gate: Any, other: Any) -> Any:
     if prologue is Prologue.SWIGLU_OAI:
         return emit_functions.emit_swiglu_oai(e, gate, other)
     act = _ACTIVATIONS[prologue](e, gate)
-    if (limit := LIMITS.get(prologue.name.lower())) is not None:
-        act, other = emit_functions.emit_limited(e, act, other, limit)
+    if (limits := LIMITS.get(prologue.name.lower())) is not None:
+        act, other = emit_functions.emit_limited(e, act, other, *limits)
     return e.b.fmul(act, other)
 
 

@@ -131,17 +131,18 @@ def emit_relu2(e: Emitter, x: Any) -> Any:
 
 def emit_swiglu_oai(e: Emitter, gate: Any, up: Any) -> Any:
     """Return gpt-oss's (up + 1) * gate * sigmoid(1.702 gate), with gate at most 7 and up within [-7, 7]."""
-    gate, up = emit_limited(e, gate, up, 7.0)
+    gate, up = emit_limited(e, gate, up, 7.0, 7.0)
     gated = emit_sigmoid_times(e, gate, e.b.fmul(gate, e.constant(F32, 1.702)))
     return e.b.fmul(e.b.fadd(up, e.constant(F32, 1.0)), gated)
 
 
-def emit_limited(e: Emitter, gate: Any, up: Any, limit: float) -> tuple[Any, Any]:
-    """Clamp both factors of a gated product: gate, or its activation, to at most `limit`, and up to [-limit, limit]."""
-    b, high, low = e.b, e.constant(F32, limit), e.constant(F32, -limit)
+def emit_limited(e: Emitter, gate: Any, up: Any, gate_limit: float, limit: float) -> tuple[Any, Any]:
+    """Clamp both factors of a gated product: gate, or its activation, to at most `gate_limit`, and up to
+    [-limit, limit]."""
+    b, most, high, low = e.b, e.constant(F32, gate_limit), e.constant(F32, limit), e.constant(F32, -limit)
     up = b.select(b.fcmp_ordered(">", up, high), high, up)
     up = b.select(b.fcmp_ordered("<", up, low), low, up)
-    return b.select(b.fcmp_ordered(">", gate, high), high, gate), up
+    return b.select(b.fcmp_ordered(">", gate, most), most, gate), up
 
 
 def _absolute(e: Emitter, x: Any) -> Any:

@@ -44,11 +44,12 @@ from candle_vllm.core.kernels.scale_cap import ScaleCapArguments, scale_cap_argu
 from candle_vllm.core.kernels.short_conv import ShortConvArguments, state_shape
 from candle_vllm.core.kernels.side_by_side import CopyArguments
 from candle_vllm.core.kernels.silu_mul import GATES, GatedRowsArguments, gated_rows_operation
-from candle_vllm.core.kernels.stream_mix import MixArguments
+from candle_vllm.core.kernels.stream_mix import MixArguments, WeightArguments
 
 if TYPE_CHECKING:
     from candle_vllm.core.kernels.activation import Activation
     from candle_vllm.core.kernels.attention.rows import PagedCache
+    from candle_vllm.core.kernels.compressed_attention import CompressedLayer
     from candle_vllm.core.kernels.delta_rule.layout import DeltaGates
     from candle_vllm.core.kernels.latent_attention.layout import LatentParts
     from candle_vllm.core.kernels.lora import Place
@@ -260,20 +261,34 @@ class _Value(Recorded):
         self.recorder.add(operation("position_scale.cpu:position_scale"), row)
         return self
 
-    def mixed(
-        self, table: NDArray[np.float32], gates: Recorded | None, scale: NDArray[np.float32] | None, *, level: bool
-    ) -> Recorded:
-        recorder, (kinds, made, streams) = self.recorder, table.shape
+    def mixed(self, table: Floats | Recorded, gates: Recorded | None, scale: Floats | None, *, level: bool) -> Recorded:
+        recorder, kept, table_stride = self.recorder, 0, 0
+        if isinstance(table, _Value):
+            assert gates is None
+            assert table.head_dim is not None
+            kinds, made, streams = 1, table.width // table.head_dim, table.head_dim
+            narrow = self.rows_from is not table.rows_from
+            kept, table_stride = _place(table.narrowed() if narrow else table)
+        else:
+            kinds, made, streams = table.shape
+            kept = recorder.keep(table)
         columns = self.width // streams
         assert columns % 16 == 0
         at_gates, gate_stride = _place(gates)
         assert not isinstance(gates, _Value) or gates.rows_from is self.rows_from
         out = recorder.buffer(made * columns)
         place, gating = (self.address, self.buffer.stride, streams, columns), (at_gates, gate_stride, kinds - 1)
-        kept, scaling = recorder.keep(table), 0 if scale is None else recorder.keep(scale)
+        scaling = 0 if scale is None else recorder.keep(scale)
         to = address_of(out.array), out.stride, self.rows_from
-        row = MixArguments(*place, kept, made, *gating, scaling, level, *to)
+        row = MixArguments(*place, kept, made, *gating, scaling, level, *to, table_stride)
         recorder.add(operation("stream_mix.cpu:mix"), row)
+        return _Value(recorder, out, 0, out.width, rows_from=self.rows_from)
+
+    def stream_weights(self, scale: Floats, base: Floats, streams: int, *, rounds: int, eps: float) -> Recorded:
+        recorder, out = self.recorder, self.recorder.buffer(self.width)
+        given = (self.address, self.buffer.stride, self.width, streams, recorder.keep(scale), recorder.keep(base))
+        row = WeightArguments(*given, rounds, eps, address_of(out.array), out.stride, self.rows_from)
+        recorder.add(operation("stream_mix.cpu:weigh"), row)
         return _Value(recorder, out, 0, out.width, rows_from=self.rows_from)
 
     def cut(self, deviations: float) -> None:
@@ -410,6 +425,22 @@ class _Value(Recorded):
         key.put(keys, 0)
         q, k, w = (Place(*_place(value)) for value in (self, buffer_value(self.recorder, keys), weights))
         return record_choice(self.recorder, q, k, w, parts, cache, top)
+
+    def attend_compressed(
+        self,
+        kv: Recorded,
+        inputs: Sequence[Recorded],
+        index: tuple[Recorded, Recorded] | None,
+        layer: CompressedLayer,
+        caches: tuple[PagedCache, PagedCache],
+    ) -> Recorded:
+        from candle_vllm.core.kernels.compressed_attention.cpu_record import record_compressed
+
+        made = buffer_value(self.recorder, self.recorder.buffer(self.width))
+        q, k, out = (_place(value) for value in (self, kv, made))
+        chooser = None if index is None else (_place(index[0]), _place(index[1]))
+        record_compressed(self.recorder, q, k, [*map(_place, inputs)], chooser, layer, caches, out)
+        return made
 
     def wanted(self) -> Recorded:
         return _Prepared(self, Prologue.NONE, self.width).wanted()

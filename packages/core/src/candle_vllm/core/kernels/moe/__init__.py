@@ -6,16 +6,18 @@ Letters: T tokens, X experts, k experts of a token, E hidden size, F an expert's
 A **pair** is a token and one of its experts: pair t * k + j is expert j of token t. Sorted by expert (stably), an
 expert's pairs are consecutive; a pair's index in this order is its **place**.
 
-`route`: logits [T, X] of any float dtype. In fp32, the scores are softmax(logits) or sigmoid(logits). The k experts
-with the highest score + bias are chosen, among equals the lowest number first. Without a bias the logits are compared,
-which have the same order as the scores, but are not made equal by rounding. With groups of consecutive experts, only
-experts of the `top_groups` best groups are candidates; a group's value is its highest logit, or with a bias the sum of
-its two highest values of score + bias. NaN counts as -infinity. The weights are the scores without the bias, divided by
-their sum if `renormalise`, times `scale` and each expert's `expert_scale`, if any. A token's experts are distinct, in
-the order of their choice. With "sparsemixer" (without bias and groups) the score of a chosen logit l is its share of a
-softmax over l and the near logits z that were not chosen before, for which l - z is at most 2 `jitter` max(|z|, l); on
-a GPU torch computes this. Sources: Shazeer et al., 2017, arXiv:1701.06538; DeepSeek-V2, arXiv:2405.04434; DeepSeek-V3,
-arXiv:2412.19437; Liu et al., 2024, arXiv:2409.12136 (sparsemixer).
+`route`: logits [T, X] of any float dtype. In fp32, the scores are softmax(logits), sigmoid(logits), or sqrt(log(1 +
+exp(logits))) with "sqrt_softplus". The k experts with the highest score + bias are chosen, among equals the lowest
+number first. Without a bias the logits are compared, which have the same order as the scores, but are not made equal by
+rounding. With groups of consecutive experts, only experts of the `top_groups` best groups are candidates; a group's
+value is its highest logit, or with a bias the sum of its two highest values of score + bias. NaN counts as -infinity.
+The weights are the scores without the bias, divided by their sum if `renormalise`, times `scale` and each expert's
+`expert_scale`, if any. A token's experts are distinct, in the order of their choice. With "sparsemixer" (without bias
+and groups) the score of a chosen logit l is its share of a softmax over l and the near logits z that were not chosen
+before, for which l - z is at most 2 `jitter` max(|z|, l); on a GPU torch computes this. The experts may be given
+instead (`Routing.chosen`), by token id in DeepSeek V4: their scores are then weights alone; on a GPU torch computes
+them. Sources: Shazeer et al., 2017, arXiv:1701.06538; DeepSeek-V2, arXiv:2405.04434; DeepSeek-V3, arXiv:2412.19437; Liu
+et al., 2024, arXiv:2409.12136 (sparsemixer).
 
 `expert_linear`: a product of each pair's input with the expert's matrix [N, K]. The matrices of all experts are one
 matrix [X * N, K]: a `DeviceMatrix` of bfloat16 or float16, of GGUF blocks, or of small floats in groups; or all
@@ -25,10 +27,10 @@ followed by its up rows, [X, 2 N, K], and the result for a pair of token t and e
     act(gate[e] x[t]) * (up[e] x[t])
 
 gpt-oss's "swiglu_oai" is (up + 1) * gate * sigmoid(1.702 gate), gate at most 7 and up within [-7, 7], instead of
-act(gate) * up; "silu_7" and "silu_16" have limits too, see `kernels/silu_mul`. With "relu2" the matrix has only up
-rows, [X, N, K], and the result is the square of max(up[e] x[t], 0); with "gelu" it is the GELU of up[e] x[t].
-Without an activation x is the result of such a call, with a row for each pair, and the result is down[e] x. A bias
-[X, N] (or [X, 2 N]) is added to the products. The order of rows of results [T * k, N] is private to these functions;
+act(gate) * up; "silu_7", "silu_16" and "silu_10" have limits too, see `kernels/silu_mul`. With "relu2" the matrix has
+only up rows, [X, N, K], and the result is the square of max(up[e] x[t], 0); with "gelu" it is the GELU of up[e] x[t].
+Without an activation x is the result of such a call, with a row for each pair, and the result is down[e] x. A bias [X,
+N] (or [X, 2 N]) is added to the products. The order of rows of results [T * k, N] is private to these functions;
 results of pairs without an expert are undefined.
 
 `combine`: y[t], in new memory, is the sum over j of weights[t, j] times the result of token t's expert j. The experts
@@ -93,7 +95,7 @@ def route(logits: Value, routing: Routing) -> Pairs | RecordedPairs:
     assert routing.scoring in get_args(Scoring)
     from candle_vllm.core.kernels.moe import reference
 
-    if on_gpu(logits) and routing.scoring != "sparsemixer":
+    if on_gpu(logits) and routing.scoring != "sparsemixer" and routing.chosen is None:
         from candle_vllm.core.kernels.moe import triton_route
 
         weights, chosen = triton_route.route(logits, routing)

@@ -23,7 +23,7 @@ MOST_EXPERTS = 512
 LEAST_SUM = 1e-20
 """Added to a sum of scores, so that it is not 0 if all scores are 0; negligible for sums above 1e-12."""
 
-Activation: TypeAlias = Literal["silu", "gelu_tanh", "swiglu_oai", "relu2", "gelu", "silu_7", "silu_16"]
+Activation: TypeAlias = Literal["silu", "gelu_tanh", "swiglu_oai", "relu2", "gelu", "silu_7", "silu_16", "silu_10"]
 
 
 def is_gated(activation: Activation | None) -> bool:
@@ -31,7 +31,7 @@ def is_gated(activation: Activation | None) -> bool:
     return activation not in (None, "relu2", "gelu")
 
 
-Scoring: TypeAlias = Literal["softmax", "sigmoid", "sparsemixer"]
+Scoring: TypeAlias = Literal["softmax", "sigmoid", "sparsemixer", "sqrt_softplus"]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -46,6 +46,8 @@ class Routing:
         expert_scale: [X] fp32 or None, an array in recorded steps; factor of each expert's routing weight.
         groups, top_groups: number of groups of experts, and number of groups whose experts are candidates.
         jitter: parameter of sparsemixer.
+        chosen: the experts of the step's tokens, int32 [T, k], or in recorded steps those of every token id, int64
+            [V, k]; None if the scores choose.
     """
 
     top_k: int
@@ -57,6 +59,7 @@ class Routing:
     top_groups: int = 1
     scale: float = 1.0
     jitter: float = 0.0
+    chosen: Any = None
 
 
 @dataclass(eq=False)
@@ -122,6 +125,7 @@ class RouteArguments(NamedTuple):
         finished: address of an int64 counter, which is 0 between operations.
         starts: address of int64 [X + 1]: expert x has places starts[x] to starts[x + 1] - 1. X scratch elements follow.
         token_of, place_of: addresses of results, int64 [T * k] each: the token of a place, and the place of a pair.
+        chosen, token_ids: addresses of int64 [V, k] and [T], the experts of each token id; 0 if the scores choose.
     """
 
     logits: int
@@ -142,6 +146,8 @@ class RouteArguments(NamedTuple):
     place_of: int
     expert_scale: int = 0
     jitter: float = 0.0
+    chosen: int = 0
+    token_ids: int = 0
 
 
 class ExpertsArguments(NamedTuple):

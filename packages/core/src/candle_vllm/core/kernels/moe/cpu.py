@@ -62,6 +62,16 @@ def _best(values: Any, candidates: Any, count: int) -> int:
 
 
 @njit
+def _score_of(logit: float, largest: float, total: float, scoring: int) -> float:
+    """Return the score of a logit; `largest` and `total` are for softmax."""
+    if scoring == 0:
+        return math.exp(logit - largest) / total
+    if scoring == 3:
+        return math.sqrt(max(logit, 0.0) + math.log1p(math.exp(-abs(logit))))
+    return 1.0 / (1.0 + math.exp(-logit))
+
+
+@njit
 def _score(logits: Any, scores: Any, choice: Any, count: int, scoring: int, bias: int) -> None:
     """Compute a token's scores, and the values by which experts are chosen, in float64; store them in float32."""
     added = float32_at(bias)
@@ -74,7 +84,7 @@ def _score(logits: Any, scores: Any, choice: Any, count: int, scoring: int, bias
             total += math.exp(float(logits[x]) - largest)
     for x in range(count):
         value = float(logits[x])
-        scores[x] = math.exp(value - largest) / total if scoring == 0 else 1.0 / (1.0 + math.exp(-value))
+        scores[x] = _score_of(value, largest, total, scoring)
         choice[x] = _number(logits[x]) if bias == 0 else _number(scores[x] + added[x])
 
 
@@ -145,7 +155,10 @@ def route(row, thread, threads):
         chosen, found = int64_at(given.experts + t * top_k * 8), float32_at(given.weights + t * top_k * 4)
         total = 0.0
         for j in range(top_k):
-            expert = _best(choice, candidates, count)
+            if given.chosen != 0:
+                expert = int64_at(given.chosen)[int64_at(given.token_ids)[t] * top_k + j]
+            else:
+                expert = _best(choice, candidates, count)
             chosen[j] = expert
             if given.scoring == 2:
                 scores[expert] = _share_of_near(choice, candidates, expert, count, float(given.jitter))

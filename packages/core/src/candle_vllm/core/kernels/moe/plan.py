@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 PROLOGUES: Mapping[Activation, Prologue] = MappingProxyType({
     "silu": Prologue.SILU, "gelu_tanh": Prologue.GELU_GATE, "swiglu_oai": Prologue.SWIGLU_OAI,
     "relu2": Prologue.RELU2, "gelu": Prologue.GELU, "silu_7": Prologue.SILU_7, "silu_16": Prologue.SILU_16,
+    "silu_10": Prologue.SILU_10,
 })  # fmt: skip
 """By activation: how the input of the down matrices is computed from the gate and up products."""
 
@@ -115,6 +116,8 @@ def record_route(recorder: Recorder, logits: tuple[int, int], count: int, routin
         place_of=address_of(places),
         expert_scale=0 if routing.expert_scale is None else recorder.keep(routing.expert_scale),
         jitter=routing.jitter,
+        chosen=0 if routing.chosen is None else recorder.keep_array(routing.chosen),
+        token_ids=address_of(recorder.arrays.token_ids),
     )
     recorder.add(operation("moe.cpu:route"), arguments)
     return pairs

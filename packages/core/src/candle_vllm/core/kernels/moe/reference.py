@@ -8,7 +8,7 @@ import torch
 from candle_vllm.core.kernels.lora import Place
 from candle_vllm.core.kernels.lora.reference import EagerAdapters
 from candle_vllm.core.kernels.matrices import DeviceMatrix
-from candle_vllm.core.kernels.moe.arguments import LEAST_SUM, Activation, Pairs, Routing, is_gated
+from candle_vllm.core.kernels.moe.arguments import LEAST_SUM, Activation, Pairs, Routing, Scoring, is_gated
 from candle_vllm.core.kernels.silu_mul.reference import gated_product
 
 
@@ -16,7 +16,7 @@ def route(logits: torch.Tensor, routing: Routing) -> tuple[torch.Tensor, torch.T
     """Return weights and experts [T, k]; see the contract in the package."""
     bias, count = routing.bias, routing.groups
     wide = logits.float()
-    scores = torch.softmax(wide, -1) if routing.scoring == "softmax" else torch.sigmoid(wide)
+    scores = scores_of(wide, routing.scoring)
     choice = wide if bias is None else scores + bias.float()
     choice = torch.where(choice.isnan(), -torch.inf, choice)
     candidate = torch.ones_like(choice, dtype=torch.bool)
@@ -26,7 +26,7 @@ def route(logits: torch.Tensor, routing: Routing) -> tuple[torch.Tensor, torch.T
         best = _best(worth, torch.ones_like(worth, dtype=torch.bool), routing.top_groups)
         chosen = torch.zeros_like(worth, dtype=torch.bool).scatter(1, best, True)
         candidate = chosen.repeat_interleave(grouped.shape[2], 1)
-    experts = _best(choice, candidate, routing.top_k)
+    experts = _best(choice, candidate, routing.top_k) if routing.chosen is None else routing.chosen.long()
     weights = scores.gather(1, experts)
     if routing.scoring == "sparsemixer":
         weights = _shares_of_near(choice, experts, routing.jitter)
@@ -36,6 +36,13 @@ def route(logits: torch.Tensor, routing: Routing) -> tuple[torch.Tensor, torch.T
     if routing.expert_scale is not None:
         weights = weights * routing.expert_scale[experts]
     return weights, experts.to(torch.int32)
+
+
+def scores_of(logits: torch.Tensor, scoring: Scoring) -> torch.Tensor:
+    """Return the scores of logits [T, X] fp32; see the contract in the package."""
+    if scoring == "sqrt_softplus":
+        return torch.nn.functional.softplus(logits, threshold=100.0).sqrt()
+    return torch.softmax(logits, -1) if scoring == "softmax" else torch.sigmoid(logits)
 
 
 def _shares_of_near(logits: torch.Tensor, experts: torch.Tensor, jitter: float) -> torch.Tensor:

@@ -8,13 +8,13 @@ integer.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import triton
 import triton.language as tl
 
-from candle_vllm.core.kernels.moe.arguments import LEAST_SUM, Routing
+from candle_vllm.core.kernels.moe.arguments import LEAST_SUM, Routing, Scoring
 from candle_vllm.core.kernels.triton_build import OPTIONS, next_power_of_2
 
 
@@ -46,7 +46,7 @@ def route_kernel(
     K: tl.constexpr,
     GROUPS: tl.constexpr,
     TOP_GROUPS: tl.constexpr,
-    SIGMOID: tl.constexpr,
+    SCORING: tl.constexpr,  # index in `Scoring`
     BIAS: tl.constexpr,
     RENORMALISE: tl.constexpr,
     LEAST: tl.constexpr,
@@ -62,7 +62,11 @@ def route_kernel(
     expert = group * SIZE + member
     there = (group < GROUPS) & (member < SIZE)
     values = tl.load(logits + token * stride + expert, mask=there, other=float("-inf")).to(tl.float32)
-    if SIGMOID:
+    if SCORING == 3:
+        small = tl.exp(-tl.abs(values))
+        whole = 1.0 + small  # its logarithm lacks what this sum rounds off
+        scores = tl.sqrt(tl.maximum(values, 0.0) + tl.log(whole) + (small - (whole - 1.0)) / whole)
+    elif SCORING == 1:
         scores = 1.0 / (1.0 + tl.exp(-values))
     else:
         above = tl.exp(values - tl.max(tl.max(values, 1), 0))
@@ -115,23 +119,22 @@ def route(logits: torch.Tensor, routing: Routing) -> tuple[torch.Tensor, torch.T
     weights = torch.empty((tokens, top_k), dtype=torch.float32, device=logits.device)
     experts = torch.empty((tokens, top_k), dtype=torch.int32, device=logits.device)
     if tokens:
-        constants = _constants(
-            count, top_k, groups, routing.scoring == "sigmoid", bias is not None, routing.renormalise
-        )
+        scoring = get_args(Scoring).index(routing.scoring)
+        constants = _constants(count, top_k, groups, scoring, bias is not None, routing.renormalise)
         arguments = (logits, bias, routing.expert_scale, weights, experts, logits.stride(0), routing.scale)
         route_kernel[(tokens,)](*arguments, **constants, num_warps=_warps(constants), **OPTIONS)
     return weights, experts
 
 
 def _constants(
-    experts: int, top_k: int, groups: tuple[int, int], sigmoid: bool, bias: bool, renormalise: bool
+    experts: int, top_k: int, groups: tuple[int, int], scoring: int, bias: bool, renormalise: bool
 ) -> dict[str, Any]:
     return {
         "X": experts,
         "K": top_k,
         "GROUPS": groups[0],
         "TOP_GROUPS": groups[1],
-        "SIGMOID": sigmoid,
+        "SCORING": scoring,
         "BIAS": bias,
         "RENORMALISE": renormalise,
         "LEAST": LEAST_SUM,

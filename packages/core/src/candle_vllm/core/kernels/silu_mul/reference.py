@@ -22,8 +22,8 @@ _ACTS = {
 def gated_product(gate: torch.Tensor, up: torch.Tensor, kind: str) -> torch.Tensor:
     """Multiply act(gate) by up, both clamped if the kind has a limit."""
     act = _ACTS[kind](gate)
-    if (limit := LIMITS.get(kind)) is not None:
-        act, up = act.clamp(max=limit), up.clamp(-limit, limit)
+    if (limits := LIMITS.get(kind)) is not None:
+        act, up = act.clamp(max=limits[0]), up.clamp(-limits[1], limits[1])
     return act * up
 
 

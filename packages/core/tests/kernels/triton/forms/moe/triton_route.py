@@ -8,14 +8,14 @@ from packages.core.tests.kernels.triton.building import Build
 
 
 def _build(
-    dtype: str, experts: int, top_k: int, groups: tuple[int, int], sigmoid: bool, *, factors: bool = False
+    dtype: str, experts: int, top_k: int, groups: tuple[int, int], scoring: int, *, factors: bool = False
 ) -> Build:
-    constants = _constants(experts, top_k, groups, sigmoid, sigmoid, True)
+    constants = _constants(experts, top_k, groups, scoring, scoring > 0, True)
     types = {"logits": f"*{dtype}", "weights": "*fp32", "experts": "*i32", "stride": "i32", "scale": "fp32"}
     return Build(
         route_kernel,
-        types | ({"bias": "*fp32"} if sigmoid else {}) | ({"expert_scale": "*fp32"} if factors else {}),
-        constants | ({} if sigmoid else {"bias": None}) | ({} if factors else {"expert_scale": None}),
+        types | ({"bias": "*fp32"} if scoring else {}) | ({"expert_scale": "*fp32"} if factors else {}),
+        constants | ({} if scoring else {"bias": None}) | ({} if factors else {"expert_scale": None}),
         num_warps=_warps(constants),
         aligned=("stride",),
         label=f"{dtype}-{experts}x{top_k}-{groups[1]}of{groups[0]}" + "-factors" * factors,
@@ -23,10 +23,11 @@ def _build(
 
 
 FORMS = (
-    _build("bf16", 128, 8, (1, 1), False),
-    _build("fp32", 128, 8, (1, 1), False, factors=True),  # Gemma 4
-    _build("fp32", 256, 8, (8, 4), True),
-    _build("bf16", 512, 10, (1, 1), False),
-    _build("bf16", 160, 6, (8, 3), False),
-    _build("fp32", 384, 8, (1, 1), True),
+    _build("bf16", 128, 8, (1, 1), 0),
+    _build("fp32", 128, 8, (1, 1), 0, factors=True),  # Gemma 4
+    _build("fp32", 256, 8, (8, 4), 1),
+    _build("bf16", 512, 10, (1, 1), 0),
+    _build("bf16", 160, 6, (8, 3), 0),
+    _build("fp32", 384, 8, (1, 1), 1),
+    _build("fp32", 256, 6, (1, 1), 3),  # DeepSeek V4
 )
