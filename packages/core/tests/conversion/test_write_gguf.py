@@ -80,6 +80,7 @@ LLAMA_CPP = (
     "Mamba 2 biases",
     "Mamba biases",
     "Jamba dense",
+    "GLM-5.3-Flash pools",
 )  # refused for its sake: see `test_gguf_families.py`
 UNKNOWN = ("OLMo Hybrid", "OLMo Hybrid turned", "GPT-Neo", "GPT-J", "OPT", "OPT-350m")  # to llama.cpp
 WRITTEN = [name for name in ROWS if name not in UNSAYABLE and name not in (*LLAMA_CPP, *UNKNOWN)]

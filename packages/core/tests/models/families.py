@@ -443,11 +443,10 @@ KIMI_LINEAR = {
     "routed_scaling_factor": 1.7,
 }
 GLM5_NEXT = {  # a choice of 6 groups of 4 positions, and up to 3 more positions
-    "num_hidden_layers": 4,
     "num_key_value_heads": 4,
-    "layer_types": ["linear_attention", "indexed_attention", "indexed_attention", "linear_attention"],
-    "indexer_types": ["full", "full", "shared", "full"],
-    "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"],
+    "layer_types": ["linear_attention", "indexed_attention"],
+    "indexer_types": ["full", "full"],
+    "mlp_layer_types": ["dense", "sparse"],
     "q_lora_rank": 64,
     "kv_lora_rank": 32,
     "qk_nope_head_dim": 32,
@@ -464,7 +463,11 @@ GLM5_NEXT = {  # a choice of 6 groups of 4 positions, and up to 3 more positions
     "index_topk": 24,
     "index_kpool": 4,
 }
-GLM5_NEXT_POOLS = {  # groups of 16, decays without a bound, two streams, groups of experts
+GLM5_NEXT_POOLS = {  # groups of 16, a shared choice, decays without a bound, two streams, groups of experts
+    "num_hidden_layers": 4,
+    "layer_types": ["linear_attention", "indexed_attention", "indexed_attention", "linear_attention"],
+    "indexer_types": ["full", "full", "shared", "full"],
+    "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"],
     "index_topk": 32,
     "index_kpool": 16,
     "linear_lower_bound": None,

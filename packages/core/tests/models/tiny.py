@@ -167,7 +167,8 @@ def randomise(model: torch.nn.Module) -> None:
     go beyond its limits.
     """
     model_type = str(getattr(getattr(model, "config", None), "model_type", ""))
-    unscaled, limited = model_type.startswith(("gemma4", "gemma3n")), model_type.startswith(("step3", "glm5_next"))
+    unscaled = model_type.startswith(("gemma4", "gemma3n"))
+    limited = 12.0 if model_type.startswith("step3") else 6.0 if model_type.startswith("glm5_next") else 0.0
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if name.endswith("A_log"):
@@ -175,7 +176,8 @@ def randomise(model: torch.nn.Module) -> None:
             elif weight.dim() >= 2:
                 gain = 3.0 if "embed" in name or "lm_head" in name else 1.0
                 if limited and ".mlp." in name:
-                    gain = 12.0 if "up_proj" in name or "gate_proj" in name else 0.1 if "down_proj" in name else gain
+                    wide = "up_proj" in name or "gate_proj" in name
+                    gain = limited if wide else 1.2 / limited if "down_proj" in name else gain
                 weight.normal_(0.0, gain * weight.shape[-1] ** -0.5)
             else:
                 weight.add_(torch.randn_like(weight) * 0.1)

@@ -24,6 +24,7 @@ from candle_vllm.core.models.qwen3_next_config import convolution_taps
 _LIMIT = 10.0  # of both factors of SwiGLU; the kernels are compiled for it
 _POOLS = (2, 4, 8, 16)
 _MOST_ROUNDS = 100  # of the Sinkhorn projection
+_GGUF_STREAMS = 4
 _LEAST_BOUND = -1000.0
 _UNROTATED = 2  # rotary dimensions in the config of DeepSeek, which needs some; no layer rotates
 _IMPLEMENTED = {
@@ -165,6 +166,8 @@ def _config(
 def gguf_keys(config: Any) -> dict[str, Any]:
     """The GGUF metadata in addition to that of Kimi Linear."""
     at, index, streams = "attention.indexer.", config.index, config.streams
+    if streams.count != _GGUF_STREAMS:
+        raise UnsupportedModelError(f"llama.cpp's glm5-next has {_GGUF_STREAMS} residual streams, not {streams.count}")
     full = [layer in config.index_layers or layer in config.delta_layers for layer in range(config.num_layers)]
     keys = kimi_linear_config.gguf_keys(config) | {
         f"{at}head_count": index.heads,
