@@ -41,52 +41,48 @@ from packages.core.tests.models.tiny import (
 from tests.common_run import few
 
 NAMES = ["GLM-5.3-Flash", "GLM-5.3-Flash pools"]
-PUBLISHED = {
+LINEAR = {"gate_lower_bound": -5.0, "head_dim": 128, "num_heads": 64, "safe_gate": True, "short_conv_kernel_size": 4}
+TEXT: dict[str, Any] = {
+    "model_type": "glm5_next_text",
+    "head_dim": 192,
+    "hc_eps": 1e-06,
+    "hc_mult": 4,
+    "hc_sinkhorn_iters": 20,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "index_head_dim": 128,
+    "index_kpool": 4,
+    "index_kpool_always_select_tail": True,
+    "index_n_heads": 32,
+    "index_topk": 2048,
+    "intermediate_size": 12288,
+    "kv_lora_rank": 512,
+    "linear_attn_config": LINEAR,
+    "max_position_embeddings": 1048576,
+    "mhc": True,
+    "mla_use_nope": True,
+    "moe_intermediate_size": 2048,
+    "n_routed_experts": 288,
+    "n_shared_experts": 1,
+    "num_attention_heads": 64,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 45,
+    "num_nextn_predict_layers": 1,
+    "q_lora_rank": 1536,
+    "qk_nope_head_dim": 256,
+    "qk_rope_head_dim": 0,
+    "rms_norm_eps": 1e-05,
+    "routed_scaling_factor": 2.5,
+    "swiglu_limit": 10.0,
+    "v_head_dim": 256,
+    "vocab_size": 154880,
+}  # the sizes of transformers' and llama.cpp's defaults
+PUBLISHED: dict[str, Any] = {
     "architectures": ["Glm5NextForConditionalGeneration"],
     "model_type": "glm5_next",
-    "text_config": {
-        "model_type": "glm5_next_text",
-        "head_dim": 192,
-        "hc_eps": 1e-06,
-        "hc_mult": 4,
-        "hc_sinkhorn_iters": 20,
-        "hidden_act": "silu",
-        "hidden_size": 4096,
-        "index_head_dim": 128,
-        "index_kpool": 4,
-        "index_kpool_always_select_tail": True,
-        "index_n_heads": 32,
-        "index_topk": 2048,
-        "intermediate_size": 12288,
-        "kv_lora_rank": 512,
-        "linear_attn_config": {
-            "gate_lower_bound": -5.0,
-            "head_dim": 128,
-            "num_heads": 64,
-            "safe_gate": True,
-            "short_conv_kernel_size": 4,
-        },
-        "max_position_embeddings": 1048576,
-        "mhc": True,
-        "mla_use_nope": True,
-        "moe_intermediate_size": 2048,
-        "n_routed_experts": 288,
-        "n_shared_experts": 1,
-        "num_attention_heads": 64,
-        "num_experts_per_tok": 8,
-        "num_hidden_layers": 45,
-        "num_nextn_predict_layers": 1,
-        "q_lora_rank": 1536,
-        "qk_nope_head_dim": 256,
-        "qk_rope_head_dim": 0,
-        "rms_norm_eps": 1e-05,
-        "routed_scaling_factor": 2.5,
-        "swiglu_limit": 10.0,
-        "v_head_dim": 256,
-        "vocab_size": 154880,
-    },
+    "text_config": TEXT,
     "vision_config": {"model_type": "glm5_next_vision"},
-}  # the sizes of transformers' and llama.cpp's defaults
+}
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -193,9 +189,8 @@ def test_a_block_has_whole_groups(folder: Path) -> None:
 
 
 def read(**changes: Any) -> Any:
-    text = PUBLISHED["text_config"] | changes  # type: ignore[operator]
-    path = Path("config.json")
-    architecture, fields = text_fields(PUBLISHED["architectures"][0], PUBLISHED | {"text_config": text}, path)
+    said = PUBLISHED | {"text_config": TEXT | changes}
+    architecture, fields = text_fields(PUBLISHED["architectures"][0], said, Path("config.json"))
     assert architecture == "Glm5NextForCausalLM"
     return glm5_next.config_from_hf(fields, "glm5_next_text")
 
@@ -213,9 +208,8 @@ def test_a_published_description() -> None:
     plain = {"linear_attn_config": None, "linear_num_heads": 8, "linear_head_dim": 64, "linear_conv_kernel_dim": 3}
     other = read(**plain, linear_lower_bound=None)
     assert (other.delta.heads, other.delta.key_dim, other.delta.taps, other.decay_bound) == (8, 64, 3, 0.0)
-    nested = PUBLISHED["text_config"]["linear_attn_config"]  # type: ignore[index]
     for safe, bound in ((True, -5.0), (False, 0.0)):
-        assert read(linear_attn_config=nested | {"gate_lower_bound": None, "safe_gate": safe}).decay_bound == bound
+        assert read(linear_attn_config=LINEAR | {"gate_lower_bound": None, "safe_gate": safe}).decay_bound == bound
     shared = ["full"] * 7 + ["shared"] * 38
     assert read(indexer_types=shared).shared_choices == [*range(7, 45, 4)]
 
@@ -257,11 +251,10 @@ def test_what_is_refused(changes: dict[str, Any], message: str) -> None:
 
 def test_a_flat_config_is_text() -> None:
     """As published text models have it, beside no `text_config`."""
-    flat = {key: value for key, value in PUBLISHED["text_config"].items() if key != "model_type"}  # type: ignore[attr-defined]
-    flat |= {"architectures": PUBLISHED["architectures"], "model_type": "glm5_next"}
+    flat = TEXT | {"architectures": PUBLISHED["architectures"], "model_type": "glm5_next"}
     _, fields = text_fields("Glm5NextForConditionalGeneration", flat, Path("config.json"))
     assert glm5_next.config_from_hf(fields, "glm5_next_text") == read()
-    family, _ = family_from_hf(PUBLISHED["text_config"] | {"architectures": ["Glm5NextForCausalLM"]}, Path("c"))  # type: ignore[operator]
+    family, _ = family_from_hf(TEXT | {"architectures": ["Glm5NextForCausalLM"]}, Path("c"))
     assert family is glm5_next.FAMILY
 
 
