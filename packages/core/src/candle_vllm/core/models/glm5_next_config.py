@@ -154,7 +154,7 @@ def _config(
         raise InvalidFileError(f"indexer types are given for {len(full)} of {config.num_layers} layers")
     indexed = frozenset(layer for layer in range(config.num_layers) if full[layer]) - own["delta_layers"]
     if config.mixture is not None:
-        limited = {"activation": "silu_10", "shared_activation": "silu_10"}
+        limited: dict[str, Any] = {"activation": "silu_10", "shared_activation": "silu_10"}
         flags["mixture"] = dataclasses.replace(config.mixture, **limited)
     flags |= {"model_type": model_type, "interleaved_rotary": False, "rope_dim": 0, "latent_eps": config.norm_eps}
     flags |= {"rope": RopeConfig(kind="proportional", dim=_UNROTATED), "index_layers": indexed}
