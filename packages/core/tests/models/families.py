@@ -91,6 +91,51 @@ GLM_INDEX = DEEPSEEK_INDEX | {
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
 }
 
+DEEPSEEK_V4 = {  # all kinds of layers, a choice of 8 entries from 17, and experts by token id and by scores
+    "num_key_value_heads": 1,
+    "intermediate_size": None,
+    "num_hidden_layers": 4,
+    "head_dim": 32,
+    "qk_rope_head_dim": 16,
+    "q_lora_rank": 32,
+    "o_groups": 2,
+    "o_lora_rank": 24,
+    "moe_intermediate_size": 32,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "sliding_window": 16,
+    "layer_types": [
+        "sliding_attention",
+        "compressed_sparse_attention",
+        "heavily_compressed_attention",
+        "compressed_sparse_attention",
+    ],
+    "compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 32},
+    "mlp_layer_types": ["hash_moe", "moe", "hash_moe", "moe"],
+    "index_n_heads": 16,
+    "index_head_dim": 32,
+    "index_topk": 8,
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 32,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+    },
+}
+DEEPSEEK_V4_OTHER = DEEPSEEK_V4 | {  # other sizes: groups longer and shorter than a block, three streams, no choice
+    "compress_rates": {"compressed_sparse_attention": 8, "heavily_compressed_attention": 16},
+    "hc_mult": 3,
+    "hc_sinkhorn_iters": 3,
+    "index_topk": 512,
+    "sliding_window": 5,
+    "scoring_func": "sigmoid",
+    "rope_parameters": None,
+    "num_hidden_layers": 3,
+    "layer_types": ["heavily_compressed_attention"] * 2 + ["compressed_sparse_attention"],
+    "mlp_layer_types": ["moe"] * 3,
+}
+
 MINISTRAL_LAYERS = ["full_attention", "sliding_attention"]
 MINISTRAL3_ROPE = {  # with an original context so short that queries grow within these prompts
     "rope_type": "yarn",
@@ -746,6 +791,8 @@ ROWS: Mapping[str, Row] = {
     "DeepSeek-OCR 2 groups": Row("deepseek_ocr2_text", DEEPSEEK_OCR_GROUPS, undecided=0.1, common=False),
     "DeepSeek-V3": Row("deepseek_v3", DEEPSEEK | {"rope_parameters": DEEPSEEK_YARN}, "deepseek2", undecided=0.1),
     "DeepSeek-V3.2": Row("deepseek_v32", DEEPSEEK_INDEX, "deepseek32", undecided=0.2),
+    "DeepSeek-V4": Row("deepseek_v4", DEEPSEEK_V4, common=False, undecided=0.1),
+    "DeepSeek-V4 other sizes": Row("deepseek_v4", DEEPSEEK_V4_OTHER, common=False, undecided=0.1),
     "GLM-5": Row("glm_moe_dsa", GLM_INDEX, "glm-dsa", undecided=0.2),
     "DeepSeek-V3 halves": Row(
         "deepseek_v3",

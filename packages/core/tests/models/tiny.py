@@ -186,6 +186,9 @@ def randomise(model: torch.nn.Module) -> None:
         for name, buffer in model.named_buffers():
             if name.endswith(("e_score_correction_bias", "expert_bias")):
                 buffer.normal_(0.0, 0.1)
+            elif name.endswith("tid2eid"):  # distinct experts for each token
+                experts = torch.rand(len(buffer), model.config.n_routed_experts).argsort(1)
+                buffer.copy_(experts[:, : buffer.shape[1]])
             elif name.endswith("layer_scalar"):
                 buffer.uniform_(0.5, 1.2)
 

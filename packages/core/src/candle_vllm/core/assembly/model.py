@@ -42,6 +42,7 @@ from candle_vllm.core.errors import (
 )
 from candle_vllm.core.fields import Fields, read_json
 from candle_vllm.core.kernels.collectives import Collective
+from candle_vllm.core.kernels.compressed_attention import LEAST_BLOCK
 from candle_vllm.core.kernels.cpu_runtime.weight_memory import WeightMemory
 from candle_vllm.core.layers.parameters import SHAPES, Placement
 from candle_vllm.core.layers.rotary import Rotary
@@ -371,6 +372,9 @@ def fit_settings(config: EngineConfig, model: ModelConfig | EncoderConfig) -> En
             f"block_size to {model.index_pool} or more",
             "block_size",
         )
+    if isinstance(model, ModelConfig) and model.compresses and config.block_size < LEAST_BLOCK:
+        least = f"attention to compressed entries needs blocks of {LEAST_BLOCK} tokens or more"
+        raise ConfigError(f"block_size={config.block_size}: {least}", "block_size")
     if not isinstance(model, ModelConfig) or model.implementation == "native":
         return config
     if config.ranks > 1:

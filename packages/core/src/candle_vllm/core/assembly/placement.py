@@ -245,6 +245,10 @@ def recording_obstacle(checkpoint: Checkpoint, model: ModelConfig, block_size: i
     obstacle = matrix_obstacle(checkpoint)
     if obstacle is not None:
         return obstacle
+    if model.compresses:
+        sizes = {model.head_dim, *(() if model.index is None else (model.index.rope + model.index.latent,))}
+        odd = next((size for size in sizes if size % 16), None)
+        return None if odd is None else f"attention to compressed entries of {odd} elements has no kernel"
     from candle_vllm.core.kernels.attention.cpu_cache import supported
     from candle_vllm.core.kernels.latent_attention import layout
 

@@ -457,7 +457,8 @@ def _element_bytes(
     """Return the `ElementBytes` of a cache on the CPU; plain elements are bfloat16 with the compiled kernels."""
     if kinds != PLAIN:
         return lambda key_dim: number_bytes(key_dim, kinds)
-    size = 2 if model.placement.recorded else ELEMENTS[model.placement.dtype].itemsize
+    compiled = 4 if model.config.compresses else 2
+    size = compiled if model.placement.recorded else ELEMENTS[model.placement.dtype].itemsize
     return lambda _: size
 
 
@@ -480,7 +481,7 @@ def cache_kinds(config: EngineConfig, model: LoadedModel | Described) -> tuple[C
         refuse_settings(
             (name, dtype != "auto" and not model.placement.recorded,
              f"{asked} needs the compiled kernels, which do not run this model: {change}"),
-            (name, kind.is_quantised and model.config.latent is not None,
+            (name, kind.is_quantised and (model.config.latent is not None or model.config.compresses),
              f"{asked} is not supported with latent attention, whose KV cache is small already: leave it out"),
             *((name, not kind.fits(dim), f"{asked} stores blocks of {BLOCK} elements, and the head size of this model, "
                f"{dim}, is not a multiple of that: leave it out")

@@ -36,11 +36,6 @@ class PagedSpec:
         """Number of cached elements of a token."""
         return self.kv_heads * (self.key_dim + self.value_dim)
 
-    @property
-    def slides(self) -> bool:
-        """Whether pages outside the window may be freed."""
-        return self.window is not None and self.value_dim > 0
-
 
 @dataclasses.dataclass(frozen=True)
 class SharedKVSpec:
@@ -146,12 +141,12 @@ def states(specs: Iterable[CacheSpec]) -> list[StateSpec]:
 
 def windows_of(specs: Iterable[CacheSpec]) -> list[int]:
     """Return the distinct window sizes of the layers whose pages may be freed, sorted."""
-    return sorted({spec.window for spec in paged(specs) if spec.slides and spec.window is not None})
+    return sorted({spec.window for spec in paged(specs) if spec.window is not None})
 
 
 def pool_of(spec: PagedSpec, windows: Sequence[WindowRoom]) -> int | None:
     """Return the index of the page pool for a layer with this spec; None for a layer with a page for each block."""
-    return next((n for n, room in enumerate(windows) if spec.slides and spec.window == room.window), None)
+    return next((n for n, room in enumerate(windows) if spec.window == room.window), None)
 
 
 def pages_of(spec: PagedSpec, windows: Sequence[WindowRoom], blocks: int) -> int:

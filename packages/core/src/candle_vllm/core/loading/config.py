@@ -140,6 +140,11 @@ class ModelConfig:
         return ()
 
     @property
+    def compresses(self) -> bool:
+        """Whether layers attend to compressed entries, see `kernels/compressed_attention`."""
+        return False
+
+    @property
     def cache_specs(self) -> tuple[CacheSpec, ...]:
         """Cache spec of each layer; a family whose layers have two caches appends the specs of the second ones."""
         if self.latent is not None:

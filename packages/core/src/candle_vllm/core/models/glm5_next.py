@@ -3,7 +3,7 @@
 
 Layers are those of Kimi Linear (`kimi_linear.py`), with a lower bound of decays, pooled index keys
 (`pooled_index.py`) and a clamped SwiGLU. Each sublayer reads and writes the streams by a hyper-connection
-(`layers/residual_streams.py`); the last norm reads their mean. Nothing rotates. The vision encoder is not loaded.
+(`models/residual_streams.py`); the last norm reads their mean. Nothing rotates. The vision encoder is not loaded.
 Source: transformers' `Glm5NextTextModel`. Shapes: T tokens, N streams, E hidden.
 """
 
@@ -17,7 +17,6 @@ from candle_vllm.core.layers.mlp import GatedMLP
 from candle_vllm.core.layers.moe import SparseMLP
 from candle_vllm.core.layers.norm import RMSNorm
 from candle_vllm.core.layers.parameters import Placement
-from candle_vllm.core.layers.residual_streams import HyperConnection, StreamCopies
 from candle_vllm.core.layers.rotary import Rotary
 from candle_vllm.core.loading.weights import WeightName
 from candle_vllm.core.models import deepseek, kimi_linear, pooled_index
@@ -27,6 +26,7 @@ from candle_vllm.core.models.glm5_next_config import Glm5NextConfig, config_from
 from candle_vllm.core.models.kimi_linear import GGUF as KIMI_GGUF
 from candle_vllm.core.models.llama import Mixer
 from candle_vllm.core.models.pooled_index import PooledIndex
+from candle_vllm.core.models.residual_streams import HyperConnection, StreamCopies
 
 # ---- attention -------------------------------------------------------------------------------------------------------
 

@@ -10,7 +10,6 @@ from typing import Any
 from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
 from candle_vllm.core.fields import Fields
 from candle_vllm.core.layers.delta_net import DeltaSizes
-from candle_vllm.core.layers.residual_streams import MOST_STREAMS, Streams
 from candle_vllm.core.loading.config import LatentSizes
 from candle_vllm.core.loading.rope import RopeConfig
 from candle_vllm.core.loading.tensors import Checkpoint
@@ -20,6 +19,7 @@ from candle_vllm.core.models.deepseek_config import DeepseekConfig
 from candle_vllm.core.models.kimi_linear_config import KimiLinearConfig
 from candle_vllm.core.models.local_layers import refuse_others
 from candle_vllm.core.models.qwen3_next_config import convolution_taps
+from candle_vllm.core.models.residual_streams import MOST_STREAMS, Streams
 
 _LIMIT = 10.0  # of both factors of SwiGLU; the kernels are compiled for it
 _POOLS = (2, 4, 8, 16)

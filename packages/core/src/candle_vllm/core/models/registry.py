@@ -35,6 +35,7 @@ FAMILIES = (
     "llama",
     "bert",
     "deepseek",
+    "deepseek_v4",
     "deepseek_ocr",
     "gemma",
     "glm4",
@@ -106,7 +107,7 @@ serves the requested name, so the most common families come first."""
 
 
 NOT_BUILT = frozenset(
-    {"DeepseekV4ForCausalLM", "deepseek4"}
+    {"deepseek4"}
     | {"KimiK3ForConditionalGeneration", "kimi-k3"}
     | {"Qwen4ExpForCausalLM", "Qwen4ExpForConditionalGeneration", "qwen4exp"}
     | {"RWKV7ForCausalLM", "rwkv7"}

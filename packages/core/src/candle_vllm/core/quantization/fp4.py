@@ -144,9 +144,9 @@ def mxfp4_experts(parts: LayerTensors) -> QuantisedTensor:
     return parts.tensor("MXFP4", shape, Mxfp4Source(blocks, scales), parts.layer)
 
 
-def mxfp4_tensor(parts: LayerTensors) -> QuantisedTensor:
-    """Read compressed-tensors' `weight_packed` [N, K / 2], `weight_scale` [N, K / 32]; errors as `mxfp4_experts`."""
-    packed, scales = parts.get(".weight_packed", "U8"), parts.get(".weight_scale", "U8", "F8_E8M0")
+def mxfp4_tensor(parts: LayerTensors, code: str = ".weight_packed", scale: str = ".weight_scale") -> QuantisedTensor:
+    """Read compressed-tensors' codes [N, K / 2] and scales [N, K / 32], by their names; errors as `mxfp4_experts`."""
+    packed, scales = parts.get(code, "U8", "I8"), parts.get(scale, "U8", "F8_E8M0")
     rows, columns = _matrix(parts, packed, scales, MX_GROUP)
     return parts.tensor("MXFP4", (rows, columns), Mxfp4Source(packed, scales))
 

@@ -3,7 +3,8 @@
 
 A weight is scale * element in fp32. Elements are e4m3 (without infinities) or e5m2; a matrix [N, K] has one scale,
 scales [N] or [N, 1], or scales [N / block, K / block] rounded up, with smaller blocks at the edges. Hugging Face calls
-scales of blocks `weight_scale_inv`, although the elements are multiplied by them.
+scales of blocks `weight_scale_inv`, although the elements are multiplied by them; DeepSeek V4 calls them `scale`, and
+its experts are MXFP4 (`fp4.py`), a `weight` of bytes.
 Source: Micikevicius et al., 2022, arXiv:2209.05433; DeepSeek-V3's `weight_dequant`, 2024, arXiv:2412.19437.
 """
 
@@ -73,7 +74,7 @@ def fp8_tensor(parts: LayerTensors, block: tuple[int, int] | None) -> QuantisedT
     weight = parts.get(".weight", *NUMBERS)
     usual = ".weight_scale" if block is None else ".weight_scale_inv"
     others = ".weight_scale_inv" if block is None else ".weight_scale"
-    scale = parts.find(others, *SCALES) or parts.get(usual, *SCALES)
+    scale = parts.find(others, *SCALES) or parts.find(".scale", *SCALES) or parts.get(usual, *SCALES)
     if len(weight.shape) != 2 or 0 in weight.shape:
         raise parts.shape_error(weight, "[outputs, inputs]", "FP8 tensors of other shapes are not read")
     rows, columns = weight.shape
@@ -122,6 +123,11 @@ def layers(config: Fields, stored: StoredTensors) -> Found:
         elif tensor.type_name in NUMBERS and name + "_scale_inv" in stored.tensors:
             parts = LayerTensors(stored.tensors, name, stored.path)
             yield parts, fp8_experts(parts, block)
+        elif name.endswith(".weight") and tensor.type_name == "I8":
+            from candle_vllm.core.quantization.fp4 import mxfp4_tensor  # which imports this module
+
+            parts = LayerTensors(stored.tensors, name.removesuffix(".weight"), stored.path)
+            yield parts, mxfp4_tensor(parts, ".weight", ".scale")
 
 
 def block_shape(fields: Fields, key: str) -> tuple[int, int]:

@@ -115,10 +115,14 @@ class RecordedRunner(StepwiseRunner):
         specs = config.cache_specs
         counts = [(spec, cache_specs.pages_of(spec, windows, num_blocks)) for spec in cache_specs.paged(specs)]
         tokens = [(spec, count * limits.block_size) for spec, count in counts]
-        size = sum(cache_bytes([spec], count, lambda key_dim: number_bytes(key_dim, kinds)) for spec, count in tokens)
+        wide, compresses = (lambda _: 4), config.compresses  # the kernels of compressed entries have float32 caches
+        element_bytes = wide if compresses else lambda key_dim: number_bytes(key_dim, kinds)
+        size = sum(cache_bytes([spec], count, element_bytes) for spec, count in tokens)
         with room_for("the KV cache", size, "kv_cache_memory", _less):
             caches = _caches(
-                specs, num_blocks, limits.block_size, None if config.latent else kinds, limits.ranks, room, windows
+                *(specs, num_blocks, limits.block_size, None if config.latent or compresses else kinds, limits.ranks),
+                *(room, windows),
+                wide=compresses,
             )
         super().__init__()
         self._recorder = recorder = Recorder(limits, host_isa() if isa is None else isa)
@@ -623,11 +627,17 @@ def _caches(
     ranks: CpuRanks | None,
     room: cache_specs.StateRoom,
     windows: Sequence[cache_specs.WindowRoom],
+    *,
+    wide: bool,
 ) -> tuple[PagedCache | tuple[StateCache, ...], ...]:
     """Allocate the cache of each layer. Layers with the same shape and number of pages share one allocation.
-    `kinds` is None for latent attention, which may have index keys in place of values."""
+    `kinds` is None for latent attention, which may have index keys in place of values, and for `wide` caches, which are
+    float32 [1, B, S, width]."""
     pools = Counter((spec.shape, cache_specs.pages_of(spec, windows, num_blocks)) for spec in cache_specs.paged(specs))
-    rest = {pool: iter(_layers(pool[0], count, pool[1], block_size, kinds, ranks)) for pool, count in pools.items()}
+    rest = {
+        pool: iter(_layers(pool[0], count, pool[1], block_size, kinds, ranks, wide=wide))
+        for pool, count in pools.items()
+    }
 
     def make(_: int, spec: cache_specs.PagedSpec | cache_specs.StateSpec) -> PagedCache | tuple[StateCache, ...]:
         if isinstance(spec, cache_specs.PagedSpec):
@@ -659,18 +669,22 @@ def _layers(
     block_size: int,
     kinds: tuple[CacheKind, CacheKind] | None,
     ranks: CpuRanks | None,
+    *,
+    wide: bool,
 ) -> list[PagedCache]:
     """Allocate the caches of layers of one shape (`PagedSpec.shape`).
 
     The heads of a rank are on its NUMA node; if heads cannot be divided, pages are interleaved over all nodes.
     """
     kv_heads, key_dim, value_dim = shape
-    if kinds is None:
+    if wide:
+        shapes = [(1, layers, num_blocks, block_size, dim) for dim in (key_dim, value_dim) if dim]
+    elif kinds is None:
         shapes = [latent_cache_shape(num_blocks, block_size, layers, dim) for dim in (key_dim, value_dim) if dim]
     else:
         sizes = (num_blocks, block_size, layers, kv_heads, key_dim)
         shapes = [key_cache_shape(*sizes, kinds[0]), value_cache_shape(*sizes, kinds[1])]
-    types = [kind.dtype for kind in kinds or PLAIN]
+    types: list[Any] = [np.float32] * 2 if wide else [kind.dtype for kind in kinds or PLAIN]
     by_heads = kinds is not None and ranks is not None and ranks.divides(kv_heads)
     made: list[NDArray[Any]] = []
     for each, dtype in zip(shapes, types):

@@ -51,9 +51,7 @@ def functions(isa: Isa) -> Iterator[tuple[str, tuple[int, ...]]]:
         "collectives.cpu:stand_together",
         "column_order.cpu:column_order",
         "compressed_attention.cpu:attend",
-        "compressed_attention.cpu:choose",
         "compressed_attention.cpu:compress",
-        "compressed_attention.cpu:turn",
         "compressed_attention.cpu:write",
         "cpu_runtime.walk:do_parts",
         "cpu_runtime.walk:take_part",
@@ -100,6 +98,7 @@ def functions(isa: Isa) -> Iterator[tuple[str, tuple[int, ...]]]:
     for scan in ((0, 0), (0, 2), (1, 0), (1, 1)):
         yield "delta_rule.cpu:make_scan", scan
     for flag in (0, 1):
+        yield "compressed_attention.cpu:make_choose", (flag,)
         yield "rms_norm.cpu:make_head_norm", (flag,)
         yield "rms_norm.cpu:make_norm_onto", (flag,)
         yield "latent_attention.cpu_heads:make_heads", (flag,)

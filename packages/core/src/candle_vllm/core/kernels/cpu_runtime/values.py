@@ -270,6 +270,7 @@ class _Value(Recorded):
             narrow = self.rows_from is not table.rows_from
             kept, table_stride = _place(table.narrowed() if narrow else table)
         else:
+            assert not isinstance(table, Recorded)
             kinds, made, streams = table.shape
             kept = recorder.keep(table)
         columns = self.width // streams

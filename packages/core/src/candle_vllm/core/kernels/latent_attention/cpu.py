@@ -297,7 +297,7 @@ def _count(keys, start: int, end: int, least: int) -> np.int32:
 
 
 @njit(inline="always")
-def _choose(scores: int, count: int, top: int, to: int) -> None:
+def choose_largest(scores: int, count: int, top: int, to: int) -> None:
     """Write the positions of the `top` largest of `count` > `top` scores in ascending order; overwrite the scores.
 
     The `top`-th largest score is found bit by bit, from the highest bit in which scores differ, until exactly `top`
@@ -372,7 +372,7 @@ def make_choose(width: int, isa: int, chooses: int) -> Callable[..., None]:
                         weights = given.out + t * given.row_bytes + 4 * LANES * (first + g)
                         _add_heads(scores + g * layout.SCORE_BYTES, weights, keys, sums + 4 * start, first + g == 0)
             if chooses == 1:
-                _choose(sums, groups_seen, top, given.chosen + 4 * t * given.top)
+                choose_largest(sums, groups_seen, top, given.chosen + 4 * t * given.top)
                 if pool > 1:
                     _spread(given.chosen + 4 * t * given.top, top, pool, seen)
 

@@ -29,7 +29,7 @@ from candle_vllm.core.kernels.matrices import DeviceMatrix, Stored
 from candle_vllm.core.kernels.moe.arguments import Activation, Pairs, is_gated
 from candle_vllm.core.kernels.moe.triton_sort import Blocks
 from candle_vllm.core.kernels.packed_linear.layout import PackedKind
-from candle_vllm.core.kernels.silu_mul.triton import limited, limited_as
+from candle_vllm.core.kernels.silu_mul.triton import limited
 from candle_vllm.core.kernels.triton_build import OPTIONS, TENSOR_CORES, capability, cdiv, next_power_of_2, stages
 
 
@@ -88,14 +88,14 @@ def finished(
         gate, up = tl.split(tl.trans(tl.reshape(total, (ROWS // 16, 2, 8, TOKENS)), 0, 2, 3, 1))
         inner = gate
         if ACT == 2:  # gpt-oss
-            gate, up = limited(gate, up, 7.0, 7.0)
+            gate, up = limited(gate, up, 7.0)
             inner, up = 1.702 * gate, up + 1.0
         if ACT == 1:
             # 0.5 (1 + tanh(z)) is the sigmoid of 2z; 2 sqrt(2 / pi) = 1.5957...
             inner = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)
         act = gate / (1.0 + tl.exp(-inner))
         if ACT >= 5:
-            act, up = limited_as(act, up, ACT - 5)
+            act, up = limited(act, up, 7.0 if ACT == 5 else 16.0 if ACT == 6 else 10.0)
         total = tl.reshape(act * up, (ROWS // 2, TOKENS))
     elif ACT == 3:
         total = tl.where(total < 0.0, 0.0, total)  # NaN stays NaN

@@ -15,22 +15,11 @@ _KINDS = ("silu", "gelu_tanh", "sigmoid", "softplus", "silu_7", "silu_16", "silu
 
 
 @triton.jit
-def limited(gate, up, GATE_LIMIT: tl.constexpr, LIMIT: tl.constexpr):
-    """Clamp both factors: gate to at most GATE_LIMIT, and up to [-LIMIT, LIMIT]. NaN stays NaN."""
+def limited(gate, up, LIMIT: tl.constexpr):
+    """Clamp both factors: gate to at most LIMIT, or SiLU(10) for 10, and up to [-LIMIT, LIMIT]. NaN stays NaN."""
+    MOST: tl.constexpr = 9.999546021312976 if LIMIT == 10.0 else LIMIT
     up = tl.where(up > LIMIT, LIMIT, tl.where(up < -LIMIT, -LIMIT, up))
-    return tl.where(gate > GATE_LIMIT, GATE_LIMIT, gate), up
-
-
-@triton.jit
-def limited_as(act, up, NUMBER: tl.constexpr):
-    """Clamp both factors by the limits of kind NUMBER of `LIMITS`."""
-    if NUMBER == 0:
-        act, up = limited(act, up, 7.0, 7.0)
-    elif NUMBER == 1:
-        act, up = limited(act, up, 16.0, 16.0)
-    else:
-        act, up = limited(act, up, 9.999546021312976, 10.0)
-    return act, up
+    return tl.where(gate > MOST, MOST, gate), up
 
 
 @triton.jit
@@ -61,7 +50,7 @@ def gate_mul_kernel(
         whole = 1.0 + small  # its logarithm lacks what this sum rounds off
         act = tl.maximum(gates, 0.0) + tl.log(whole) + (small - (whole - 1.0)) / whole
     if KIND >= 4:
-        act, ups = limited_as(act, ups, KIND - 4)
+        act, ups = limited(act, ups, 7.0 if KIND == 4 else 16.0 if KIND == 5 else 10.0)
     tl.store(y + token * F + at, (act * ups).to(y.dtype.element_ty), mask=inside)
 
 

@@ -20,7 +20,7 @@ from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
 from candle_vllm.core.kernels.cpu_runtime.values import buffer_of, buffer_value
 from candle_vllm.core.kernels.cpu_runtime.weight_memory import WeightMemory
 from candle_vllm.core.layers.parameters import Placement
-from candle_vllm.core.layers.residual_streams import HyperConnection, StreamCopies, StreamHead, Streams
+from candle_vllm.core.models.residual_streams import HyperConnection, StreamCopies, StreamHead, Streams
 from packages.core.tests.layers.test_dense_parts import InMemory
 
 SIZE, TOKENS, EPS = 48, 7, 1e-5
