@@ -275,7 +275,7 @@ def test_sizes_with_a_kernel() -> None:
     ):
         index = LatentSizes(heads=heads, nope=nope, rope=rope, latent=nope, value=0)
         assert choice_supported(index) is has_kernel, index
-        model: Any = mock.Mock(latent=SIZES["small"], index=index)
+        model: Any = mock.Mock(latent=SIZES["small"], index=index, compresses=False)
         obstacle = recording_obstacle(mock.Mock(tensors={}), model, BLOCK)
         assert obstacle == (None if has_kernel else f"the sparse-attention indexer {index} has no kernel")
 
@@ -285,7 +285,7 @@ def test_scores_of_any_bits() -> None:
 
     @njit
     def choose_in(scores: int, count: int, top: int, to: int) -> None:
-        cpu._choose(scores, count, top, to)
+        cpu.choose_largest(scores, count, top, to)
 
     draw = np.random.default_rng(1)
     for n in range(600):
