@@ -3,7 +3,8 @@
 
 Layers are those of Kimi Linear (`kimi_linear.py`), with a lower bound of decays, pooled index keys
 (`pooled_index.py`) and a clamped SwiGLU. Each sublayer reads and writes the streams by a hyper-connection
-(`models/residual_streams.py`); the last norm reads their mean. Nothing rotates. The vision encoder is not loaded.
+(`models/residual_streams.py`); the last norm reads their mean. Nothing rotates. Its vision encoder
+is in `glm5_next_tower.py`.
 Source: transformers' `Glm5NextTextModel`. Shapes: T tokens, N streams, E hidden.
 """
 
@@ -49,10 +50,11 @@ class Attention(deepseek.Attention):
 
 
 class Block:
-    """One decoder layer: streams [T, N * E] -> [T, N * E]; there is no separate residual."""
+    """One decoder layer: streams [T, N * E] -> [T, N * E], without a separate residual; layer 0 reads x [T, E]."""
 
     def __init__(self, config: Glm5NextConfig, layer: int, rotary: Rotary, placement: Placement) -> None:
         size, eps, streams = config.hidden_size, config.norm_eps, config.streams
+        self.copies = None if layer else StreamCopies(streams.count, placement)
         self.attention_streams, self.mlp_streams = (HyperConnection(streams, placement) for _ in range(2))
         self.attention_norm, self.mlp_norm = RMSNorm(size, eps, placement), RMSNorm(size, eps, placement)
         self.attention: Mixer
@@ -68,6 +70,7 @@ class Block:
 
     def __call__(self, x: Value, residual: Value | None, step: StepInput) -> tuple[Value, None]:
         assert residual is None
+        x = x if self.copies is None else self.copies(x)
         read, weights = self.attention_streams(x)
         x = self.attention_streams.write(x, self.attention(self.attention_norm(read), step), weights)
         read, weights = self.mlp_streams(x)
@@ -81,14 +84,10 @@ class Glm5Next(deepseek.Deepseek):
 
     def __init__(self, config: Glm5NextConfig, placement: Placement) -> None:
         super().__init__(config, placement)
-        self.copies = StreamCopies(config.streams.count, placement)
-
-    def start(self, token_ids: Value, step: StepInput) -> Value:
-        """See `DecoderStack.start`; the result is the streams side by side, [T, N * E]."""
-        return self.copies(super().start(token_ids, step))
+        self.streams = StreamCopies(config.streams.count, placement)
 
     def _normed(self, x: Value, residual: Value | None) -> Value:
-        return super()._normed(self.copies.mean(x), residual)
+        return super()._normed(self.streams.mean(x), residual)
 
 
 # ---- weight names ----------------------------------------------------------------------------------------------------

@@ -74,12 +74,12 @@ def choose(
         start, end = rows.query_start[row], rows.query_start[row + 1]
         keys = cache[rows.block_tables[row, : -(-context // cache.shape[1])]].flatten(0, 2)[:context]
         keys = keys[pool - 1 :: pool, : q.shape[2]].float()
-        places = torch.arange(context, device=q.device)
-        ends = places[pool - 1 :: pool]
+        ends = torch.arange(context, device=q.device)[pool - 1 :: pool]
         most = _queries(q.shape[1] * context)
         for first in range(start, end, most):
             last = min(first + most, end)
-            at = places[context - (end - first) : context - (end - last), None]
+            # rows that fill up a captured step have no context
+            at = torch.arange(context - (end - first), context - (end - last), device=q.device).clamp_(min=0)[:, None]
             scores = torch.matmul(q[first:last].float(), keys.T).relu_().mul_(weights[first:last, :, None].float())
             scores = scores.sum(1).masked_fill_(ends > at, float("-inf"))
             best = scores.sort(dim=-1, descending=True, stable=True).indices[:, : top // pool]
