@@ -21,7 +21,7 @@ from candle_vllm.core import (
 from candle_vllm.core.assembly.stages import stage_of
 from candle_vllm.core.loading.towers import text_fields
 from candle_vllm.core.memory import Room, plan_cache
-from candle_vllm.core.models import glm5_next
+from candle_vllm.core.models import eagle3, glm5_next
 from candle_vllm.core.models.registry import family_from_hf
 from packages.core.tests.engine.drafted import same_times
 from packages.core.tests.models.families import ROWS
@@ -281,6 +281,11 @@ def test_stages_are_refused(tmp_path: Path) -> None:
     line, checkpoint = mock.Mock(size=2, rank=0), mock.Mock(tensors={})
     with pytest.raises(ConfigError, match="several residual streams: leave pipeline_parallel_size out"):
         stage_of("GLM", glm5_next.FAMILY, config, checkpoint, line)
+
+
+def test_a_head_cannot_read_several_streams() -> None:
+    with pytest.raises(UnsupportedModelError, match="EAGLE-3 head of a model with several residual streams"):
+        eagle3._fitted({}, read())
 
 
 def test_layers_that_predict_further_tokens_are_left_out(tmp_path: Path) -> None:

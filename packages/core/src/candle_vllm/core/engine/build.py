@@ -436,7 +436,7 @@ def _index_bytes(model: ModelConfig, tokens: int, threads: int, recorded: bool) 
         return choice_scratch(context, threads, pooled) + 4 * tokens * model.index_top
     from candle_vllm.core.kernels.latent_attention.reference import score_bytes
 
-    return score_bytes(index.heads, context) + 8 * tokens * model.index_top
+    return score_bytes(index.heads, context // model.index_pool) + 8 * tokens * model.index_top
 
 
 def _most_drafts(config: EngineConfig, recorded: bool) -> int:

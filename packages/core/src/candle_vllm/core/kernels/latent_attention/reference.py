@@ -40,9 +40,9 @@ def _queries(scores: int) -> int:
     return max(1, min(_QUERIES, _SCORES // max(1, scores)))
 
 
-def score_bytes(heads: int, context: int) -> int:
+def score_bytes(heads: int, keys: int) -> int:
     """Return an upper bound of the bytes that `choose` needs for scores: twice the products."""
-    return 2 * 4 * heads * context * _queries(heads * context)
+    return 2 * 4 * heads * keys * _queries(heads * keys)
 
 
 def pool_keys(cache: torch.Tensor, slots: torch.Tensor, places: torch.Tensor) -> None:
@@ -75,7 +75,7 @@ def choose(
         keys = cache[rows.block_tables[row, : -(-context // cache.shape[1])]].flatten(0, 2)[:context]
         keys = keys[pool - 1 :: pool, : q.shape[2]].float()
         ends = torch.arange(context, device=q.device)[pool - 1 :: pool]
-        most = _queries(q.shape[1] * context)
+        most = _queries(q.shape[1] * len(keys))
         for first in range(start, end, most):
             last = min(first + most, end)
             # rows that fill up a captured step have no context
