@@ -116,6 +116,9 @@ def test_every_cut_of_the_prompt(cut: int, folder: Path) -> None:
         ({"hc_eps": 1e-2}, 1e-4),
         ({"rms_norm_eps": 1e-2}, 1e-4),
         ({"routed_scaling_factor": 1.0}, 1e-3),
+        ({"norm_topk_prob": False}, 1e-3),
+        ({"attention_bias": True}, 1e-3),
+        ({"linear_conv_kernel_dim": 2}, 1e-3),
     ],
     ids=str,
 )
@@ -237,6 +240,7 @@ def test_a_published_description() -> None:
         ({"linear_attn_config": {"num_heads": 1, "head_dim": 8, "short_conv_kernel_size": 17}}, "it must be 1 to 16"),
         ({"linear_attn_config": None, "linear_lower_bound": 1.0, **dict.fromkeys(("linear_num_heads", "linear_head_dim",
           "linear_conv_kernel_dim"), 4)}, "lower bound of decays is 1.0"),
+        ({"linear_attn_config": LINEAR | {"gate_lower_bound": 0.0}}, "lower bound of decays is 0.0"),
         ({"q_lora_rank": None}, "without q_lora_rank is not implemented"),
         ({"scoring_func": "softmax"}, "scoring_func is 'softmax'; implemented: sigmoid"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; implemented: silu"),
@@ -264,7 +268,7 @@ def test_a_flat_config_is_text() -> None:
         ("swiglu_limit", 7.0, "swiglu_clamp_exp is 7.0; implemented: 10.0"),
         ("index_kpool_always_select_tail", False, "kpool_select_tail is False; implemented: True"),
         ("index_kpool", 3, "pooled by 3 are not implemented"),
-        ("linear_lower_bound", -1e6, "lower bound of decays is"),
+        ("linear_lower_bound", 0.0, "lower bound of decays is 0.0"),
         ("indexer_types", ["full"], "indexer types are given for 1 of 2 layers"),
     ],
 )

@@ -58,10 +58,6 @@ class Glm5NextConfig(KimiLinearConfig):
             raise UnsupportedModelError(f"index keys pooled by {pool} are not implemented; implemented: {_POOLS}")
         if top % pool != pool - 1 or top < pool:
             raise InvalidFileError(f"index_topk {top - pool + 1} is not a multiple of index_kpool {pool}")
-        if not _LEAST_BOUND <= self.decay_bound <= 0:
-            raise InvalidFileError(
-                f"the lower bound of decays is {self.decay_bound}; it must be below 0, and at least {_LEAST_BOUND}"
-            )
         if not self.q_rank:
             raise UnsupportedModelError("latent attention without q_lora_rank is not implemented for this model")
         latent = [layer for layer in range(self.num_layers) if layer not in self.delta_layers]
@@ -110,7 +106,17 @@ def _bound(fields: Fields, nested: Fields) -> float:
     given = fields.values.get(f"{fields.prefix}linear_lower_bound", -5.0)
     given = nested.values.get("gate_lower_bound", given)
     safe = nested.get("safe_gate", bool, True) if nested.values else False
-    return Fields({"gate_lower_bound": given}, fields.path).get("gate_lower_bound", float, -5.0 if safe else 0.0)
+    return _checked_bound(Fields({"gate_lower_bound": given}, fields.path), "gate_lower_bound", -5.0 if safe else None)
+
+
+def _checked_bound(fields: Fields, key: str, usual: float | None = None) -> float:
+    """A lower bound of the logs of decays, below 0; 0 without the key, if `usual` is None."""
+    bound = fields.get(key, float, usual)
+    if bound is not None and not _LEAST_BOUND <= bound < 0:
+        raise InvalidFileError(
+            f"{fields.path}: the lower bound of decays is {bound}; it must be below 0, and at least {_LEAST_BOUND}"
+        )
+    return bound or 0.0
 
 
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> Glm5NextConfig:
@@ -134,7 +140,7 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> Glm5NextConfig:
         full=[bool(kind) for kind in full],
         index=tuple(fields.count(at + key) for key in ("head_count", "key_length", "top_k", "kpool")),
         streams=(count, rounds, fields.get(f"{stream}epsilon", float)),
-        decay_bound=fields.get("kda.gate_lower_bound", float, 0.0),
+        decay_bound=_checked_bound(fields, "kda.gate_lower_bound"),
     )
 
 
