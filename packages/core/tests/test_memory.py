@@ -412,7 +412,7 @@ def test_the_memory_for_all_of_a_context_counts_larger_pools(mib: int) -> None:
 
 def test_layers_without_a_window_have_a_page_for_each_block() -> None:
     config = EngineConfig(model="m")
-    for specs in ((PagedSpec(2, 4, 4),) * 2, (PagedSpec(1, 8, 0, 8), PagedSpec(1, 8, 0))):
+    for specs in ((PagedSpec(2, 4, 4),) * 2, (PagedSpec(1, 8, 0), PagedSpec(1, 8, 0))):
         model: Any = SimpleNamespace(max_position=4096, num_layers=2, cache_specs=specs)
         plans = [plan_cache(config, model, two, 4, Room(1 << 34, 0.5), rows=rows) for rows in (0, 64)]
         assert plans[0] == plans[1]

@@ -82,7 +82,10 @@ LLAMA_CPP = (
     "Jamba dense",
     "GLM-5.3-Flash pools",
 )  # refused for its sake: see `test_gguf_families.py`
-UNKNOWN = ("OLMo Hybrid", "OLMo Hybrid turned", "GPT-Neo", "GPT-J", "OPT", "OPT-350m")  # to llama.cpp
+UNKNOWN = (  # to llama.cpp, and DeepSeek V4, whose GGUF files are not read
+    *("OLMo Hybrid", "OLMo Hybrid turned", "GPT-Neo", "GPT-J", "OPT", "OPT-350m"),
+    *("DeepSeek-V4", "DeepSeek-V4 other sizes"),
+)
 WRITTEN = [name for name in ROWS if name not in UNSAYABLE and name not in (*LLAMA_CPP, *UNKNOWN)]
 CHANGES = {  # as llama.cpp wants it
     "GLM-4 chat": {"hidden_size": 128},

@@ -128,7 +128,9 @@ def test_weights_and_heads_lie_on_the_nodes_of_their_ranks(
     monkeypatch.setattr(placement, "plan_ranks", lambda *_: two_sockets(bound))
     made: list[Any] = []
     caches = recorded_runner._caches
-    monkeypatch.setattr(recorded_runner, "_caches", lambda *given: made.append(caches(*given)) or made[-1])
+    monkeypatch.setattr(
+        recorded_runner, "_caches", lambda *given, **more: made.append(caches(*given, **more)) or made[-1]
+    )
     with caplog.at_level(logging.INFO):
         assert numbers(model, threads=4) == alone
     assert "2 CPU ranks: 2 of 4 threads on node 0 (CPUs " in caplog.text

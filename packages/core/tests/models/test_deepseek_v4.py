@@ -158,7 +158,8 @@ def test_what_a_token_takes_in_the_cache() -> None:
         ({"compress_rate_hca": 1 << 20}, InvalidFileError, "groups of 1048576 tokens"),
         ({"compress_rates": {"heavily_compressed_attention": "x"}}, InvalidFileError, "not whole numbers"),
         ({"mlp_layer_types": ["dense"] * 43}, UnsupportedModelError, "mlp_layer_types other than hash_moe and moe"),
-        ({"o_groups": 7}, InvalidFileError, "64 heads cannot be divided into 7 output groups"),
+        ({"o_groups": 7}, InvalidFileError, "64 heads cannot be divided into 7 groups"),
+        ({"o_groups": 128}, InvalidFileError, "o_groups is 128; it must be 1 to 64"),
         ({"hc_mult": 17}, InvalidFileError, "at most 16 streams"),
         ({"hc_sinkhorn_iters": 1000}, InvalidFileError, "100 rounds"),
         ({"hc_eps": 0.0}, InvalidFileError, "hc_eps is 0.0"),
@@ -198,7 +199,7 @@ def test_weights_as_they_are_published(folder: Path, tmp_path: Path) -> None:
     for name, weight in load_file(folder / "model.safetensors").items():
         for old, new in PUBLISHED:
             name = name.replace(old, new)
-        quantised = weight
+        quantised, block = weight, (1, 1)
         if ".experts." in name:
             rows, columns = weight.shape
             quantised = torch.randint(-128, 128, (rows, columns // 2), generator=generator, dtype=torch.int8)

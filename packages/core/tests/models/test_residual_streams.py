@@ -24,7 +24,6 @@ from candle_vllm.core.models.residual_streams import HyperConnection, StreamCopi
 from packages.core.tests.layers.test_dense_parts import InMemory
 
 SIZE, TOKENS, EPS = 48, 7, 1e-5
-NAMES = {DeepseekV4HyperHead: ("hc_fn", "hc_base", "hc_scale")}
 
 
 def theirs(kind: Any, count: int, rounds: int) -> Any:
@@ -38,7 +37,8 @@ def theirs(kind: Any, count: int, rounds: int) -> Any:
 
 
 def filled(layer: Any, module: torch.nn.Module) -> Any:
-    names = NAMES.get(type(module), ("fn", "base", "scale"))
+    prefix = "hc_" if isinstance(module, DeepseekV4HyperHead) else ""
+    names = [prefix + name for name in ("fn", "base", "scale")]
     parameters = {**{f"fn.{name}": each for name, each in layer.fn.parameters().items()}, **layer.parameters()}
     for (name, parameter), own in zip(parameters.items(), names, strict=True):
         values = getattr(module, own).detach().numpy()

@@ -184,7 +184,7 @@ def test_architectures_that_are_not_built_name_the_page() -> None:
     text = PAGE.read_text()
     assert [name for name in NOT_BUILT if f"`{name}`" not in text] == []
     with pytest.raises(UnsupportedModelError, match=r"docs/models\.md lists what is missing; implemented:"):
-        read({"architectures": ["DeepseekV4ForCausalLM"]})
+        read({"architectures": ["RWKV7ForCausalLM"]})
 
 
 @pytest.mark.parametrize("name", ["Mamba 2", "Falcon Mamba"])

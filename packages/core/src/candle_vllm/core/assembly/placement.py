@@ -246,9 +246,8 @@ def recording_obstacle(checkpoint: Checkpoint, model: ModelConfig, block_size: i
     if obstacle is not None:
         return obstacle
     if model.compresses:
-        sizes = {model.head_dim, *(() if model.index is None else (model.index.rope + model.index.latent,))}
-        odd = next((size for size in sizes if size % 16), None)
-        return None if odd is None else f"attention to compressed entries of {odd} elements has no kernel"
+        sizes = model.head_dim, 0 if model.index is None else model.index.rope + model.index.latent
+        return f"compressed entries of {sizes} elements have no kernel" if any(n % 16 for n in sizes) else None
     from candle_vllm.core.kernels.attention.cpu_cache import supported
     from candle_vllm.core.kernels.latent_attention import layout
 

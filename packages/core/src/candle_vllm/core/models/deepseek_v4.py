@@ -68,6 +68,7 @@ class HashMLP(SparseMLP):
 
     def leave_to_host(self, placement: Placement) -> None:
         """See `SparseMLP.leave_to_host`; raise `ConfigError`, because the CPU's steps of experts have no token ids."""
+        del placement
         raise ConfigError("experts that are chosen by token id stay on the GPU: leave cpu_experts out", "cpu_experts")
 
     def _routing(self) -> moe.Routing:

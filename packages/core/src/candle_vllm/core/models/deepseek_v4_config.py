@@ -62,8 +62,6 @@ class DeepseekV4Config(ModelConfig):
                 refused = f"groups of {ratio} tokens are not implemented: a power of two up to {_MOST_RATIO} is"
         if not self.rope.dim <= min(self.index_size, self.head_dim):
             refused = f"index keys of {self.index_size} elements are smaller than the {self.rope.dim} that rotate"
-        if self.num_heads % self.output_groups or self.output_groups > MOST_GROUPS:
-            refused = f"{self.num_heads} heads cannot be divided into {self.output_groups} output groups"
         if not (1 <= self.streams.count <= MOST_STREAMS and 1 <= self.streams.rounds <= _MOST_ROUNDS):
             refused = f"{self.streams} is out of range: at most {MOST_STREAMS} streams and {_MOST_ROUNDS} rounds"
         if not 0 < self.streams.eps < 1:
@@ -115,6 +113,10 @@ def config_from_hf(fields: Fields, model_type: str) -> DeepseekV4Config:
         "num_key_value_heads": 1,
     }
     refuse_others(fields, usual | {"n_shared_experts": 1, "swiglu_limit": _LIMIT, "n_group": 1, "topk_group": 1})
+    if shared["num_heads"] % (output_groups := fields.count("o_groups", 8, most=MOST_GROUPS)):
+        raise InvalidFileError(
+            f"{fields.path}: {shared['num_heads']} heads cannot be divided into {output_groups} groups"
+        )
     kinds = _kinds(fields, layers)
     rates = {_INDEXED: 4, _HEAVY: 128} | fields.get("compress_rates", dict, {})
     rates |= {_INDEXED: fields.get("compress_rate_csa", int, rates[_INDEXED])}
@@ -141,7 +143,7 @@ def config_from_hf(fields: Fields, model_type: str) -> DeepseekV4Config:
         index_size=fields.count("index_head_dim", 128),
         index_top=fields.count("index_topk", 512),
         index=_index_sizes(fields, ropes[1].dim),
-        output_groups=fields.count("o_groups", 8),
+        output_groups=output_groups,
         output_rank=fields.count("o_lora_rank", 1024),
         streams=Streams(
             count=fields.count("hc_mult", 4),

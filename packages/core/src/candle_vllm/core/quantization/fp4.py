@@ -22,12 +22,11 @@ import numpy as np
 from candle_vllm.core.errors import WeightsError
 from candle_vllm.core.fields import Fields
 from candle_vllm.core.quantization.finding import Found, StoredTensors, layers_with
-from candle_vllm.core.quantization.fp8 import scale_numbers
 from candle_vllm.core.quantization.ggml_blocks import BlockParts, e4m3_codes, put_together
 from candle_vllm.core.quantization.ggml_types import CONTENTS, E2M1_VALUES, GGMLQuantizationType
 from candle_vllm.core.quantization.group_codes import Blocks, GroupCodes, nibbles
 from candle_vllm.core.quantization.scaled_codes import ScaledCodes
-from candle_vllm.core.quantization.stored import CodeSource, FloatSource, LayerTensors, QuantisedTensor, numbers
+from candle_vllm.core.quantization.stored import CodeSource, FloatSource, LayerTensors, QuantisedTensor, floats, numbers
 from candle_vllm.core.quantization.tensors import StoredTensor
 
 METHODS = ("mxfp4",)
@@ -93,7 +92,7 @@ class Nvfp4Source(FloatSource):
 
     def read(self, first: int, last: int) -> ScaledCodes:
         """See `WeightSource.read`; a scale `whole` that divides becomes its reciprocal, rounded to float32."""
-        whole = scale_numbers(self._whole).reshape(1, 1)
+        whole = floats(self._whole).reshape(1, 1)
         with np.errstate(all="ignore"):
             factor = np.float32(1) / whole if self._divided else whole
         columns = 2 * self._packed.shape[1]
@@ -103,7 +102,7 @@ class Nvfp4Source(FloatSource):
     def decode(self, first: int, last: int) -> np.ndarray:
         """See `WeightSource.decode`: the two scales are combined first, as the format demands."""
         scales = self._scales.rows(first, last).load()
-        whole = scale_numbers(self._whole).reshape(-1)[0]
+        whole = floats(self._whole).reshape(-1)[0]
         with np.errstate(all="ignore"):  # a scale of 0 or NaN comes from the file and needs no warning
             scales = scales / whole if self._divided else scales * whole
             values = _codes(self._packed.raw()[first:last]).astype(np.float32)
@@ -120,7 +119,7 @@ class GgufNvfp4Source(FloatSource):
         self._blocks, self._whole, self.span = blocks, whole, blocks.shape[-1]
 
     def read(self, first: int, last: int) -> ScaledCodes:
-        rows, whole = self._blocks.raw(), scale_numbers(self._whole).reshape(-1)
+        rows, whole = self._blocks.raw(), floats(self._whole).reshape(-1)
         blocks = rows[first:last].reshape(last - first, -1, 36)
         packed = blocks[..., 4:].reshape(last - first, -1, 8)  # the first 8 codes of a group are in the lower halves
         codes = np.concatenate([packed & 15, packed >> 4], -1).reshape(last - first, -1)

@@ -20,6 +20,7 @@ import numpy as np
 from candle_vllm.core.errors import InvalidFileError
 from candle_vllm.core.fields import Fields
 from candle_vllm.core.quantization.finding import Found, StoredTensors
+from candle_vllm.core.quantization.fp4 import mxfp4_tensor
 from candle_vllm.core.quantization.scaled_codes import ScaledCodes
 from candle_vllm.core.quantization.stored import FLOATS, FloatSource, LayerTensors, QuantisedTensor, floats
 from candle_vllm.core.quantization.tensors import StoredTensor
@@ -52,13 +53,8 @@ class Fp8Source(FloatSource):
         rows, columns = self._block
         matrix, row = np.divmod(np.arange(first, last), self._height)
         at = matrix * -(-self._height // rows) + row // rows
-        scales = scale_numbers(self._scales).reshape(-1, -(-self._weight.shape[1] // columns))[at]
+        scales = floats(self._scales).reshape(-1, -(-self._weight.shape[1] // columns))[at]
         return ScaledCodes(_NAMES[self._weight.type_name], self._weight.raw()[first:last], scales, columns)
-
-
-def scale_numbers(part: StoredTensor) -> np.ndarray:
-    """Return all stored scales as float32."""
-    return part.load() if part.type_name.startswith("F8") else floats(part)
 
 
 def fp8_tensor(parts: LayerTensors, block: tuple[int, int] | None) -> QuantisedTensor:
@@ -124,8 +120,6 @@ def layers(config: Fields, stored: StoredTensors) -> Found:
             parts = LayerTensors(stored.tensors, name, stored.path)
             yield parts, fp8_experts(parts, block)
         elif name.endswith(".weight") and tensor.type_name == "I8":
-            from candle_vllm.core.quantization.fp4 import mxfp4_tensor  # which imports this module
-
             parts = LayerTensors(stored.tensors, name.removesuffix(".weight"), stored.path)
             yield parts, mxfp4_tensor(parts, ".weight", ".scale")
 

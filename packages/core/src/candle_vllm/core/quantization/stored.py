@@ -286,6 +286,8 @@ def numbers(part: StoredTensor, dtype: type[np.generic]) -> np.ndarray:
 
 def floats(part: StoredTensor, where: Any = ...) -> np.ndarray:
     """Return stored floats, or those at the numpy index `where`, as a float32 array."""
+    if part.type_name.startswith("F8"):
+        return part.load()[where]
     if part.type_name == "BF16":
         return (numbers(part, np.uint16)[where].astype(np.uint32) << 16).view(np.float32)
     kind = np.float16 if part.type_name == "F16" else np.float32

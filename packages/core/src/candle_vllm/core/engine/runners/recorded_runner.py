@@ -115,14 +115,14 @@ class RecordedRunner(StepwiseRunner):
         specs = config.cache_specs
         counts = [(spec, cache_specs.pages_of(spec, windows, num_blocks)) for spec in cache_specs.paged(specs)]
         tokens = [(spec, count * limits.block_size) for spec, count in counts]
-        wide, compresses = (lambda _: 4), config.compresses  # the kernels of compressed entries have float32 caches
-        element_bytes = wide if compresses else lambda key_dim: number_bytes(key_dim, kinds)
+        wide = config.compresses  # the kernels of compressed entries have float32 caches
+        element_bytes = (lambda _: 4.0) if wide else lambda key_dim: number_bytes(key_dim, kinds)
         size = sum(cache_bytes([spec], count, element_bytes) for spec, count in tokens)
         with room_for("the KV cache", size, "kv_cache_memory", _less):
             caches = _caches(
-                *(specs, num_blocks, limits.block_size, None if config.latent or compresses else kinds, limits.ranks),
+                *(specs, num_blocks, limits.block_size, None if config.latent or wide else kinds, limits.ranks),
                 *(room, windows),
-                wide=compresses,
+                wide=wide,
             )
         super().__init__()
         self._recorder = recorder = Recorder(limits, host_isa() if isa is None else isa)
