@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+from transformers.models.deepseek_v4.configuration_deepseek_v4 import DeepseekV4Config as TransformersConfig
 
 from candle_vllm.core import EngineConfig, InferenceEngine, SamplingParams
 from candle_vllm.core.errors import ConfigError, InvalidFileError, UnsupportedModelError, WeightsError
@@ -41,6 +42,7 @@ FLASH: dict[str, Any] = {  # as it is published
     "model_type": "deepseek_v4",
     "compress_ratios": [0, 0, *[4, 128] * 20, 4, 0],
     "compress_rope_theta": 160000,
+    "eos_token_id": 1,
     "hc_eps": 1e-06,
     "hc_mult": 4,
     "hc_sinkhorn_iters": 20,
@@ -134,6 +136,12 @@ def test_a_published_config_is_read() -> None:
     assert config.mixture.scoring == "sqrt_softplus"
 
 
+def test_transformers_reads_a_published_config_so() -> None:
+    theirs = TransformersConfig(**{key: value for key, value in FLASH.items() if key != "architectures"}).to_dict()
+    assert theirs["rope_parameters"]["compress"]["factor"] == 16
+    assert family_from_hf(theirs | {"architectures": FLASH["architectures"]}, PATH, impl="native")[1] == read()
+
+
 def test_what_a_token_takes_in_the_cache() -> None:
     """Rows and inputs of groups within a window of 128 tokens, beside 160 or 32 elements of the logs for each token."""
     specs = read().cache_specs
@@ -212,6 +220,7 @@ def test_weights_as_they_are_published(folder: Path, tmp_path: Path) -> None:
             scales = torch.randint(119, 123, shape, generator=generator, dtype=torch.uint8).view(torch.float8_e8m0fnu)
             stored[name.replace(".weight", ".scale")] = scales
             plain[name] = decoded(decode, quantised, scales, block)
+    stored["mtp.0.norm.weight"] = torch.ones(8)  # a layer that is not loaded
     method = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [32, 32], "scale_fmt": "ue8m0"}
     for to, tensors, more in (("published", stored, {"quantization_config": method}), ("plain", plain, {})):
         (tmp_path / to).mkdir()

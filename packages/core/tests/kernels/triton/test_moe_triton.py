@@ -195,7 +195,7 @@ def test_many_pairs(
 
 @pytest.mark.one_of_each
 @pytest.mark.parametrize("tokens", [5, 40])
-@pytest.mark.parametrize("activation", ["silu", "swiglu_oai", "silu_7"])
+@pytest.mark.parametrize("activation", ["silu", "swiglu_oai", "silu_7", "silu_10"])
 def test_biases(tokens: int, activation: Activation, device: torch.device) -> None:
     """Of plain and of quantised experts; some gates are beyond the limits of gpt-oss and Step."""
     x, gate_up, down, weights, experts = problem(tokens, 4, 2, 64, 40, torch.bfloat16, device)

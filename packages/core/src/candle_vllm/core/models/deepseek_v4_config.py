@@ -200,12 +200,10 @@ def _ropes(fields: Fields, dim: int) -> list[RopeConfig]:
         share = fields.get("partial_rotary_factor", float, 64 / 512)
     else:
         share = fields.count("qk_rope_head_dim") / dim
-    scaling = {
-        k: v for k, v in (fields.section("rope_scaling").values or nested.values).items() if not isinstance(v, dict)
-    }
+    flat = fields.section("rope_scaling").values or nested.values
+    scaling = {key: value for key, value in flat.items() if not isinstance(value, dict)}
     main = {"rope_theta": fields.get("rope_theta", float, 10000.0), "partial_rotary_factor": share}
-    own = {**scaling, "rope_theta": fields.get("compress_rope_theta", float, 160000.0), "partial_rotary_factor": share}
+    own = {"attention_factor": 1.0, **scaling, "partial_rotary_factor": share}  # YaRN's frequencies alone
+    own["rope_theta"] = fields.get("compress_rope_theta", float, 160000.0)
     given = [nested.section(kind).values or other for kind, other in (("main", main), ("compress", own))]
-    found = [rope_from_hf(Fields({"rope_parameters": {**one}}, fields.path), dim, position) for one in given]
-    # Only cosines and sines of YaRN's frequencies are used: its factor is 1 unless the config has another one.
-    return [dataclasses.replace(rope, attention_factor=rope.attention_factor or 1.0) for rope in found]
+    return [rope_from_hf(Fields({"rope_parameters": {**one}}, fields.path), dim, position) for one in given]
