@@ -80,6 +80,7 @@ LLAMA_CPP = (
     "Mamba 2 biases",
     "Mamba biases",
     "Jamba dense",
+    "GLM-5.3-Flash pools",
 )  # refused for its sake: see `test_gguf_families.py`
 UNKNOWN = (  # to llama.cpp, and DeepSeek V4, whose GGUF files are not read
     *("OLMo Hybrid", "OLMo Hybrid turned", "GPT-Neo", "GPT-J", "OPT", "OPT-350m"),

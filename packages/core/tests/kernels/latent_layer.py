@@ -51,6 +51,8 @@ class Layer:
         s = self.sizes
         nope, rope = q.unflatten(-1, (s.heads, -1)).split((s.nope, s.rope), -1)
         latent, key = kv.split((s.latent, s.rope), -1)
+        if not s.rope:
+            return nope, rope, key, norm_reference.rms_norm(latent, self.norm, EPS)
         rope, key = (rotary_reference.rotary(x, positions, self.cos, self.sin) for x in (rope, key.unsqueeze(1)))
         return nope, rope, key.squeeze(1), norm_reference.rms_norm(latent, self.norm, EPS)
 
@@ -70,5 +72,6 @@ SIZES = {
     "small": LatentSizes(heads=4, nope=32, rope=16, latent=32, value=16),
     "odd": LatentSizes(heads=5, nope=48, rope=6, latent=96, value=24),
     "many heads": LatentSizes(heads=40, nope=16, rope=32, latent=64, value=16),
+    "unrotated": LatentSizes(heads=4, nope=48, rope=0, latent=32, value=16),
     "lite": LatentSizes(heads=16, nope=128, rope=64, latent=512, value=128),
 }

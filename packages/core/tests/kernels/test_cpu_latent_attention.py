@@ -57,6 +57,7 @@ class Recorded:
         isa: Isa | None = None,
         threads: int = 1,
         chosen: np.ndarray | None = None,
+        pool: int = 1,
     ) -> None:
         s = layer.sizes
         self.layer, self.blocks = layer, blocks
@@ -67,7 +68,7 @@ class Recorded:
         self.kv = np.full((tokens, s.latent + s.rope + 24), np.nan, np.float32)
         self.out = np.full((tokens, s.heads * s.value + 16), np.nan, np.float32)
         keys, values = packed(layer.k_b, kind), packed(layer.v_b, kind if values_kind is None else values_kind)
-        parts = LatentParts(s, layer.norm, EPS, layer.cos, layer.sin, keys, values, chosen)
+        parts = LatentParts(s, layer.norm, EPS, layer.cos, layer.sin, keys, values, chosen, pool)
         q, kv, out = (Place(address_of(x), x.shape[1]) for x in (self.q, self.kv, self.out))
         record_latent(self.recorder, q, kv, parts, self.cache[:, 1], out, scale=layer.scale)
         self.plan = np.array(self.recorder.plan, np.int64)
@@ -117,6 +118,7 @@ def rounded(layer: Layer) -> Layer:
         pytest.param("odd", Isa.GENERIC, marks=pytest.mark.every_case),
         ("odd", None),
         ("many heads", None),
+        ("unrotated", None),
         ("lite", None),
     ],
 )

@@ -28,7 +28,10 @@ from packages.core.tests.kernels.state_steps import (
 
 
 class Sizes(NamedTuple):
-    """Of a layer: Hk, Hv, Dk, Dv; whether channels decay by themselves, as in Kimi delta attention; or elements."""
+    """Of a layer: Hk, Hv, Dk, Dv; whether channels decay by themselves, as in Kimi delta attention; or elements.
+
+    `least` is the lower bound of the logs of channels' decays.
+    """
 
     key_heads: int
     heads: int
@@ -36,6 +39,7 @@ class Sizes(NamedTuple):
     value_dim: int
     channels: bool = False
     elements: bool = False
+    least: float = 0.0
 
     @property
     def state(self) -> tuple[int, ...]:
@@ -62,7 +66,8 @@ class Sizes(NamedTuple):
         """Gates of the delta rule, or, where the strength is 0, of Mamba 2, or, of elements, Mamba 1."""
         decays = self.state if self.elements else (self.decays,)
         decay = -np.random.default_rng(7).uniform(0.01, 16, decays).astype(np.float32)
-        return DeltaGates(decay, random(8, self.decays), strength, None if strength else random(9, self.strengths))
+        skip = None if strength else random(9, self.strengths)
+        return DeltaGates(decay, random(8, self.decays), strength, skip, self.least if self.channels else 0.0)
 
     def text(self, length: int, seed: int = 0) -> Inputs:
         """Inputs whose gates are anything from shut to open."""
@@ -77,6 +82,7 @@ class Sizes(NamedTuple):
 
 ODD, EVEN = Sizes(2, 6, 19, 21), Sizes(2, 4, 32, 64)
 KIMI, SHARED = Sizes(3, 3, 20, 33, channels=True), Sizes(2, 4, 19, 21, channels=True)
+BOUNDED = KIMI._replace(least=-5.0)
 MAMBA, MAMBAS = Sizes(1, 1, 18, 83, elements=True), Sizes(2, 4, 5, 21, elements=True)
 LENGTHS = (33, 50, 9, 41)
 
@@ -84,7 +90,7 @@ LENGTHS = (33, 50, 9, 41)
 def on_torch(gates: DeltaGates) -> DeltaGates:
     """The gates as tensors."""
     decay, bias, skip = (None if x is None else torch.from_numpy(x) for x in (gates.decay, gates.bias, gates.skip))
-    return DeltaGates(decay, bias, gates.strength, skip)
+    return DeltaGates(decay, bias, gates.strength, skip, gates.least)
 
 
 class Reference:
@@ -180,13 +186,16 @@ def test_the_reference_is_mamba_1_of_transformers(length: int) -> None:
     assert error(last[0].numpy(), state[0].T.numpy()) < 1e-5
 
 
+@pytest.mark.parametrize("sizes", [KIMI, BOUNDED], ids=str)
 @pytest.mark.parametrize("length", [70, 130, 1])
-def test_the_reference_is_kimi_delta_attention_of_transformers(length: int) -> None:
+def test_the_reference_is_kimi_delta_attention_of_transformers(length: int, sizes: Sizes) -> None:
     transformers = pytest.importorskip("transformers.models.kimi_linear.modeling_kimi_linear")
-    inputs, ours = KIMI.text(length), Reference(KIMI, length)
+    inputs, ours = sizes.text(length), Reference(sizes, length)
     found = ours.run(inputs, whole_rows(length), np.arange(length))
     q, k, v, a, b = (torch.from_numpy(x)[None] for x in inputs)
     decay = ours.gates.decay * torch.nn.functional.softplus(a + ours.gates.bias)
+    if sizes.least:
+        decay = sizes.least * torch.sigmoid(-ours.gates.decay * (a + ours.gates.bias))
     for wanted in (transformers.recurrent_kimi_delta_attention, transformers.chunk_kimi_delta_attention):
         results, state = wanted(
             q,
@@ -244,6 +253,7 @@ def close() -> Iterator[list[Compiled]]:
         (EVEN, 33),
         (KIMI, 40),
         (SHARED, 9),
+        (BOUNDED, 9),
         (MAMBA, 40),
         (MAMBAS, 9),
         (Sizes(1, 1, 1, 1), 5),

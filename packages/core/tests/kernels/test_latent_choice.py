@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 from unittest import mock
 
@@ -13,7 +14,7 @@ import torch
 from candle_vllm.core.assembly.placement import recording_obstacle
 from candle_vllm.core.kernels.attention.rows import AttentionRows
 from candle_vllm.core.kernels.latent_attention import head_linear, latent_attention, latent_write
-from candle_vllm.core.kernels.latent_attention.reference import choose
+from candle_vllm.core.kernels.latent_attention.reference import choose, pool_keys
 from packages.core.tests.kernels.latent_layer import SIZES, Layer, error, random
 
 pytest.importorskip("numba")
@@ -69,25 +70,73 @@ def test_the_largest_scores_are_chosen_and_of_equal_ones_the_first() -> None:
     assert early[3].tolist() == [0, 1, 2] + [3] * (TOP - 3)
 
 
-class Index:
-    """A recorded index whose heads do not rotate."""
+GROUP, GROUPS = 4, 16  # positions of a group, and the groups that a token attends to
 
-    def __init__(self, heads: int, threads: int) -> None:
-        tokens, blocks, self.heads = 400, 64, heads
+
+def pooled_by_hand(rows: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """Keys [groups, D] of the whole groups of rows [T, 2 D]."""
+    keys, gates = rows[: len(rows) // GROUP * GROUP].unflatten(0, (-1, GROUP)).chunk(2, -1)
+    return torch.stack([sum((gate + places).softmax(0) * key) for key, gate in zip(keys, gates)])  # type: ignore[misc]
+
+
+def groups_by_hand(q: torch.Tensor, pooled: torch.Tensor, weights: torch.Tensor, position: int) -> list[int]:
+    whole = (position + 1) // GROUP
+    scores = ((q @ pooled[:whole].T).relu() * weights[:, None]).sum(0)
+    best = scores.sort(descending=True, stable=True).indices[:GROUPS].sort().values
+    return [*(best[:, None] * GROUP + torch.arange(GROUP)).flatten().tolist(), *range(whole * GROUP, position + 1)]
+
+
+def pooled_inputs(heads: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries, rows of keys and gates, weights, and the vectors of places in a group."""
+    q, rows = random(tokens, heads, DIM, seed=5).bfloat16().float(), random(tokens, 2 * DIM, seed=6).bfloat16().float()
+    return q, rows, random(tokens, heads, seed=7), random(GROUP, DIM, seed=8)
+
+
+def test_groups_are_chosen_by_pooled_keys() -> None:
+    """In a prompt of two steps, of which the first ends within a group; `top` groups or fewer are all attended to."""
+    q, rows, weights, places = pooled_inputs(16, 300)
+    table, top = torch.randperm(19, generator=torch.Generator().manual_seed(0)), GROUPS * GROUP + GROUP - 1
+    cache, slots = torch.full((19, 16, 1, 2 * DIM), torch.nan), torch.arange(300)
+    slots, pooled = table[slots // 16] * 16 + slots % 16, pooled_by_hand(rows, places)
+    for start, end in ((0, 201), (201, 300)):
+        cache.flatten(0, 2)[slots[start:end]] = rows[start:end]
+        pool_keys(cache, slots[start:end], places)
+        at = AttentionRows((0, end - start), (end,), table[None])
+        found = choose(q[start:end], weights[start:end], cache, at, top, GROUP)
+        assert found is not None
+        for n in range(start, end):
+            wanted = groups_by_hand(q[n], pooled, weights[n], n)
+            assert found[n - start, : len(wanted)].tolist() == wanted
+            assert (found[n - start] <= n).all()
+    assert torch.allclose(cache.flatten(0, 2)[slots[GROUP - 1 :: GROUP], :DIM], pooled, atol=1e-6)
+    at = AttentionRows((0, top), (top,), table[None])
+    assert choose(q[:top], weights[:top], cache, at, top, GROUP) is None
+
+
+class Index:
+    """A recorded index whose heads do not rotate; with `pool`, its keys are pooled."""
+
+    def __init__(self, heads: int, threads: int, *, pool: torch.Tensor | None = None) -> None:
+        tokens, blocks, self.heads, width = 400, 64, heads, DIM if pool is None else 2 * DIM
         self.recorder = Recorder(StepLimits(tokens, 4, 1, 32, BLOCK, threads), host_isa())
-        self.cache = np.full(cache_shape(blocks, BLOCK, 2, DIM), 0x7FC0, np.int16)
-        self.q, self.key = np.zeros((tokens, heads * DIM), np.float32), np.zeros((tokens, DIM), np.float32)
+        self.cache = np.full(cache_shape(blocks, BLOCK, 2, width), 0x7FC0, np.int16)
+        self.q, self.key = np.zeros((tokens, heads * DIM), np.float32), np.zeros((tokens, width), np.float32)
         self.weights, cos = np.zeros((tokens, heads), np.float32), np.ones((512, 8), np.float32)
         sizes = LatentSizes(heads=heads, nope=DIM - 16, rope=16, latent=DIM - 16, value=0)
         parts = LatentParts(sizes, cos[0], 1e-6, cos, 0 * cos, (), ())
+        self.inputs, self.top = inputs(heads, 400, 5), TOP
+        if pool is not None:
+            sizes = LatentSizes(heads=heads, nope=DIM, rope=0, latent=2 * DIM, value=0)
+            parts = dataclasses.replace(parts, sizes=sizes, pool=len(pool), places=pool.numpy())
+            self.inputs, self.top = pooled_inputs(heads, 400)[:3], GROUPS * GROUP + GROUP - 1
         places = [Place(address_of(x), x.shape[1]) for x in (self.q, self.key, self.weights)]
-        self.positions = record_choice(self.recorder, *places, parts, self.cache[:, 1], TOP)
+        self.positions = record_choice(self.recorder, *places, parts, self.cache[:, 1], self.top)
         self.plan = np.array(self.recorder.plan, np.int64)
 
     def run(self, team: ThreadTeam, step: list[tuple[range, int, int]]) -> np.ndarray:
-        """Positions [T, TOP] for a step of (table, first token, tokens) of sequences of the same inputs."""
+        """Positions [T, top] for a step of (table, first token, tokens) of sequences of the same inputs."""
         arrays, at = self.recorder.arrays, 0
-        q, keys, weights = inputs(self.heads, 400, 5)
+        q, keys, weights = self.inputs
         for row, (table, start, count) in enumerate(step):
             here, places = slice(at, at + count), np.arange(start, start + count)
             arrays.block_tables[row, : len(table)] = table
@@ -99,7 +148,7 @@ class Index:
             at += count
         arrays.numbers[StepNumber.TOKENS], arrays.numbers[StepNumber.SEQUENCES] = at, len(step)
         team.run(self.plan, self.recorder.num_rows)
-        return self.positions.reshape(-1, TOP)[:at].copy()
+        return self.positions.reshape(-1, self.top)[:at].copy()
 
 
 @pytest.mark.parametrize("heads", [16, 80])
@@ -120,6 +169,69 @@ def test_the_cpu_chooses_the_same(heads: int) -> None:
         found = index.run(team, [(first, 100, 3), (second, 390, 10)])
         assert np.array_equal(found, everything[[*range(100, 103), *range(390, 400)]])
         team.close()
+
+
+@pytest.mark.parametrize("heads", [16, 80])
+def test_the_cpu_chooses_the_same_groups(heads: int) -> None:
+    """From the pooled keys in its cache, which are rounded; the same for any cut of a prompt."""
+    q, rows, weights, places = pooled_inputs(heads, 400)
+    team, index, first, second = ThreadTeam(2), Index(heads, 2, pool=places), range(25), range(60, 35, -1)
+    everything = index.run(team, [(first, 0, 400)])
+    team.close()
+    ends = torch.from_numpy(index.cache[:, 1].reshape(-1, 2 * DIM).copy()).view(torch.bfloat16)[GROUP - 1 : 400 : GROUP]
+    pooled = ends[:, :DIM].float()
+    assert error(pooled, pooled_by_hand(rows, places)) < 5e-3
+    assert torch.equal(ends[:, DIM:].float(), rows[GROUP - 1 :: GROUP, DIM:])
+    least = (GROUPS + 1) * GROUP - 1  # the first position before which there are more groups
+    for n in range(least, 400):
+        wanted = groups_by_hand(q[n], pooled, weights[n], n)
+        assert everything[n, : len(wanted)].tolist() == wanted
+    for threads in (1, 3):
+        team, index = ThreadTeam(threads), Index(heads, threads, pool=places)
+        index.run(team, [(second, 0, 203)])
+        found = [index.run(team, [(first, 0, 101), (second, 203, 187)])]
+        found += [index.run(team, [(first, 101 + n, 1), (second, 390 + n, 1)]) for n in range(10)]
+        team.close()
+        chosen = [(row, at) for row, at in zip(found[0], (*range(101), *range(203, 390))) if at >= least]
+        chosen += [(row, at + n) for n, got in enumerate(found[1:]) for row, at in zip(got, (101, 390))]
+        for row, at in chosen:
+            count = GROUPS * GROUP + (at + 1) % GROUP
+            assert np.array_equal(row[:count], everything[at, :count])
+
+
+@pytest.mark.parametrize("name", ["odd", "unrotated"])
+def test_attention_to_chosen_groups(name: str) -> None:
+    """The number of attended positions grows by one within a group, and falls where a group is whole."""
+    layer, tokens, top = rounded(Layer(SIZES[name])), 400, 300 * GROUP // 4 + GROUP - 1
+    generator, most = torch.Generator().manual_seed(3), top // GROUP
+    positions, hidden = torch.zeros(tokens, top, dtype=torch.int64), torch.ones(tokens, tokens, dtype=torch.bool)
+    for p in range(tokens):
+        groups = torch.randperm((p + 1) // GROUP, generator=generator)[:most].sort().values
+        picked = [*(groups[:, None] * GROUP + torch.arange(GROUP)).flatten(), *range((p + 1) // GROUP * GROUP, p + 1)]
+        positions[p, : len(picked)] = torch.tensor(picked)
+        hidden[p, picked] = False
+    q, kv = layer.inputs(tokens, seed=9)
+    nope, rope, key, latent = layer.split(q, kv, torch.arange(tokens))
+    cache = torch.zeros(25, 16, 1, layer.sizes.rope + layer.sizes.latent)
+    latent_write(key, latent, cache, torch.arange(tokens))
+    rows, queries = AttentionRows((0, tokens), (tokens,), torch.arange(25)[None]), head_linear(nope, layer.k_b)
+    mixed = latent_attention(rope, queries, cache, rows, scale=layer.scale, chosen=positions, pool=GROUP)
+    wanted = head_linear(mixed, layer.v_b).flatten(1)
+    scores = torch.einsum("qhd,kd->qhk", torch.cat([rope, queries], -1), torch.cat([key, latent], -1)) * layer.scale
+    dense = torch.einsum("qhk,kl->qhl", scores.masked_fill(hidden[:, None], -torch.inf).softmax(-1), latent)
+    assert error(wanted, head_linear(dense, layer.v_b).flatten(1)) < 1e-5
+    found = []
+    for threads, cut in ((1, tokens), (3, tokens - 2)):
+        team, buffer = ThreadTeam(threads), np.zeros((tokens, top), np.int32)
+        recorded = Recorded(layer, tokens=tokens, threads=threads, chosen=buffer, pool=GROUP)
+        parts = []
+        for start, end in ((0, cut), (cut, tokens)):
+            buffer[: end - start] = positions[start:end]
+            parts += [recorded.run(team, [([*range(25)], start, q[start:end], kv[start:end])])] if end > start else []
+        found.append(torch.cat(parts))
+        team.close()
+    assert torch.equal(*found)
+    assert error(found[0], wanted) < TOLERANCE
 
 
 @pytest.mark.parametrize("name", ["odd", "many heads"])

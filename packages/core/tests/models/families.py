@@ -481,6 +481,41 @@ KIMI_LINEAR = {
     "moe_intermediate_size": 32,
     "routed_scaling_factor": 1.7,
 }
+GLM5_NEXT = {  # a choice of 6 groups of 4 positions, and up to 3 more positions
+    "num_key_value_heads": 4,
+    "layer_types": ["linear_attention", "indexed_attention"],
+    "indexer_types": ["full", "full"],
+    "mlp_layer_types": ["dense", "sparse"],
+    "q_lora_rank": 64,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 32,
+    "v_head_dim": 24,
+    "linear_head_dim": 32,
+    "linear_num_heads": 4,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "n_shared_experts": 2,
+    "moe_intermediate_size": 32,
+    "routed_scaling_factor": 1.7,
+    "index_n_heads": 16,
+    "index_head_dim": 32,
+    "index_topk": 24,
+    "index_kpool": 4,
+}
+GLM5_NEXT_POOLS = {  # groups of 16, a shared choice, decays without a bound, two streams, groups of experts
+    "num_hidden_layers": 4,
+    "layer_types": ["linear_attention", "indexed_attention", "indexed_attention", "linear_attention"],
+    "indexer_types": ["full", "full", "shared", "full"],
+    "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"],
+    "index_topk": 32,
+    "index_kpool": 16,
+    "linear_lower_bound": None,
+    "linear_num_heads": 2,
+    "hc_mult": 2,
+    "hc_sinkhorn_iters": 3,
+    "n_group": 4,
+    "topk_group": 2,
+}
 NEMOTRON_BIASES = {"mlp_bias": True, "use_bias": True, "use_conv_bias": False}
 GRANITE_MAMBA_MOE = {
     "num_local_experts": 6,
@@ -866,6 +901,8 @@ ROWS: Mapping[str, Row] = {
     "Jamba dense": Row(
         "jamba", JAMBA | {"num_experts": 1, "mamba_proj_bias": True, "tie_word_embeddings": True}, common=False
     ),
+    "GLM-5.3-Flash": Row("glm5_next_text", GLM5_NEXT, "glm5-next", undecided=0.2, common=False),
+    "GLM-5.3-Flash pools": Row("glm5_next_text", GLM5_NEXT | GLM5_NEXT_POOLS, undecided=0.2, common=False),
     "Kimi Linear": Row("kimi_linear", KIMI_LINEAR, "kimi-linear", undecided=0.1),
     "Nemotron-H biases": Row("nemotron_h", NEMOTRON_H | NEMOTRON_BIASES, common=False),
     "OLMo": Row("olmo", {"hidden_size": 128}, "olmo", common=False),
@@ -972,6 +1009,7 @@ TOWERS: Mapping[str, str] = {
     "Gemma3nForConditionalGeneration": "Gemma3nForCausalLM",
     "Gemma4ForConditionalGeneration": "Gemma4ForCausalLM",
     "Gemma4UnifiedForConditionalGeneration": "Gemma4UnifiedForCausalLM",
+    "Glm5NextForConditionalGeneration": "Glm5NextForCausalLM",
     "GotOcr2ForConditionalGeneration": "Qwen2ForCausalLM",
     "Llama4ForConditionalGeneration": "Llama4ForCausalLM",
     "Mistral3ForConditionalGeneration": "Ministral3ForCausalLM",

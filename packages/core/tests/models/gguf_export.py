@@ -44,7 +44,9 @@ def export_gguf(folder: Path, path: Path, architecture: str, *, quantization: st
         tensors.pop("lm_head.weight", None)
     tensors = CONVERTERS.get(architecture, _plain)(writer, config, tensors)
     near = MODEL_ARCH.DOTS1  # of an architecture that the package does not know yet
-    known = {"deepseek32": "glm-dsa"}.get(architecture, architecture.removesuffix("-assistant"))
+    known = {"deepseek32": "glm-dsa", "glm5-next": "kimi-linear"}.get(
+        architecture, architecture.removesuffix("-assistant")
+    )
     arch = next((arch for arch, name in MODEL_ARCH_NAMES.items() if name == known), near)
     names = get_tensor_name_map(MODEL_ARCH(arch), config["num_hidden_layers"] + 1)  # there may be one behind the last
     for name, data in tensors.items():
@@ -854,6 +856,40 @@ def _kimi_linear(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors
     return found
 
 
+def _glm5_next(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
+    """Kimi Linear's layers with a bound of decays, pooled index keys and residual streams."""
+    layers, arch = config["num_hidden_layers"], writer.arch
+    kinds = ["full_attention" if kind == "indexed_attention" else kind for kind in config["layer_types"]]
+    dense = config["mlp_layer_types"].count("dense")
+    made = _kimi_linear(writer, {**config, "layer_types": kinds, "first_k_dense_replace": dense}, tensors)
+    writer.add_layer_norm_eps(1e-6)
+    writer.add_indexer_head_count(config["index_n_heads"])
+    writer.add_indexer_key_length(config["index_head_dim"])
+    writer.add_indexer_top_k(config["index_topk"])
+    writer.add_uint32(f"{arch}.attention.indexer.kpool", config["index_kpool"])
+    writer.add_bool(f"{arch}.attention.indexer.kpool_select_tail", config["index_kpool_always_select_tail"])
+    writer.add_array(f"{arch}.attention.indexer.types", [kind == "full" for kind in config["indexer_types"]])
+    writer.add_float32(f"{arch}.kda.gate_lower_bound", config["linear_lower_bound"])
+    writer.add_uint32(f"{arch}.hyper_connection.count", config["hc_mult"])
+    writer.add_uint32(f"{arch}.hyper_connection.sinkhorn_iterations", config["hc_sinkhorn_iters"])
+    writer.add_float32(f"{arch}.hyper_connection.epsilon", config["hc_eps"])
+    for key in ("swiglu_clamp_exp", "swiglu_clamp_shexp"):
+        writer.add_array(f"{arch}.{key}", [config["swiglu_limit"]] * layers)
+    ends = {"wk": "indexer.attn_k", "weights_proj": "indexer.proj", "wq_b": "indexer.attn_q_b"}
+    ends |= {"k_norm": "indexer.k_norm", "index_kpool_compress_ape": "indexer_compressor_ape"}
+    ends |= {"index_kpool_compress_gate": "indexer_compressor_gate"}
+    found: Tensors = {}
+    for name, data in made.items():
+        _, _, layer, *rest = [*name.split("."), "", "", ""]
+        part = next((rest[n] for n, each in enumerate(rest) if each in ends and "indexer" in rest), None)
+        if part is not None:
+            name = f"blk.{layer}.{ends[part]}.{'bias' if name.endswith('bias') else 'weight'}"
+        elif ".hc_" in name:
+            name = f"blk.{layer}.{name.split('.')[-1]}.weight"
+        found[name] = data
+    return found
+
+
 def _olmo(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
     """Norms without weights, the clip of q, k and v, and rows of q and k in pairs of neighbours."""
     writer.add_layer_norm_eps(1e-5)
@@ -1255,6 +1291,7 @@ CONVERTERS: Mapping[str, Convert] = {
     "falcon-h1": _falcon_h1,
     "mamba2": _mamba2,
     "kimi-linear": _kimi_linear,
+    "glm5-next": _glm5_next,
     "nemotron_h": _nemotron_h,
     "nemotron_h_moe": _nemotron_h,
     "lfm2": _lfm2,

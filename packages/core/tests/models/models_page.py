@@ -32,6 +32,7 @@ BEGIN, END = "<!-- table of families: begin -->", "<!-- table of families: end -
 TYPES_BEGIN, TYPES_END = "<!-- causal types of transformers: begin -->", "<!-- causal types of transformers: end -->"
 LEFT_OUT = {  # by transformers
     "deepseek_ocr2_text": "DeepseekOcr2ForCausalLM",
+    "glm5_next_text": "Glm5NextForCausalLM",
     "mistral4": "Mistral4ForCausalLM",
     "muse_glimmer_text": "MuseGlimmerForCausalLM",
     "step3p5": "Step3p5ForCausalLM",

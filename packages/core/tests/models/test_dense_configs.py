@@ -84,6 +84,7 @@ ABSENT = [
     ("GLM-5", "routed_scaling_factor"),
     ("GLM-4.7-Flash", "routed_scaling_factor"),
     ("Kimi Linear", "routed_scaling_factor"),
+    *(("GLM-5.3-Flash", key) for key in ("routed_scaling_factor", "linear_lower_bound", "hc_sinkhorn_iters")),
     ("Hy3", "router_scaling_factor"),
     ("Llama-4", "rope_parameters"),
     ("gpt-oss", "rope_parameters"),

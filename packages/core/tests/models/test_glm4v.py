@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""GLM-4V, GLM-OCR and PaddleOCR-VL of random weights: towers and logits against transformers, files, sizes."""
+"""GLM-4V, GLM-OCR, GLM-5.3-Flash, PaddleOCR-VL of random weights: towers, logits against transformers, files, sizes."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 from transformers.models.glm4v.image_processing_pil_glm4v import Glm4vImageProcessorPil
+from transformers.models.glm5_next.image_processing_pil_glm5_next import Glm5NextImageProcessorPil
 from transformers.models.paddleocr_vl.image_processing_pil_paddleocr_vl import PaddleOCRVLImageProcessorPil
 
 from candle_vllm.core import InferenceEngine
 from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
 from candle_vllm.core.fields import Fields, read_json
-from candle_vllm.core.models import glm4v_tower, paddleocr_tower
+from candle_vllm.core.models import glm4v_tower, glm5_next_tower, paddleocr_tower
 from candle_vllm.core.models.registry import family_from_hf
 from packages.core.tests.models.families import ROWS
 from packages.core.tests.models.sight import (
@@ -60,6 +61,7 @@ TEXTS: dict[str, dict[str, Any]] = {
     "glm4v_moe": {"partial_rotary_factor": 0.5, "mrope_section": [1, 2, 1]},
     "glm_ocr": {"mrope_section": [2, 3, 3]},
     "paddleocr_vl": {"mrope_section": [3, 2, 3]},
+    "glm5_next": {},
 }
 """Rotary settings of the text models."""
 PROCESSOR = {
@@ -67,7 +69,13 @@ PROCESSOR = {
     "patch_size": 4, "merge_size": 2, "temporal_patch_size": 2, "image_mean": [0.48145466, 0.4578275, 0.40821073],
     "image_std": [0.26862954, 0.26130258, 0.27577711],
 }  # fmt: skip
-PROCESSORS = (PROCESSOR, PROCESSOR | {"size": {"shortest_edge": 256, "longest_edge": 1600}, "temporal_patch_size": 1})
+GLM5_NEXT = {key: value for key, value in PROCESSOR.items() if key != "size"} | {
+    "image_processor_type": "Glm5NextImageProcessor", "min_image_tokens": 5, "max_image_tokens": 24,
+}  # fmt: skip
+PROCESSORS = {
+    "paddleocr_vl": PROCESSOR | {"size": {"shortest_edge": 256, "longest_edge": 1600}, "temporal_patch_size": 1},
+    "glm5_next": GLM5_NEXT,
+}
 NAMED_OTHERWISE = {"num_hidden_layers": 3, "num_attention_heads": 2, "hidden_act": "gelu_pytorch_tanh"}
 """Keys of PaddleOCR-VL's `vision_config`."""
 
@@ -99,10 +107,12 @@ def prompts(folder: Path) -> list[Any]:
 def write(folder: Path, kind: str, **vision: Any) -> Path:
     rope = {"rope_type": "default", "rope_theta": 1e4, **TEXTS[kind]}
     more = EXPERTS if kind == "glm4v_moe" else {"head_dim": 16} if kind in ("glm_ocr", "paddleocr_vl") else {}
+    if kind == "glm5_next":
+        rope, more, vision = {}, ROWS["GLM-5.3-Flash"].config, {"projection_intermediate_size": 96} | vision
     own = {"attention_bias": True} if kind == "glm46v" else NAMED_OTHERWISE if kind == "paddleocr_vl" else {}
     config = AutoConfig.for_model(
         kind,
-        text_config=dict(SMALL) | more | {"rope_parameters": rope},
+        text_config=dict(SMALL) | more | ({"rope_parameters": rope} if rope else {}),
         vision_config=TOWER | own | vision,
         image_token_id=PAD, video_token_id=VIDEO, image_start_token_id=START, image_end_token_id=END,
         tie_word_embeddings=False,
@@ -112,7 +122,7 @@ def write(folder: Path, kind: str, **vision: Any) -> Path:
         inner = model.model
         (inner.projector.linear_2 if kind == "paddleocr_vl" else inner.visual.merger.down_proj).weight.mul_(6)
     model.save_pretrained(folder)
-    (folder / "preprocessor_config.json").write_text(json.dumps(PROCESSORS[kind == "paddleocr_vl"]))
+    (folder / "preprocessor_config.json").write_text(json.dumps(PROCESSORS.get(kind, PROCESSOR)))
     write_tokenizer(folder, marks(kind), TEMPLATE.replace("<|vision_start|><|image_pad|><|vision_end|>", one(kind)))
     return folder
 
@@ -128,9 +138,10 @@ def theirs(folder: Path) -> Any:
 
 
 def their_pixels(folder: Path, pictures: list[NDArray[np.uint8]]) -> dict[str, torch.Tensor]:
-    paddle = read_json(folder / "config.json")["model_type"] == "paddleocr_vl"
-    kind = PaddleOCRVLImageProcessorPil if paddle else Glm4vImageProcessorPil
-    processor = kind(**{key: value for key, value in PROCESSORS[paddle].items() if "type" not in key})
+    kind = read_json(folder / "config.json")["model_type"]
+    others = {"paddleocr_vl": PaddleOCRVLImageProcessorPil, "glm5_next": Glm5NextImageProcessorPil}
+    values = {key: value for key, value in PROCESSORS.get(kind, PROCESSOR).items() if "type" not in key}
+    processor = others.get(kind, Glm4vImageProcessorPil)(**values)
     found = processor(images=[Image.fromarray(each) for each in pictures], return_tensors="pt")
     return {key: found[key] for key in ("pixel_values", "image_grid_thw")}
 
@@ -222,9 +233,12 @@ def test_images_have_the_sizes_of_transformers(size: tuple[int, int]) -> None:
     for name, family, theirs in (
         ("Glm4vForConditionalGeneration", glm4v_tower.FAMILY, Glm4vImageProcessorPil()),
         ("PaddleOCRVLForConditionalGeneration", paddleocr_tower.FAMILY, PaddleOCRVLImageProcessorPil()),
+        ("Glm5NextForConditionalGeneration", glm5_next_tower.FAMILY, Glm5NextImageProcessorPil()),
     ):
         fields = Fields({"architectures": [name], "vision_config": {}}, path)
-        tower = family.config_from_hf(fields, Fields({}, path), 4096, {"size": dict(theirs.size)})
+        padded = family is glm5_next_tower.FAMILY
+        said: dict[str, Any] = {"max_image_tokens": 8000} if padded else {"size": dict(theirs.size)}
+        tower = family.config_from_hf(fields, Fields({}, path), 4096, said)
         rows, columns = tower.rule.cut(size[1], size[0]).cells(28)
         assert 4 * rows * columns == theirs.get_number_of_image_patches(size[1], size[0])
         assert tower.patches >= 4 * rows * columns
@@ -304,6 +318,24 @@ def test_other_towers_are_refused() -> None:
         glm4v_tower.FAMILY.config_from_hf(Fields(config, path), Fields({"merge_size": 4}, path), 1536, {})
 
 
+def test_padded_images_have_bounds_and_limited_gates_one_limit() -> None:
+    config: dict[str, Any] = {"architectures": ["Glm5NextForConditionalGeneration"], "vision_config": {}}
+    path, read = Path("config.json"), glm5_next_tower.FAMILY.config_from_hf
+    usual: Any = read(Fields(config, path), Fields({}, path), 4096, {})
+    sizes = usual.hidden_size, usual.intermediate_size, usual.projected, usual.num_layers, usual.gate
+    assert sizes == (1024, 4096, 10240, 24, "silu_10")
+    assert (usual.rule.least, usual.rule.most, usual.patches) == (16, 4096, 1 << 14)
+    with pytest.raises(UnsupportedModelError, match=r"swiglu_limit is 7.0; implemented: 10.0"):
+        read(Fields(config | {"vision_config": {"swiglu_limit": 7.0}}, path), Fields({}, path), 4096, {})
+    with pytest.raises(InvalidFileError, match=r"at least 16 tokens and at most 8$"):
+        read(Fields(config, path), Fields({"max_image_tokens": 8}, path), 4096, {})
+    with pytest.raises(InvalidFileError, match="max_image_tokens is 20000; it must be 1 to 16384"):
+        read(Fields(config, path), Fields({}, path), 4096, {"max_image_tokens": 20000})
+    limited = Fields({"clip.use_silu": True, "clip.vision.swiglu_limit": 10.0}, path, "clip.vision.")
+    with pytest.raises(UnsupportedModelError, match=r"swiglu_limit is 10.0; implemented: 0.0"):
+        glm4v_tower.config_from_gguf(limited, 4096)
+
+
 NAMES = {
     "attn.qkv": "attn_qkv", "attn.proj": "attn_out", "attn.q_norm": "attn_q_norm", "attn.k_norm": "attn_k_norm",
     "norm1": "ln1", "norm2": "ln2", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
@@ -344,7 +376,7 @@ def write_mmproj(folder: Path, made: Path) -> Path:
     return write_tower(made, "paddleocr" if paddle else "glm4v", values, tensors, PROCESSOR)
 
 
-@pytest.mark.parametrize("folder", few(TEXTS, "glm4v", "paddleocr_vl"), indirect=True)
+@pytest.mark.parametrize("folder", few([*TEXTS][:-1], "glm4v", "paddleocr_vl"), indirect=True)
 def test_a_gguf_file_and_that_of_its_tower_are_the_same_model(
     folder: Path, tmp_path: Path, alone: list[tuple[int, ...]]
 ) -> None:

@@ -21,6 +21,8 @@ from transformers.models.deepseek_ocr2.modeling_deepseek_ocr2 import (
     DeepseekOcr2TextModel,
     DeepseekOcr2TextPreTrainedModel,
 )
+from transformers.models.glm5_next.configuration_glm5_next import Glm5NextTextConfig
+from transformers.models.glm5_next.modeling_glm5_next import Glm5NextPreTrainedModel, Glm5NextTextModel
 from transformers.models.mistral4 import Mistral4Config, Mistral4ForCausalLM
 from transformers.models.muse_glimmer.configuration_muse_glimmer import MuseGlimmerTextConfig
 from transformers.models.muse_glimmer.modeling_muse_glimmer import MuseGlimmerPreTrainedModel, MuseGlimmerTextModel
@@ -95,7 +97,24 @@ class DeepseekOcr2ForCausalLM(DeepseekOcr2TextPreTrainedModel, GenerationMixin):
         return CausalLMOutput(logits=self.lm_head(self.model(input_ids=input_ids)[0]))
 
 
+class Glm5NextForCausalLM(Glm5NextPreTrainedModel, GenerationMixin):
+    """transformers' text model with a head."""
+
+    config_class = Glm5NextTextConfig
+
+    def __init__(self, config: Glm5NextTextConfig) -> None:
+        super().__init__(config)
+        self.model = Glm5NextTextModel(config)
+        self.lm_head = torch.nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(self, input_ids: torch.Tensor) -> CausalLMOutput:
+        """Logits."""
+        return CausalLMOutput(logits=self.lm_head(self.model(input_ids=input_ids)[0]))
+
+
 AutoModelForCausalLM.register(DeepseekOcr2TextConfig, DeepseekOcr2ForCausalLM, exist_ok=True)
+AutoModelForCausalLM.register(Glm5NextTextConfig, Glm5NextForCausalLM, exist_ok=True)
 AutoModelForCausalLM.register(MuseGlimmerTextConfig, MuseGlimmerForCausalLM, exist_ok=True)
 AutoModelForCausalLM.register(Step3p7TextConfig, Step3p5ForCausalLM, exist_ok=True)
 
@@ -144,10 +163,12 @@ def tiny_config(model_type: str, **overrides: Any) -> Any:
 def randomise(model: torch.nn.Module) -> None:
     """Matrices whose products keep the size of what they multiply; norms near what they are, biases small.
 
-    States decay so slowly that they hold more than the last token. Both factors of Step's SwiGLU go beyond its limits.
+    States decay so slowly that they hold more than the last token. Both factors of the SwiGLU of Step and GLM-5.3-Flash
+    go beyond its limits.
     """
     model_type = str(getattr(getattr(model, "config", None), "model_type", ""))
-    unscaled, limited = model_type.startswith(("gemma4", "gemma3n")), model_type.startswith("step3")
+    unscaled = model_type.startswith(("gemma4", "gemma3n"))
+    limited = 12.0 if model_type.startswith("step3") else 6.0 if model_type.startswith("glm5_next") else 0.0
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if name.endswith("A_log"):
@@ -155,7 +176,8 @@ def randomise(model: torch.nn.Module) -> None:
             elif weight.dim() >= 2:
                 gain = 3.0 if "embed" in name or "lm_head" in name else 1.0
                 if limited and ".mlp." in name:
-                    gain = 12.0 if "up_proj" in name or "gate_proj" in name else 0.1 if "down_proj" in name else gain
+                    wide = "up_proj" in name or "gate_proj" in name
+                    gain = limited if wide else 1.2 / limited if "down_proj" in name else gain
                 weight.normal_(0.0, gain * weight.shape[-1] ** -0.5)
             else:
                 weight.add_(torch.randn_like(weight) * 0.1)

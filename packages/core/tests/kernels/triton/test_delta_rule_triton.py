@@ -23,6 +23,7 @@ from tests.common_run import few
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float16: 5e-3}
 SMALL, ODD, EVEN = Sizes(1, 2, 8, 8), Sizes(2, 4, 19, 37), Sizes(1, 2, 32, 32)
+BOUNDED = Sizes(2, 2, 19, 37, channels=True, least=-5.0)
 KIMI, MAMBA = Sizes(2, 2, 19, 37, channels=True), Sizes(1, 1, 16, 37, elements=True)
 
 
@@ -88,7 +89,7 @@ def nan_where_nothing_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize("normed", [True, False])
 @pytest.mark.parametrize("strength", [1.0, 2.0, 0.0])
-@pytest.mark.parametrize("sizes", [ODD, EVEN, KIMI, MAMBA, Sizes(1, 1, 1, 1), Sizes(1, 1, 100, 17)], ids=str)
+@pytest.mark.parametrize("sizes", [ODD, EVEN, KIMI, BOUNDED, MAMBA, Sizes(1, 1, 1, 1), Sizes(1, 1, 100, 17)], ids=str)
 def test_a_text(device: torch.device, sizes: Sizes, strength: float, normed: bool, dtype: torch.dtype) -> None:
     strength = 0.0 if sizes.elements else strength
     sizes = sizes._replace(channels=sizes.channels and strength > 0)
@@ -129,7 +130,13 @@ def wholes(
 @pytest.mark.parametrize("seed", few(range(4), 0))
 @pytest.mark.parametrize(
     ("sizes", "strength"),
-    [(SMALL, 1.0), (SMALL, 0.0), (SMALL._replace(channels=True), 1.0), (Sizes(1, 1, 4, 19, elements=True), 0.0)],
+    [
+        (SMALL, 1.0),
+        (SMALL, 0.0),
+        (SMALL._replace(channels=True), 1.0),
+        (SMALL._replace(channels=True, least=-5.0), 1.0),
+        (Sizes(1, 1, 4, 19, elements=True), 0.0),
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("dtype", few([torch.float32, torch.bfloat16], torch.bfloat16))
@@ -204,7 +211,9 @@ def test_prompts_in_chunks(device: torch.device, dtype: torch.dtype) -> None:
     check_step(device, Sizes(1, 2, 19, 21), (70, 130, 63, 1, 70), (0, 60, 1, 64, 120), dtype)
 
 
-@pytest.mark.parametrize("sizes", few([(KIMI,), (Sizes(2, 2, 128, 32, channels=True),)], (KIMI,)), ids=str)
+@pytest.mark.parametrize(
+    "sizes", few([(KIMI,), (BOUNDED,), (Sizes(2, 2, 128, 32, channels=True),)], (KIMI,), (BOUNDED,)), ids=str
+)
 @pytest.mark.parametrize("likeness", few([0.0, 3.0], 3.0))
 def test_kimi_delta_attention_in_chunks(device: torch.device, sizes: Sizes, likeness: float) -> None:
     """Each row of its state has its own decay."""

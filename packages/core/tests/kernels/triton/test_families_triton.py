@@ -92,7 +92,7 @@ def test_steps_equal_torch(name: str, device: torch.device, tmp_path: Path, monk
     assert error(logits(source, device, "f32", monkeypatch), reference(source, "f32", monkeypatch)) < 1e-4
 
 
-@pytest.mark.parametrize("name", few(["Qwen3.5", "Granite 4 H", "Kimi Linear"], "Kimi Linear"))
+@pytest.mark.parametrize("name", few(["Qwen3.5", "Granite 4 H", "Kimi Linear", "GLM-5.3-Flash"], "Kimi Linear"))
 def test_prompts_have_whole_chunks(
     name: str, device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -111,14 +111,17 @@ def test_prompts_have_whole_chunks(
     assert 0 < error(found, one_by_one) < 0.03
 
 
-def test_an_index_chooses(device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three positions of up to eight."""
-    source = write_tiny(tmp_path, "deepseek_v32", **{**ROWS["DeepSeek-V3.2"].config, "index_topk": 3})
+@pytest.mark.parametrize(("name", "top"), few([("DeepSeek-V3.2", 3), ("GLM-5.3-Flash", 4)], ("DeepSeek-V3.2", 3)))
+def test_an_index_chooses(
+    name: str, top: int, device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three positions of up to eight, or one group of four positions of two."""
+    source = write_tiny(tmp_path, ROWS[name].model_type, **{**ROWS[name].config, "index_topk": top})
     found, wanted = logits(source, device, "f32", monkeypatch), reference(source, "f32", monkeypatch)
     assert error(found, wanted) < 1e-4
     config = source / "config.json"
-    config.write_text(config.read_text().replace('"index_topk": 3', '"index_topk": 8'))
-    assert error(found[3:], reference(source, "f32", monkeypatch)[3:]) > 1e-3
+    config.write_text(config.read_text().replace(f'"index_topk": {top}', '"index_topk": 8'))
+    assert error(found[top:], reference(source, "f32", monkeypatch)[top:]) > 1e-3
 
 
 @pytest.mark.every_case

@@ -93,7 +93,7 @@ def test_a_mixed_step(device: torch.device, dtype: torch.dtype) -> None:
     step.check(decodes=0)
 
 
-@pytest.mark.parametrize(("heads", "rope", "latent"), [(16, 24, 48), (70, 16, 16)])
+@pytest.mark.parametrize(("heads", "rope", "latent"), [(16, 24, 48), (70, 16, 16), (5, 0, 48)])
 def test_shapes(device: torch.device, heads: int, rope: int, latent: int) -> None:
     """Parts that are no powers of two; more heads than a tile has rows."""
     shape = {"heads": heads, "rope": rope, "latent": latent, "dtype": torch.bfloat16}

@@ -363,8 +363,15 @@ def fit_settings(config: EngineConfig, model: ModelConfig | EncoderConfig) -> En
     """Adapt the settings to a model: layers of transformers have no CUDA graphs, and some run one sequence at a time.
 
     Raises:
-        ConfigError: the settings divide a model of transformers, or enable drafts or LoRA for one with its own cache.
+        ConfigError: the settings divide a model of transformers, or enable drafts or LoRA for one with its own cache;
+            a block would divide a group of pooled index keys.
     """
+    if isinstance(model, ModelConfig) and config.block_size % model.index_pool:
+        raise ConfigError(
+            f"{model.model_type} pools the index keys of {model.index_pool} tokens, which must be in one block: set "
+            f"block_size to {model.index_pool} or more",
+            "block_size",
+        )
     if isinstance(model, ModelConfig) and model.compresses and config.block_size < LEAST_BLOCK:
         least = f"attention to compressed entries needs blocks of {LEAST_BLOCK} tokens or more"
         raise ConfigError(f"block_size={config.block_size}: {least}", "block_size")

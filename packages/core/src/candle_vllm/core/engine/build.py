@@ -432,10 +432,11 @@ def _index_bytes(model: ModelConfig, tokens: int, threads: int, recorded: bool) 
     if index is None or context <= model.index_top:
         return 0
     if recorded:
-        return choice_scratch(context, threads) + 4 * tokens * model.index_top
+        pooled = index.nope if model.index_pool > 1 else 0
+        return choice_scratch(context, threads, pooled) + 4 * tokens * model.index_top
     from candle_vllm.core.kernels.latent_attention.reference import score_bytes
 
-    return score_bytes(index.heads, context) + 8 * tokens * model.index_top
+    return score_bytes(index.heads, context // model.index_pool) + 8 * tokens * model.index_top
 
 
 def _most_drafts(config: EngineConfig, recorded: bool) -> int:

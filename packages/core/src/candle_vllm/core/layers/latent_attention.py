@@ -59,12 +59,21 @@ class LatentAttention:
         norm_eps: epsilon of the latent row's norm.
         placement: device and types of the weights.
         scale: factor of the scores.
+        pool: number of neighbouring positions that an indexer chooses together.
     """
 
     def __init__(
-        self, layer: int, sizes: LatentSizes, rotary: Rotary, norm_eps: float, placement: Placement, *, scale: float
+        self,
+        layer: int,
+        sizes: LatentSizes,
+        rotary: Rotary,
+        norm_eps: float,
+        placement: Placement,
+        *,
+        scale: float,
+        pool: int = 1,
     ) -> None:
-        self.layer, self.sizes, self.rotary, self.scale = layer, sizes, rotary, scale
+        self.layer, self.sizes, self.rotary, self.scale, self.pool = layer, sizes, rotary, scale, pool
         self.norm = RMSNorm(sizes.latent, norm_eps, placement)
         self.keys = HeadMatrices(sizes.heads, sizes.latent, sizes.nope, placement)
         self.values = HeadMatrices(sizes.heads, sizes.value, sizes.latent, placement)
@@ -78,12 +87,14 @@ class LatentAttention:
             return heads.flatten(1).attend_latent(kv, self._parts(chosen), cache, scale=self.scale)
         nope, rope = heads.split((sizes.nope, sizes.rope), -1)
         latent, key = kv.split((sizes.latent, sizes.rope), -1)
-        rope, key = self.rotary(rope, key.unsqueeze(1), step.positions)
-        latent_write(key.squeeze(1), self.norm(latent), cache, step.slots)
-        mixed = latent_attention(rope, self.keys(nope), cache, step.rows, scale=self.scale, chosen=chosen)
+        if sizes.rope:
+            rope, key = self.rotary(rope, key.unsqueeze(1), step.positions)
+        latent_write(key.flatten(1), self.norm(latent), cache, step.slots)
+        how = {"scale": self.scale, "chosen": chosen, "pool": self.pool}
+        mixed = latent_attention(rope, self.keys(nope), cache, step.rows, **how)
         return self.values(mixed).flatten(1)
 
     def _parts(self, chosen: Any) -> LatentParts:
         norm, tables = self.norm, self.rotary.tables
         matrices = tuple(self.keys.numbers), tuple(self.values.numbers)
-        return LatentParts(self.sizes, norm.weight, norm.eps, *tables, *matrices, chosen)
+        return LatentParts(self.sizes, norm.weight, norm.eps, *tables, *matrices, chosen, self.pool)

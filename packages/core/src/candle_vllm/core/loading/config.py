@@ -62,8 +62,10 @@ class ModelConfig:
         has_head: the model generates text; otherwise it has no output layer, and computes embeddings or scores.
         eos_token_ids: EOS token ids from the config; -1 if the vocabulary has no EOS token.
         index: sizes of the indexer of sparse attention (DeepSeek V3.2); None without sparse attention. Its keys are not
-            compressed, so `latent` equals `nope`; it has no values, so `value` is 0.
-        index_top: number of positions that the indexer chooses for a query.
+            compressed, so `latent` equals `nope`; it has no values, so `value` is 0. For pooled keys (GLM-5.3-Flash),
+            `latent` is twice `nope`: a key and its gates.
+        index_top: maximum number of positions that the indexer chooses for a query.
+        index_pool: number of neighbouring positions that the indexer chooses together; it must divide the block size.
     """
 
     model_type: str
@@ -88,6 +90,7 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
     index: LatentSizes | None = None
     index_top: int = 0
+    index_pool: int = 1
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:

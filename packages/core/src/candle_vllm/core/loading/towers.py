@@ -58,6 +58,7 @@ TOWERS: Mapping[str, Mapping[str, str]] = MappingProxyType(
         "Glm46VForConditionalGeneration": {"glm4v_text": "Glm4ForCausalLM"},
         "Glm4vForConditionalGeneration": {"glm4v_text": "Glm4ForCausalLM"},
         "Glm4vMoeForConditionalGeneration": {"glm4v_moe_text": "Glm4MoeForCausalLM"},
+        "Glm5NextForConditionalGeneration": {"glm5_next_text": "Glm5NextForCausalLM"},
         "GlmOcrForConditionalGeneration": {"glm_ocr_text": "Glm4ForCausalLM"},
         "GotOcr2ForConditionalGeneration": {"qwen2": "Qwen2ForCausalLM"},
         "HunYuanVLForConditionalGeneration": {"hunyuan_vl_text": "HunYuanDenseV1ForCausalLM"},
@@ -87,7 +88,8 @@ TOWERS: Mapping[str, Mapping[str, str]] = MappingProxyType(
 """For each multimodal architecture: model_type of `text_config` (the first is the default), and text architecture."""
 
 FLAT = frozenset({
-    "DeepseekOCR2ForCausalLM", "DeepseekOCRForCausalLM", "DotsOCRForCausalLM", "HunYuanVLForConditionalGeneration",
+    "DeepseekOCR2ForCausalLM", "DeepseekOCRForCausalLM", "DotsOCRForCausalLM", "Glm5NextForConditionalGeneration",
+    "HunYuanVLForConditionalGeneration",
     "PaddleOCRVLForConditionalGeneration", "Phi3VForCausalLM", "Qwen2VLForConditionalGeneration",
     "Qwen2_5_VLForConditionalGeneration",
 })  # fmt: skip

@@ -42,26 +42,26 @@ from candle_vllm.core.models.sparse_index import Index
 from candle_vllm.core.models.stack import DecoderStack
 from candle_vllm.core.quantization.tensors import StoredTensor
 
-_LATENT_EPS = 1e-6  # in norms of latent vectors; the models' own code ignores rms_norm_eps there
-
-
 # ---- attention -------------------------------------------------------------------------------------------------------
 
 
 class Attention:
-    """Latent attention: x [T, E] -> [T, E]."""
+    """Latent attention: x [T, E] -> [T, E]. `indexer` is the class of indexers."""
+
+    indexer: ClassVar[type[Index]] = Index
 
     def __init__(self, config: DeepseekConfig, layer: int, rotary: Rotary, placement: Placement) -> None:
-        hidden, queries = config.hidden_size, config.num_heads * config.head_dim
+        hidden, queries, eps = config.hidden_size, config.num_heads * config.head_dim, config.latent_eps
         self.sizes = (config.q_rank or queries, config.kv_rank + config.rope_dim)
         shards: dict[str, int] = dict(zip(("q", "kv"), self.sizes, strict=True))
         self.down = Linear(hidden, shards, placement, bias=config.attention_bias)
-        self.q_norm = RMSNorm(config.q_rank, _LATENT_EPS, placement) if config.q_rank else None
+        self.q_norm = RMSNorm(config.q_rank, eps, placement) if config.q_rank else None
         self.q_up = Linear(config.q_rank, queries, placement) if config.q_rank else None
-        self.attend = LatentAttention(layer, config.latent, rotary, _LATENT_EPS, placement, scale=config.score_scale)
+        how = {"scale": config.score_scale, "pool": config.index_pool}
+        self.attend = LatentAttention(layer, config.latent, rotary, eps, placement, **how)
         results = config.num_heads * config.value_dim
         self.output = Linear(results, hidden, placement, bias=config.attention_bias)
-        self.index = Index(config, layer, rotary, placement) if layer in config.index_layers else None
+        self.index = self.indexer(config, layer, rotary, placement) if layer in config.index_layers else None
 
     def __call__(self, x: Value, step: StepInput) -> Value:
         q, kv = self.down(x).split(self.sizes, dim=-1)
@@ -105,7 +105,7 @@ class Block:
 class Deepseek(DecoderStack):
     """The decoder: token ids [T] -> hidden states [T, E] -> logits [T, vocabulary]. `block` is the class of layers."""
 
-    block: ClassVar[type[Block]] = Block
+    block: ClassVar[type[Any]] = Block
 
     def __init__(self, config: DeepseekConfig, placement: Placement) -> None:
         self.config = config

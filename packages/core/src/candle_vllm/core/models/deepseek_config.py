@@ -32,6 +32,7 @@ class DeepseekConfig(ModelConfig):
         mixture: experts of the other layers.
         extra_layers: number of multi-token prediction layers after the last layer, which are not loaded.
         index_layers: the layers with an indexer for sparse attention.
+        latent_eps: epsilon of the norms of latent vectors; the code of most of these models ignores rms_norm_eps there.
         index_interleaved: rows of the indexer that rotate are stored in interleaved pairs.
     """
 
@@ -43,12 +44,13 @@ class DeepseekConfig(ModelConfig):
     dense_layers: int
     mixture: Mixture | None
     extra_layers: int = 0
+    latent_eps: float = 1e-6
     index_layers: frozenset[int] = frozenset()
     index_interleaved: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.rope_dim % 2 or not 0 < self.rope_dim < self.head_dim:
+        if self.rope_dim % 2 or not 0 <= self.rope_dim < self.head_dim:
             raise InvalidFileError(
                 f"{self.rope_dim} rotary dimensions of {self.head_dim} are not possible: their number must be even, "
                 "and some must be left that do not rotate"

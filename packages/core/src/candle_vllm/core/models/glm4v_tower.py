@@ -4,7 +4,8 @@
 Each block is x + attention(norm(x)), then x + mlp(norm(x)), with RMS norms and gated MLPs; queries and keys rotate by
 the row and the column of their patch. After the last norm a convolution makes one vector of a cell of 2 x 2 patches,
 and a gated MLP projects it to an embedding. GLM-4V normalises the embedded patches and adds learned positions of a
-grid, which are interpolated to the image's grid; GLM-OCR has neither, but normalises queries and keys.
+grid, which are interpolated to the image's grid; GLM-OCR and GLM-5.3-Flash (`glm5_next_tower.py`) have neither, but
+normalise queries and keys.
 Source: GLM-V Team, 2025, arXiv:2507.01006.
 Shapes: T patches, E hidden, C cells.
 """
@@ -20,7 +21,7 @@ import numpy as np
 
 from candle_vllm.core.fields import Fields
 from candle_vllm.core.kernels.activation import activation
-from candle_vllm.core.kernels.recorded import Value
+from candle_vllm.core.kernels.recorded import GateKind, Value
 from candle_vllm.core.kernels.rotary import Turned
 from candle_vllm.core.kernels.side_by_side import side_by_side
 from candle_vllm.core.kernels.whole_attention import whole_attention
@@ -34,6 +35,7 @@ from candle_vllm.core.loading.views import computed, row_part
 from candle_vllm.core.loading.weights import Seen, WeightName
 from candle_vllm.core.models.attention_names import pair
 from candle_vllm.core.models.grid_positions import GridPositions, cubic
+from candle_vllm.core.models.local_layers import refuse_others
 from candle_vllm.core.models.qwen_vl import (
     FRAMES,
     MOST_PATCHES,
@@ -62,11 +64,13 @@ class GlmTowerConfig(QwenTowerConfig):
         projected: elements of the projection's gate.
         head_norms: queries and keys are normalised (GLM-OCR).
         qkv_bias: the projection to q, k and v has a bias, and with `head_norms` every matrix of a block.
+        gate: activation of the gates of all MLPs.
     """
 
     projected: int
     head_norms: bool
     qkv_bias: bool
+    gate: GateKind = "silu"
 
     def step_bytes(self, threads: int) -> int:
         """See `TowerConfig`; adds the projection's gate, and the parts of queries, keys and values."""
@@ -103,6 +107,7 @@ def config_from_hf(
 def config_from_gguf(fields: Fields, text_size: int, said: Mapping[str, Any] = NOTHING) -> GlmTowerConfig:
     """Read the metadata of llama.cpp's `mmproj` files; keys begin with `clip.vision.`. See `completed`."""
     require_true(fields, "clip.use_silu")
+    refuse_others(fields, {"swiglu_limit": 0.0})
     values, cell = gguf_sizes(fields, 1e-5), fields.count("spatial_merge_size", 2, most=64)
     patch, inner = values["patch"], values.pop("intermediate_size")
     pixels = FRAMES * (patch * cell) ** 2
@@ -159,7 +164,8 @@ class Block:
         self.qkv = Linear(size, {"q": size, "k": size, "v": size}, placement, bias=config.qkv_bias)
         self.q_norm, self.k_norm = (RMSNorm(self.head_dim, eps, placement) if ocr else None for _ in "qk")
         self.output = Linear(size, size, placement, bias=ocr and config.qkv_bias)
-        self.mlp = GatedMLP(size, config.intermediate_size, placement, bias=ocr and config.qkv_bias)
+        biased = ocr and config.qkv_bias
+        self.mlp = GatedMLP(size, config.intermediate_size, placement, bias=biased, activation=config.gate)
 
     def __call__(self, x: Value, step: TowerStep) -> Value:
         qkv = self.qkv(self.attention_norm(x))
@@ -191,7 +197,7 @@ class GlmTower(QwenTower):
         self.joined = Linear(joined, text, placement, bias=True)
         self.projector = Linear(text, text, placement)
         self.projected_norm = LayerNorm(text, 1e-5, placement)
-        self.mlp = GatedMLP(text, config.projected, placement)
+        self.mlp = GatedMLP(text, config.projected, placement, activation=config.gate)
         self.mergers = []
 
     def begin(self, patches: Value, step: TowerStep) -> Value:
@@ -260,7 +266,7 @@ WEIGHTS = (
 
 # ---- prompts ---------------------------------------------------------------------------------------------------------
 
-_MARK = "<|image|>"
+MARK = "<|image|>"
 
 
 FAMILY = TowerFamily(
@@ -279,8 +285,8 @@ FAMILY = TowerFamily(
     prepared=prepared,
     build=GlmTower,
     weights=WEIGHTS,
-    mark=_MARK,
-    written=f"<|begin_of_image|>{_MARK}<|end_of_image|>",
-    words_around=mark_of_cells(_MARK),
+    mark=MARK,
+    written=f"<|begin_of_image|>{MARK}<|end_of_image|>",
+    words_around=mark_of_cells(MARK),
     turned=turned_by_grid,
 )

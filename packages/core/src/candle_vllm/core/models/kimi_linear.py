@@ -132,6 +132,8 @@ WEIGHTS = [
 ]
 
 
+GGUF = dataclasses.replace(deepseek.GGUF, name="kimi-linear", more=gguf_keys, interleaved=False, head=True, norm=True)
+
 FAMILY = Family(
     hf={"KimiLinearForCausalLM": "kimi_linear"},
     gguf=("kimi-linear",),
@@ -140,9 +142,5 @@ FAMILY = Family(
     build=lambda config, placement, _: KimiLinear(config, placement),
     weights=WEIGHTS,
     ignored=deepseek.ignored,
-    as_gguf={
-        "kimi_linear": dataclasses.replace(
-            deepseek.GGUF, name="kimi-linear", more=gguf_keys, interleaved=False, head=True, norm=True
-        )
-    },
+    as_gguf={"kimi_linear": GGUF},
 )

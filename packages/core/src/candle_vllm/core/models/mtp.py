@@ -88,7 +88,8 @@ def find_layout(config: ModelConfig, checkpoint: Checkpoint) -> Layout:
     """
     qwen = type(config) is Qwen3NextConfig  # not its subclasses, which have other blocks
     known = qwen or isinstance(config, (llama.LlamaConfig, deepseek.DeepseekConfig))
-    others = ("step3p5", "step35", "nemotron_h", "nemotron_h_moe")  # whose layers have windows, kinds or other names
+    # whose layers have windows, kinds, other names or other index keys
+    others = ("step3p5", "step35", "nemotron_h", "nemotron_h_moe", "glm5_next_text", "glm5-next")
     if not known or config.model_type in others:
         raise UnsupportedModelError(f"multi-token prediction layers of {config.model_type} are not implemented")
     tensors, last, hy3 = checkpoint.tensors, config.num_layers, config.model_type == "hy_v3"

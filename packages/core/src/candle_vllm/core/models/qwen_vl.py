@@ -57,7 +57,7 @@ _ACTIVATIONS: Mapping[str, Activation] = MappingProxyType({"quick_gelu": "quick_
 FRAMES = 2  # frames of a patch
 _EPS = 1e-6
 _MOST_HEAD = 1024  # elements of a head
-MOST_PATCHES, _MOST_ASKED = 1 << 14, 1 << 16
+MOST_PATCHES, MOST_ASKED = 1 << 14, 1 << 16
 """Maximum number of patches of an image: the default limit, and the maximum of an operator's limit. Published settings
 allow the second, but attention over this number of patches takes minutes on a CPU."""
 
@@ -217,7 +217,7 @@ def rule_of(processor: Fields, patch: int, cell: int, said: Mapping[str, Any], m
     asked = {name: said.get(name, size.get(edge)) for name, edge in named if name in said or edge in size}
     fields, most = over(processor, asked), most * patch**2
     if "max_pixels" in asked:
-        most = _MOST_ASKED * patch**2
+        most = MOST_ASKED * patch**2
         fields.count("max_pixels", most=most)
     return area_rule(fields, patch * cell, most=most)
 

@@ -29,7 +29,7 @@ from candle_vllm.core.loading.weights import WeightName
 from candle_vllm.core.models.attention_names import GG, HF
 from candle_vllm.core.quantization.tensors import StoredTensor
 
-_EPS = 1e-6  # epsilon of the keys' norm
+KEY_EPS = 1e-6  # epsilon of the keys' norm
 _LONG = 1 << 20  # shortest context for which a GGUF file without `indexer.types` counts as GLM-5.2 or later
 
 # ---- layer -----------------------------------------------------------------------------------------------------------
@@ -44,7 +44,7 @@ class Index:
         heads, dim = config.index.heads, config.index.rope + config.index.latent
         self.inputs = Linear(config.hidden_size, {"k": dim, "w": heads}, placement)
         self.queries = Linear(config.q_rank, heads * dim, placement)
-        self.norm = LayerNorm(dim, _EPS, placement)
+        self.norm = LayerNorm(dim, KEY_EPS, placement)
 
     def __call__(self, x: Value, q: Value, step: StepInput) -> Any:
         """Return `LatentParts.chosen`; x [T, E] is attention's input, q [T, q_rank] the latent vector of queries."""
@@ -52,7 +52,7 @@ class Index:
         key, weights = self.inputs(x).split((sizes.rope + sizes.latent, sizes.heads), -1)
         key = self.norm(key)
         if isinstance(q, Recorded):
-            parts = LatentParts(sizes, self.norm.weight, _EPS, *self.rotary.tables, (), ())
+            parts = LatentParts(sizes, self.norm.weight, KEY_EPS, *self.rotary.tables, (), ())
             return q.choose_positions(key, weights, parts, cache, self.top)
         from candle_vllm.core.kernels.latent_attention.reference import choose
 
@@ -71,19 +71,23 @@ def from_hf(fields: Fields, model_type: str, layers: int, rope: int) -> dict[str
     if model_type not in ("deepseek_v32", "glm_moe_dsa"):
         return {}
     sizes = [fields.count(key) for key in ("index_n_heads", "index_head_dim", "index_topk")]
-    full = [True] * layers
-    if model_type == "glm_moe_dsa":
-        every, first = max(1, fields.get("index_topk_freq", int, 1)), fields.get("index_skip_topk_offset", int, 2)
-        full = [max(layer - first + 1, 0) % every == 0 for layer in range(layers)]
-        key = "indexer_types" if fields.values.get("indexer_types") else "index_topk_pattern"
-        kinds = fields.values.get(key) or []
-        if not isinstance(kinds, (list, str)) or any(kind not in ("F", "S", "full", "shared") for kind in kinds):
-            raise InvalidFileError(f"{fields.path}: {key} is {kinds!r:.80}, not full or shared for each layer")
-        full = [kind in ("F", "full") for kind in kinds][:layers] or full
     pairs = model_type == "glm_moe_dsa"
+    full = full_layers(fields, layers) if pairs else [True] * layers
     if fields.get("indexer_rope_interleave", bool, pairs) is not pairs:
         raise UnsupportedModelError(f"{fields.path}: indexer_rope_interleave other than {pairs} is not implemented")
     return _checked(fields, sizes, rope, full, layers, pairs)
+
+
+def full_layers(fields: Fields, layers: int) -> list[bool]:
+    """Whether each layer has an indexer of its own, from the config keys of GLM."""
+    every, first = max(1, fields.get("index_topk_freq", int, 1)), fields.get("index_skip_topk_offset", int, 2)
+    full = [max(layer - first + 1, 0) % every == 0 for layer in range(layers)]
+    named = (fields.prefix + key for key in ("indexer_types", "index_topk_pattern"))
+    key = next((key for key in named if fields.values.get(key)), "")
+    kinds = fields.values.get(key, [])
+    if not isinstance(kinds, (list, str)) or any(kind not in ("F", "S", "full", "shared") for kind in kinds):
+        raise InvalidFileError(f"{fields.path}: {key} is {kinds!r:.80}, not full or shared for each layer")
+    return [kind in ("F", "full") for kind in kinds][:layers] or full
 
 
 def from_gguf(fields: Fields, architecture: str, layers: int, rope: int) -> dict[str, Any]:

@@ -115,7 +115,7 @@ def build_on_gpu(
         raise _too_little(budget, sequences, device) from error
     aside = sum(peaks) + runner.edit_bytes + runner.num_graphs * _GRAPH_BYTES + _SLACK + adapter_bytes
     # The measured prompt has one query at the end of the longest context; more queries take more memory for scores.
-    scores = 0 if model.index is None else score_bytes(model.index.heads, model.max_position)
+    scores = 0 if model.index is None else score_bytes(model.index.heads, model.max_position // model.index_pool)
     aside += scores
     if loaded.tower is not None:
         aside += loaded.tower.tower.config.step_bytes(1)  # encoding the largest image

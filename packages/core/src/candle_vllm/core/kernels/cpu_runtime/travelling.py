@@ -37,8 +37,9 @@ from candle_vllm.core.kernels.weight_quant.searches import TYPES
 from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType
 
 HEAD_DIMS = (32, 64, 80, 96, 128, 160, 192, 256, 512)
-LATENT = ((64, 512),)  # sizes of the rotary part and of the latent vector: DeepSeek
+LATENT = ((64, 512), (0, 512))  # sizes of the rotary part and of the latent vector: DeepSeek, GLM-5.3-Flash
 INDEX_KEY = 128  # elements of a key of DeepSeek's indexer
+POOLS = (4, 16)  # positions of a group whose keys are pooled: GLM-5.3-Flash
 _KINDS = [CacheKind.of(row.bits, row.minima, row.levels) for row in CACHE_TYPES.values() if row.device != "cuda"]
 CACHES = [(k, v) for k in _KINDS for v in _KINDS if k == v or (k.bits == 8 and v.bits < 8)]
 """Kinds of (keys, values): equal kinds, or 8-bit keys with smaller values."""
@@ -119,6 +120,8 @@ def functions(isa: Isa) -> Iterator[tuple[str, tuple[int, ...]]]:
         ):
             yield f"lora.{name}", (number_form, isa)
     yield "latent_attention.cpu_write:make_prepare", (2,)
+    for pool in POOLS:
+        yield "latent_attention.cpu_pool:make_pool", (INDEX_KEY, pool)
     for form in RowForm:
         yield "lora.cpu_quantise:make_quantise", (form,)
         yield "lora.cpu_tables:make_lookup", (form,)

@@ -24,7 +24,9 @@ a column of S is a channel with its own dt, and each element of the column decay
 normed, and `scale` is 1. All channels share B and C, so Mamba 1 models have one value head.
 
 `gates` with a decay [Hv * Dk] select Kimi delta attention, where a and bias are [.., Hv * Dk] too: the delta rule, but
-each row of S has its own decay.
+each row of S has its own decay. With a lower bound `least` the decay is, as in GLM-5.3-Flash,
+
+    exp(least * sigmoid(-decay[h] * (a + bias[h])))
 
 States are stored as float32 [slots, Hv, ceil(Dv / 16), Dk, 16] on every backend (slots: see `kernels/states.py`). A
 **tile** is [Dk, 16], 16 columns of S; columns beyond Dv are zeros. A **kept row** has the inputs of a draft token in
@@ -108,6 +110,7 @@ def _check(
     decays, strengths = gate_sizes(gates, heads)
     count, state = max(decays, strengths), state_shape(heads, key_dim, value_dim)
     assert (a.shape, b.shape) == ((tokens, count), (tokens, strengths))
+    assert gates.least == 0 or decays == heads * key_dim
     assert decays in (heads, heads * key_dim) or (strengths == heads * value_dim and gates.skip is not None)
     assert gates.bias.shape == (count,)
     assert gates.decay.shape == ((count,) if decays else state)

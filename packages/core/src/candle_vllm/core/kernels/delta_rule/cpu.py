@@ -67,6 +67,7 @@ def _gates(
     at_decay: Int,
     bias: Int,
     most: Float,
+    least: Float,
     skip: Int,
     to: Int,
     decays: Int,
@@ -90,6 +91,11 @@ def _gates(
         decay = load_columns(e, b.add(at_decay, place), mask)
         return store(b.add(to, place), time, emit_exp(e, b.fmul(decay, positive)), mask)
 
+    def bounded(place: Any, mask: Any, _: list[Any]) -> list[Any]:
+        time = b.fadd(*(load_columns(e, b.add(at, place), mask) for at in (at_a, bias)))
+        power = emit_exp(e, b.fmul(load_columns(e, b.add(at_decay, place), mask), time))
+        return store(b.add(to, place), time, emit_exp(e, b.fdiv(e.splat(least), b.fadd(one, power))), mask)
+
     def corrected(place: Any, mask: Any, _: list[Any]) -> list[Any]:
         other = load_columns(e, b.add(at_b, place), mask)
         value = b.fdiv(e.splat(most), b.fadd(one, emit_exp(e, b.fneg(other))))
@@ -99,7 +105,11 @@ def _gates(
         other = load_columns(e, b.add(at_b, place), mask)
         return store(b.add(to_strengths, place), other, times(place, mask)[1], mask)
 
-    emit_columns(e, decays, [], decayed)
+    with b.if_else(b.fcmp_ordered("==", least, ir.Constant(F32, 0.0))) as (free, limited):
+        with free:
+            emit_columns(e, decays, [], decayed)
+        with limited:
+            emit_columns(e, decays, [], bounded)
     with b.if_else(b.icmp_signed("==", skip, e.int64(0))) as (corrects, skips):
         with corrects:
             emit_columns(e, heads, [], corrected)
@@ -123,7 +133,8 @@ def prepare(row, thread, threads):
         a, b = given.a + 4 * t * given.a_stride + each * at, given.b + 4 * t * given.b_stride + at
         decay, bias, to = given.decay + each * at, given.bias + each * at, given.gates + 4 * t * given.gates_stride
         strengths = to + 4 * given.decays + at
-        _gates(a, b, decay, bias, given.strength, given.skip, to + each * at, each * group, strengths, group)
+        most, least = given.strength, given.least
+        _gates(a, b, decay, bias, most, least, given.skip, to + each * at, each * group, strengths, group)
 
 
 # ---- scan ------------------------------------------------------------------------------------------------------------

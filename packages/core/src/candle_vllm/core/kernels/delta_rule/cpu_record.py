@@ -51,6 +51,7 @@ def record_delta_rule(
     assert a.width == max(decays, strengths) == gates.bias.size
     assert cache.states.shape[1:] == layout.state_shape(heads, key_dim, value_dim)
     by_element = not decays
+    assert gates.least == 0 or decays == heads * key_dim
     assert decays in (heads, heads * key_dim) or (
         scale == 1 and not normed and gates.decay.shape == cache.states.shape[1:]
     )
@@ -71,6 +72,7 @@ def record_delta_rule(
         decay=recorder.keep(gates.decay),
         bias=recorder.keep(gates.bias),
         strength=gates.strength,
+        least=gates.least,
         skip=0 if gates.skip is None else recorder.keep(gates.skip),
         normed=normed,
         scale=scale,

@@ -21,12 +21,14 @@ class DeltaGates(NamedTuple):
         bias: dt_bias, fp32, in the shape of a token's `a`.
         strength: maximum strength of a correction: 1, or 2 if a state may have negative eigenvalues.
         skip: fp32, D of Mamba 2 [Hv] or of Mamba 1 [Hv * Dv]; None for the delta rule.
+        least: lower bound of the logs of decays for each row of S, below 0; 0 without a bound.
     """
 
     decay: Any
     bias: Any
     strength: float = 1.0
     skip: Any = None
+    least: float = 0.0
 
 
 def state_shape(value_heads: int, key_dim: int, value_dim: int) -> tuple[int, int, int, int]:
@@ -57,6 +59,7 @@ class DeltaArguments(NamedTuple):
         a, a_stride, b, b_stride: the same for rows of a, and of b.
         decay, bias: addresses of float32 [decays] each; for Mamba 1, decay in the state's layout, bias [strengths].
         strength: maximum strength of a correction.
+        least: lower bound of the logs of decays, or 0.
         skip: address of float32 [Hv], for Mamba 1 [Hv * Dv]; 0 for the delta rule.
         normed: 1 if q and k are normed, else 0.
         scale: factor of q.
@@ -80,6 +83,7 @@ class DeltaArguments(NamedTuple):
     decay: int
     bias: int
     strength: float
+    least: float
     skip: int
     normed: int
     scale: float

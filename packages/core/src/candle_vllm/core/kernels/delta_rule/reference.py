@@ -33,10 +33,13 @@ def delta_rule(
     if normed:
         wide_q, wide_k = (x * torch.rsqrt(x.square().sum(-1, keepdim=True) + EPS) for x in (wide_q, wide_k))
     wide_q = wide_q * scale
-    time, corrects = functional.softplus(a.float() + gates.bias), gates.skip is None
+    shifted, corrects = a.float() + gates.bias, gates.skip is None
+    time = functional.softplus(shifted)
     y, heads, group = torch.empty_like(v), v.shape[1], v.shape[1] // k.shape[1]
     decays, _ = gate_sizes(gates, heads)
     decay = torch.exp(gates.decay * time) if decays else time[:, :0]
+    if gates.least:
+        decay = torch.exp(gates.least * torch.sigmoid(-gates.decay * shifted))
     strength = gates.strength * torch.sigmoid(b.float()) if corrects else time
     inputs = torch.cat([wide_k.flatten(1), wide_v.flatten(1), decay, strength], 1)
     first = k[0].numel() + v[0].numel() + decays

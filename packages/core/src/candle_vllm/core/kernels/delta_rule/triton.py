@@ -115,7 +115,7 @@ def delta_rule(
     given: dict[str, Any] = {**inputs, "decay": gates.decay, "bias": gates.bias, "out": out, "states": states}
     keeps = tables.pop("keeps")
     given |= {"kept": kept, **tables, "most": gates.strength, "scale": scale, **strides}
-    constants = constants_of(key_heads, heads, key_dim, value_dim, normed=normed)
+    constants = constants_of(key_heads, heads, key_dim, value_dim, normed=normed, least=gates.least)
     grid = (len(rows.slots), heads, cdiv(value_dim, constants["BLOCK_V"]))
     each = gates.decay.numel() // heads if gates.decay.dim() == 1 else 0
     given["skip"] = gates.skip

@@ -189,6 +189,7 @@ def chunk_kernel(
     CHUNK: tl.constexpr,
     CORRECTS: tl.constexpr,  # whether it is the delta rule
     EACH: tl.constexpr,  # decays of a value head, 1 or DK
+    LEAST: tl.constexpr,  # used if EACH > 1
 ):
     SIZE: tl.constexpr = CHUNK * CHUNK
     ROOM: tl.constexpr = 4 * SIZE if CORRECTS else 2 * SIZE
@@ -214,7 +215,7 @@ def chunk_kernel(
             of_keys += _squares(keys)
             of_queries += _squares(queries)
             if EACH > 1:
-                gates = _row_gates(a, decay, bias, first, a_token, head, column, DK, CHUNK)
+                gates = _row_gates(a, decay, bias, first, a_token, head, column, DK, CHUNK, LEAST)
                 alike, found = _row_scores(alike, found, keys, queries, gates, CHUNK)
                 wide = scaled + (place * HV + head).to(tl.int64) * (6 * CHUNK * DKP)
                 _store_scaled(wide + each[:, None] * DKP + column[None, :], keys, queries, gates, CHUNK * DKP)
@@ -267,12 +268,14 @@ def _store_scaled(at, keys, queries, gates, SIZE: tl.constexpr):
 
 
 @triton.jit
-def _row_gates(a, decay, bias, first, a_token, head, column, DK: tl.constexpr, CHUNK: tl.constexpr):
+def _row_gates(
+    a, decay, bias, first, a_token, head, column, DK: tl.constexpr, CHUNK: tl.constexpr, LEAST: tl.constexpr
+):
     """Return the log decays [CHUNK, ..] of rows `column` of S for the tokens from `first` on; zeros beyond DK."""
     given = _rows_of(a + head * DK, first, a_token, column, DK, CHUNK)
     shift = tl.load(bias + head * DK + column, mask=column < DK, other=0.0)
     factor = tl.load(decay + head * DK + column, mask=column < DK, other=0.0)
-    return log_decay(given, shift[None, :], factor[None, :])
+    return log_decay(given, shift[None, :], factor[None, :], LEAST)
 
 
 @triton.jit
@@ -397,6 +400,7 @@ def chunks_kernel(
     CHUNK: tl.constexpr,
     CORRECTS: tl.constexpr,
     EACH: tl.constexpr,
+    LEAST: tl.constexpr,
 ):
     FACTORS: tl.constexpr = 3 * CHUNK + (DKP if EACH > 1 else CHUNK)
     sequence = tl.program_id(0)
@@ -439,6 +443,7 @@ def chunks_kernel(
         COLUMNS,
         CORRECTS,
         EACH,
+        LEAST,
     )
     start = tl.load(query_start + sequence).to(tl.int32)
     end = tl.load(query_start + sequence + 1).to(tl.int32)
@@ -523,6 +528,7 @@ def chunks_kernel(
                     CORRECTS,
                     past,
                     EACH,
+                    LEAST,
                 )
 
 
@@ -564,7 +570,7 @@ def in_chunks(q: torch.Tensor, positions: torch.Tensor | None, *, normed: bool =
 
 
 def _chunk_constants(constants: dict[str, Any]) -> dict[str, Any]:
-    names = ("HK", "HV", "DK", "DKP", "NORMED", "EPS", "CHUNK", "CORRECTS", "EACH")
+    names = ("HK", "HV", "DK", "DKP", "NORMED", "EPS", "CHUNK", "CORRECTS", "EACH", "LEAST")
     most = _BLOCK_K if constants["EACH"] == 1 else _BLOCK_K // 2  # without register spills
     return {name: constants[name] for name in names} | {"BLOCK_K": min(constants["DKP"], most)}
 

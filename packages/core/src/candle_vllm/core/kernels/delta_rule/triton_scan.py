@@ -32,9 +32,11 @@ def step_size(a, bias):
 
 
 @triton.jit
-def log_decay(a, bias, decay):
-    """Return decay * softplus(a + bias), fp32."""
-    return decay * step_size(a, bias)
+def log_decay(a, bias, decay, LEAST: tl.constexpr = 0.0):
+    """Return decay * softplus(a + bias), or with a bound LEAST * sigmoid(-decay * (a + bias)), fp32."""
+    if LEAST == 0.0:
+        return decay * step_size(a, bias)
+    return LEAST / (1.0 + tl.exp(decay * (a.to(tl.float32) + bias)))
 
 
 @triton.jit
@@ -62,16 +64,29 @@ def gates_of(x, row, column, DK: tl.constexpr, DV: tl.constexpr, EACH: tl.conste
 
 
 @triton.jit
-def take_in(state, k, v, a, b, bias, decay, most, NORMED: tl.constexpr, EPS: tl.constexpr, CORRECTS: tl.constexpr):
+def take_in(
+    state,
+    k,
+    v,
+    a,
+    b,
+    bias,
+    decay,
+    most,
+    NORMED: tl.constexpr,
+    EPS: tl.constexpr,
+    CORRECTS: tl.constexpr,
+    LEAST: tl.constexpr,
+):
     """Return the state [DKP, BLOCK_V] after a token with k [DKP], v [BLOCK_V] and gates a and b, fp32."""
-    time = step_size(a, bias)
     if NORMED:
         k = k / tl.sqrt(tl.sum(k * k) + EPS)
-    state = state * tl.exp(decay * time)
-    strength = time
+    state = state * tl.exp(log_decay(a, bias, decay, LEAST))
     if CORRECTS:
         v -= tl.sum(state * k[:, None], axis=0)
         strength = strength_of(b, most)
+    else:
+        strength = step_size(a, bias)
     return state + k[:, None] * (strength * v[None, :])
 
 
@@ -110,6 +125,7 @@ def scan_rows(
     CORRECTS: tl.constexpr = True,
     skip=0.0,  # used if not CORRECTS
     EACH: tl.constexpr = 1,  # decays of a value head; 0: of each element, Mamba 1
+    LEAST: tl.constexpr = 0.0,  # lower bound of the logs of decays, or 0
 ):
     """Process tokens one by one: write their results and the states to store, return the last state."""
     places = tile_places(row, column, DK, COLUMNS)
@@ -122,7 +138,7 @@ def scan_rows(
         given, other = gates_of(a + at * a_token, row, column, DK, DV, EACH), 0.0
         if CORRECTS:
             other = tl.load(b + at * b_token)
-        state = take_in(state, key, value, given, other, bias, decay, most, NORMED, EPS, CORRECTS)
+        state = take_in(state, key, value, given, other, bias, decay, most, NORMED, EPS, CORRECTS, LEAST)
         if NORMED:
             query = query / tl.sqrt(tl.sum(query * query) + EPS)
         result = tl.sum(state * (query * scale)[:, None], axis=0)
@@ -160,6 +176,7 @@ def state_before(
     COLUMNS: tl.constexpr,
     CORRECTS: tl.constexpr = True,
     EACH: tl.constexpr = 1,
+    LEAST: tl.constexpr = 0.0,
 ):
     """Return the state [DKP, BLOCK_V] before a sequence's first token of the step."""
     at = states + source.to(tl.int64) * slot_stride + tile_places(row, column, DK, COLUMNS)
@@ -173,7 +190,7 @@ def state_before(
         given, other = gates_of(gates + head * (EACH or DV), row, column, DK, DV, EACH), 0.0
         if CORRECTS:
             other = tl.load(gates + HV * EACH + head)
-        state = take_in(state, key, value, given, other, bias, decay, most, NORMED, EPS, CORRECTS)
+        state = take_in(state, key, value, given, other, bias, decay, most, NORMED, EPS, CORRECTS, LEAST)
         kept += kept_row
     return state
 
@@ -219,6 +236,7 @@ def scan_kernel(
     NORMED: tl.constexpr,
     EPS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    LEAST: tl.constexpr,
     CORRECTS: tl.constexpr,
     EACH: tl.constexpr,
 ):
@@ -263,6 +281,7 @@ def scan_kernel(
         COLUMNS,
         CORRECTS,
         EACH,
+        LEAST,
     )
     scan_rows(
         state,
@@ -298,6 +317,7 @@ def scan_kernel(
         CORRECTS,
         past,
         EACH,
+        LEAST,
     )
 
 
@@ -308,7 +328,9 @@ def scan_tokens(grid: tuple[int, ...], given: dict[str, Any], constants: dict[st
     scan_kernel[grid](**given, **constants, CORRECTS=corrects, EACH=each, num_warps=4, **OPTIONS)
 
 
-def constants_of(key_heads: int, heads: int, key_dim: int, value_dim: int, *, normed: bool) -> dict[str, Any]:
+def constants_of(
+    key_heads: int, heads: int, key_dim: int, value_dim: int, *, normed: bool, least: float = 0.0
+) -> dict[str, Any]:
     return {
         "HK": key_heads,
         "HV": heads,
@@ -320,4 +342,5 @@ def constants_of(key_heads: int, heads: int, key_dim: int, value_dim: int, *, no
         "NORMED": normed,
         "EPS": EPS,
         "COLUMNS": COLUMNS,
+        "LEAST": least,
     }

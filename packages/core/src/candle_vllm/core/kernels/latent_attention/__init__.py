@@ -13,8 +13,9 @@ The token at position p attends to 0..p, or only to those of them that an indexe
     score(h, j) = scale * (q_rope[h] . rope[j] + q_latent[h] . latent[j])
     y[h] = sum over j of softmax(score(h))[j] * latent[j]                             y [T, H, L], in new memory
 
-Scores and sums are fp32. A token's bits depend on its own sequence alone. On a GPU `scale` is positive, R and L are at
-least 16, S is a power of two and at least 16, and the conditions of `kernels/attention` for `DeviceRows` apply too.
+Scores and sums are fp32. A token's bits depend on its own sequence alone. On a GPU `scale` is positive, L is at least
+16, R is 0 or at least 16, S is a power of two and at least 16, and the conditions of `kernels/attention` for
+`DeviceRows` apply too.
 
 Sparse attention: an **indexer** has H queries [D] and H weights for each token, and a key [D] for each position. It
 scores the positions j = 0..p in fp32. The token attends to the `top` positions with the largest scores, among equal
@@ -22,6 +23,15 @@ scores the lower positions. Except in recorded steps, a token's bits then also d
 longer than `top`. Source: DeepSeek-AI, 2025, DeepSeek-V3.2.
 
     score(j) = sum over h of weights[h] * relu(q[h] . key[j])
+
+**Pooled keys**: the indexer scores groups of `pool` neighbouring positions, a power of two that divides S, by a key of
+each group. A position's row [key | gate] has a gate for each element of its key; element d of a group's key is
+
+    sum over i of softmax over i of (gate[i, d] + places[i, d]) * key[i, d]
+
+for its positions i and `places` [pool, D] fp32. The row of the group's last position has the group's key instead of its
+own. The token attends to the top // pool whole groups with the largest scores, and to all positions after the last
+whole group; `top` is pool - 1 more than a multiple of `pool`. Source: transformers' `Glm5NextTextIndexer`.
 
 `latent_write` writes rows to the cache, `head_linear` multiplies every head by its own matrix. `cpu.py` has the
 compiled operations of recorded steps. Source: DeepSeek-AI, 2024, arXiv:2405.04434, section 2.1 and appendix C.
@@ -46,10 +56,12 @@ def latent_attention(
     *,
     scale: float,
     chosen: torch.Tensor | None = None,
+    pool: int = 1,
 ) -> torch.Tensor:
     """Return the weighted latent vectors [T, H, L] of every head; the last dimension of the queries is contiguous.
 
-    With `chosen` [T, top], tokens attend to these positions, ascending; at position p only the first p + 1 count.
+    With `chosen` [T, top], tokens attend to these positions, ascending; at position p only the first p + 1 count, and
+    only `layout.attended` of them with a `pool`.
     """
     assert q_rope.shape[:2] == q_latent.shape[:2]
     assert cache.shape[2:] == (1, q_rope.shape[2] + q_latent.shape[2])
@@ -58,7 +70,7 @@ def latent_attention(
 
         from candle_vllm.core.kernels.latent_attention import reference
 
-        parts = reference.chosen_rows(cache, rows, chosen)
+        parts = reference.chosen_rows(cache, rows, chosen, pool)
         return torch.cat([latent_attention(q_rope[p], q_latent[p], c, own, scale=scale) for p, c, own in parts])
     if on_gpu(q_rope):
         from candle_vllm.core.kernels.latent_attention import triton

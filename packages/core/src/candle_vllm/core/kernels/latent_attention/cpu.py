@@ -4,7 +4,8 @@
 Terms: see `attention/cpu_cache.py`; chunks, units and merging are those of `attention/cpu.py`, so a token's result does
 not depend on the rest of the step. A row tile is up to four groups of 16 heads (`cpu_tiles.py`), which read the same
 latent rows. The result is written in the input layout of `cpu_heads.py`: for each head rows of L elements, bfloat16 or
-float32. If an indexer chooses the positions that a token attends to, `choose` runs before.
+float32. If an indexer chooses the positions that a token attends to, `choose` runs before. With pooled keys it scores
+groups of G positions by their pooled keys (`cpu_pool.py`), and the positions after the last whole group follow.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from candle_vllm.core.kernels.latent_attention.cpu_tiles import (
 _SEQUENCES, _TOKENS = int(StepNumber.SEQUENCES), int(StepNumber.TOKENS)
 _RUNS_PER_THREAD = 12  # desired units of one long sequence per thread: few, because long sequential reads are fastest
 _keys_at_once = njit(inline="always")(keys_at_once)
+_attended = njit(inline="always")(layout.attended)
 
 
 @njit(inline="always")
@@ -144,7 +146,8 @@ def make_attend(rope: int, latent: int, form: int, isa: int) -> Callable[..., No
                 at_group = first // LANES
                 begin = context - tokens  # position of the sequence's first token in this step
                 most = begin + (at_group + groups - 1) // parts
-                last = min(most, given.top - 1)  # last attended key: a position, or an index in the chosen positions
+                # last attended key: a position, or an index in the chosen positions
+                last = _attended(most + 1, given.top, given.pool) - 1
                 queries = given.q + (token * parts + at_group) * group_bytes
                 to = own
                 if size == 0:
@@ -227,7 +230,8 @@ def make_merge(latent: int, form: int) -> Callable[..., None]:
             while turn < tokens * heads:
                 t, h = turn // heads, turn % heads
                 clear_partial(state, latent)
-                for c in range(chunk_of(min(context - tokens + t, given.top - 1)) + 1):
+                seen = context - tokens + t + 1
+                for c in range(chunk_of(_attended(seen, given.top, given.pool) - 1) + 1):
                     merge_partial(state, partials + ((c * tokens + t) * lines + h) * row_bytes, latent)
                 target = given.out + h * given.head_bytes + (token + t) * given.row_bytes
                 finish_latent(state, target, latent, form)
@@ -253,6 +257,34 @@ def _add_heads(scores: int, weights: int, keys: int, to: int, begins: bool) -> N
         for head in range(LANES):
             total += max(score[LANES * key + head], np.float32(0)) * weight[head]
         out[key] = total
+
+
+@njit(inline="always")
+def _copy_pooled(tiles: int, to: int, cache: int, table, start: int, count: int, pool: int, place, width: int) -> None:
+    """Copy `count` pooled keys of D = `width` elements from group `start` on; write the addresses of their tiles.
+
+    A group's key is in the row of its last position; `place` is the block shift and the stretch step.
+    """
+    shift, step = place
+    for n in range(count):
+        position, copy = (start + n + 1) * pool - 1, int32_at(to + 2 * width * n)
+        slot = (table[position >> shift] << shift) + (position & ((1 << shift) - 1))
+        row = int32_at(cache + 4 * width * place_of(slot, 0, shift, step))
+        for i in range(width // 2):
+            copy[i] = row[i]
+        int64_at(tiles)[n // LANES] = to + 2 * width * (n // LANES * LANES)
+
+
+@njit(inline="always")
+def _spread(chosen: int, count: int, pool: int, seen: int) -> None:
+    """Replace `count` ascending groups by their positions, followed by the positions after the last whole group."""
+    positions = int32_at(chosen)
+    for n in range(count - 1, -1, -1):
+        first = positions[n] * pool
+        for i in range(pool):
+            positions[n * pool + i] = first + i
+    for i in range(seen % pool):
+        positions[count * pool + i] = seen // pool * pool + i
 
 
 @njit(inline="always")
@@ -316,17 +348,22 @@ def make_choose(width: int, isa: int, chooses: int) -> Callable[..., None]:
         for t in range(tokens):
             while starts[r + 1] <= t:
                 r += 1
-            seen = contexts[r] - (starts[r + 1] - t) + 1
-            if seen <= given.top or (chooses == 1 and t % threads != thread):
+            seen, pool = contexts[r] - (starts[r + 1] - t) + 1, given.pool
+            groups_seen, top = seen // pool, given.top // pool
+            if groups_seen <= top or (chooses == 1 and t % threads != thread):
                 continue
             sums = given.scratch + HEADER + threads * layout.CHOICE_BYTES + (t if few else thread) * given.head_bytes
             table = int64_at(given.block_tables + 8 * r * given.table_stride)
-            for c in range(chunk_of(seen - 1) + 1 if few == (chooses == 0) else 0):
+            for c in range(chunk_of(groups_seen - 1) + 1 if few == (chooses == 0) else 0):
                 if few and (t + c) % threads != thread:
                     continue
-                start, keys = chunk_start(c), min(chunk_start(c + 1), seen) - chunk_start(c)
-                count = (keys + LANES - 1) // LANES
-                _list_tiles(tiles, given.cache, table, start, count, given.block_shift, given.stretch_step, width)
+                start, keys = chunk_start(c), min(chunk_start(c + 1), groups_seen) - chunk_start(c)
+                count, shift, step = (keys + LANES - 1) // LANES, given.block_shift, given.stretch_step
+                if pool > 1:
+                    copies = given.scratch + given.scratch_size + thread * 2 * CHUNK * width
+                    _copy_pooled(tiles, copies, given.cache, table, start, keys, pool, (shift, step), width)
+                else:
+                    _list_tiles(tiles, given.cache, table, start, count, shift, step, width)
                 for first in range(0, given.parts, layout.GROUPS):
                     groups = min(layout.GROUPS, given.parts - first)
                     queries = given.q + 2 * LANES * width * (t * given.parts + first)
@@ -335,6 +372,8 @@ def make_choose(width: int, isa: int, chooses: int) -> Callable[..., None]:
                         weights = given.out + t * given.row_bytes + 4 * LANES * (first + g)
                         _add_heads(scores + g * layout.SCORE_BYTES, weights, keys, sums + 4 * start, first + g == 0)
             if chooses == 1:
-                choose_largest(sums, seen, given.top, given.chosen + 4 * t * given.top)
+                choose_largest(sums, groups_seen, top, given.chosen + 4 * t * given.top)
+                if pool > 1:
+                    _spread(given.chosen + 4 * t * given.top, top, pool, seen)
 
     return choose

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 _PREPARE = "latent_attention.cpu_write:make_prepare"
 _HEADS = "latent_attention.cpu_heads:make_heads"
+_POOL = "latent_attention.cpu_pool:make_pool"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,14 +84,27 @@ def record_choice(
 
     Rows of q and key consist of heads [nope | rope], and `weights` has an element for each head; `parts` has no
     matrices, and `nope` equals `latent`. Return positions [T * top], with `top` at most the longest context; they are
-    written only for tokens at position `top` or later.
+    written only for tokens that do not attend to all positions.
+
+    For pooled keys, rows of key are [nope | gate] of equal parts: R is 0, and `latent` is twice `nope`.
     """
     sizes, limits = parts.sizes, recorder.limits
     longest = limits.table_width * limits.block_size
-    width, top = sizes.rope + sizes.latent, min(top, longest)
+    width, top = sizes.rope + sizes.nope, min(top, longest)
     queries, positions = recorder.memory(sizes.heads * width, np.int16), recorder.memory(top, np.int32)
-    recorder.add(operation(_PREPARE, 2), _prepared(recorder, q, key, parts, cache, address_of(queries), 1.0))
-    given = _over_cache(recorder, address_of(queries), parts, cache, choice_scratch(longest, limits.threads))
+    prepared = _prepared(recorder, q, key, parts, cache, address_of(queries), 1.0)
+    recorder.add(operation(_PREPARE, 2), prepared)
+    size = choice_scratch(longest, limits.threads)
+    if parts.places is None:
+        given = _over_cache(recorder, address_of(queries), parts, cache, size)
+    else:
+        assert (sizes.rope, sizes.latent) == (0, 2 * sizes.nope)
+        assert parts.places.shape == (parts.pool, sizes.nope)
+        place = prepared.stretch_step, prepared.block_shift, prepared.slots, prepared.cache
+        pooled = PoolArguments(*place, recorder.keep(parts.places))
+        recorder.add(operation(_POOL, sizes.nope, parts.pool), pooled)
+        with_copies = choice_scratch(longest, limits.threads, sizes.nope)
+        given = _over_cache(recorder, address_of(queries), parts, cache, with_copies)._replace(scratch_size=size)
     given = given._replace(out=weights.address, row_bytes=4 * weights.stride, head_bytes=4 * longest)
     for chooses in (False, True):
         made = operation("latent_attention.cpu:make_choose", width, recorder.isa.bf16, chooses)
@@ -188,6 +202,7 @@ def _over_cache(recorder: Recorder, queries: int, parts: LatentParts, cache: np.
         block_shift=limits.block_shift,
         heads=sizes.heads,
         parts=groups_of(sizes.heads),
+        pool=parts.pool,
         scratch=recorder.scratch(size),
         scratch_size=size,
     )
@@ -209,6 +224,7 @@ class AttendArguments(NamedTuple):
         scratch, scratch_size: address and size of scratch memory; behind it the threads copy chosen rows.
         chosen, top: address of chosen positions, int32 [T, top], and the maximum number that a token attends to.
         tile: rows of a row tile; with chosen positions, all rows of a tile belong to one token.
+        pool: number of neighbouring positions that are chosen together; G, see `attended`.
     """
 
     q: int
@@ -229,6 +245,22 @@ class AttendArguments(NamedTuple):
     chosen: int = 0
     top: int = 1 << 60
     tile: int = ROW_TILE
+    pool: int = 1
+
+
+class PoolArguments(NamedTuple):
+    """Arguments of the operation of `cpu_pool.py`.
+
+    Attributes:
+        stretch_step, block_shift, slots, cache: as in `PrepareArguments`.
+        places: address of float32 [pool, D].
+    """
+
+    stretch_step: int
+    block_shift: int
+    slots: int
+    cache: int
+    places: int
 
 
 class HeadsArguments(NamedTuple):

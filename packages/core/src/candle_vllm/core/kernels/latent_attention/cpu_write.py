@@ -4,8 +4,8 @@
 The latent row of a token is the rotated part of its key and its normed latent vector, in bfloat16. Of each head's query
 [nope | rope], rope is rotated, scaled and written to the queries of `cpu_tiles.py`, and nope becomes an input row of
 `cpu_heads.py`. A unit of work is the latent row, or one head, of a token. For an indexer, keys are not normed here, and
-nope is scaled and written to the queries too. The cache of all layers is [stretches, layers, blocks, S, R + L]
-bfloat16, with the slots of `attention/cpu_cache.py`.
+nope is scaled and written to the queries too; its cached row, [rope | latent], may be longer than a query. The cache of
+all layers is [stretches, layers, blocks, S, R + L] bfloat16, with the slots of `attention/cpu_cache.py`.
 """
 
 from __future__ import annotations
@@ -61,6 +61,7 @@ def make_prepare(form: int) -> Callable[..., None]:
         heads, nope, rope, latent = given.heads, given.nope, given.rope, given.latent
         positions, slots, one = int64_at(given.positions), int64_at(given.slots), float_from_bits(0x3F800000)
         width, half = rope + latent, rope // 2
+        lines = rope + nope if form == 2 else width  # elements of a query
         groups = (heads + LANES - 1) // LANES
         each = heads + 1
         number_bytes = 2 + 2 * form
@@ -78,7 +79,7 @@ def make_prepare(form: int) -> Callable[..., None]:
                 scaled_to_bf16(x, given.norm, rms_scale(x, latent, given.eps), to + 2 * rope, latent)
             else:
                 x = given.q + 4 * (t * given.q_stride + h * (nope + rope))
-                to = given.queries + 2 * LANES * width * (t * groups + h // LANES) + 4 * (h % LANES)
+                to = given.queries + 2 * LANES * lines * (t * groups + h // LANES) + 4 * (h % LANES)
                 _rotate(x + 4 * nope, half, given.cos + at, given.sin + at, given.scale, to, 4 * LANES)
                 if form == 2:
                     for i in range(0, nope, LANES):

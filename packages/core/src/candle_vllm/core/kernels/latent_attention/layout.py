@@ -28,6 +28,8 @@ class LatentParts:
         keys: for each head the matrix [L, nope] that maps the head's queries to latent space; empty for an indexer.
         values: for each head the matrix [V, L] from weighted latent vectors to the head's result; empty for an indexer.
         chosen: positions that tokens attend to, a result of `record_choice`; None for all positions.
+        pool: number of neighbouring positions that an indexer chooses together.
+        places: float32 [pool, D], added to the gates of an indexer's pooled keys; None without pooled keys.
     """
 
     sizes: LatentSizes
@@ -38,6 +40,13 @@ class LatentParts:
     keys: tuple[PlainMatrix, ...]
     values: tuple[PlainMatrix, ...]
     chosen: NDArray[np.int32] | None = None
+    pool: int = 1
+    places: NDArray[np.float32] | None = None
+
+
+def attended(seen: int, top: int, pool: int) -> int:
+    """Return the number of positions that a token with `seen` visible ones attends to: whole groups, and the rest."""
+    return min(seen, top // pool * pool + seen % pool)
 
 
 def supported(sizes: LatentSizes, block_size: int) -> bool:
@@ -86,9 +95,13 @@ def scratch_per_thread(latent: int) -> int:
     return -(-(TILE_LIST + STATE_BYTES + rows) // 128) * 128
 
 
-def choice_scratch(max_context: int, threads: int) -> int:
-    """Return the bytes of scratch memory of a choice, with the scores of the tokens that are computed at a time."""
-    return HEADER + threads * CHOICE_BYTES + max(FEW_TOKENS, threads) * 4 * max_context
+def choice_scratch(max_context: int, threads: int, pooled: int = 0) -> int:
+    """Return the bytes of scratch memory of a choice, with the scores of the tokens that are computed at a time.
+
+    `pooled` is the number of elements of a pooled key, of which each thread copies a chunk; 0 without pooled keys.
+    """
+    each = CHOICE_BYTES + 2 * CHUNK * pooled
+    return HEADER + threads * each + max(FEW_TOKENS, threads) * 4 * max_context
 
 
 def scratch_bytes(*, max_tokens: int, max_seqs: int, heads: int, latent: int, max_context: int, threads: int) -> int:

@@ -39,7 +39,8 @@ def _check(q_rope: torch.Tensor, q_latent: torch.Tensor, cache: torch.Tensor, ro
     block_size = cache.shape[1]
     assert q_rope.stride(2) == q_latent.stride(2) == 1
     assert q_rope.dtype == q_latent.dtype == cache.dtype
-    assert min(q_rope.shape[2], q_latent.shape[2]) >= 16
+    assert q_latent.shape[2] >= 16
+    assert q_rope.shape[2] == 0 or q_rope.shape[2] >= 16
     assert block_size >= 16, "a block has a power of two of slots, at least 16"
     assert block_size & (block_size - 1) == 0
     assert cache.is_contiguous()

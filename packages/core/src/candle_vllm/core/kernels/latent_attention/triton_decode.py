@@ -214,7 +214,7 @@ def _constants(shape: Splits, heads: int, rope: int, latent: int, block_size: in
         "H": heads,
         "HEADS": shape.heads,
         "ROPE": rope,
-        "RP": max(16, next_power_of_2(rope)),
+        "RP": next_power_of_2(max(16, rope)),
         "L": latent,
         "LP": next_power_of_2(latent),
         "S": block_size,

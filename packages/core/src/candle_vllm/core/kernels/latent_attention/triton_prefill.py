@@ -170,7 +170,7 @@ def _constants(shape: Tiles, heads: int, rope: int, latent: int, block_size: int
         "H": heads,
         "HEADS": min(heads, shape.rows),
         "ROPE": rope,
-        "RP": max(16, next_power_of_2(rope)),
+        "RP": next_power_of_2(max(16, rope)),
         "L": latent,
         "LP": next_power_of_2(latent),
         "S": block_size,

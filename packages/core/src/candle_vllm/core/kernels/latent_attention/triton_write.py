@@ -53,4 +53,4 @@ def latent_write(rope: torch.Tensor, latent: torch.Tensor, cache: torch.Tensor, 
 
 
 def _constants(rope: int, latent: int) -> dict[str, int]:
-    return {"R": rope, "L": latent, "RP": next_power_of_2(rope), "LP": next_power_of_2(latent)}
+    return {"R": rope, "L": latent, "RP": next_power_of_2(max(1, rope)), "LP": next_power_of_2(latent)}

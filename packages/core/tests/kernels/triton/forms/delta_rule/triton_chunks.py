@@ -20,13 +20,16 @@ from packages.core.tests.kernels.triton.building import WITH_TENSOR_CORES, Build
 from packages.core.tests.kernels.triton.forms.delta_rule.triton_scan import build_arguments
 
 
-def _builds(dtype: str, key_heads: int, heads: int, dim: int, value_dim: int = 0, each: int = 1) -> tuple[Build, Build]:
+def _builds(
+    dtype: str, key_heads: int, heads: int, dim: int, value_dim: int = 0, each: int = 1, *, least: float = 0.0
+) -> tuple[Build, Build]:
     arguments = build_arguments(dtype) | {"positions": "*i32", "matrices": "*bf16", "factors": "*fp32"}
-    constants = constants_of(key_heads, heads, dim, value_dim or dim, normed=not value_dim)
+    constants = constants_of(key_heads, heads, dim, value_dim or dim, normed=not value_dim, least=least)
     constants |= {"CHUNK": CHUNK, "CORRECTS": not value_dim, "EACH": each}
     more: dict[str, Any] = {**_HOW, "capabilities": WITH_TENSOR_CORES, "unaligned": (*TABLES, "positions")}
     more |= {
-        "label": f"{dtype}-{key_heads}x{heads}x{dim}" + (f"x{value_dim}" if value_dim else "-channels" * (each > 1))
+        "label": f"{dtype}-{key_heads}x{heads}x{dim}"
+        + (f"x{value_dim}" if value_dim else "-channels" * (each > 1) + "-bounded" * bool(least))
     }
     skip, nothing = ({"skip": "*fp32"}, {}) if value_dim else ({}, {"skip": None})
     names = _chunk_names()
@@ -50,5 +53,6 @@ FORMS = (
     *_builds("bf16", 16, 32, 128),
     *_builds("fp16", 16, 48, 128),
     *_builds("bf16", 32, 32, 128, each=128),  # Kimi Linear
+    *_builds("bf16", 64, 64, 128, each=128, least=-5.0),  # GLM-5.3-Flash
     *_builds("bf16", 8, 96, 128, 80),  # Mamba 2 of Nemotron 3 Nano 4B
 )

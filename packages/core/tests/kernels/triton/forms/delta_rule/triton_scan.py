@@ -15,15 +15,18 @@ def build_arguments(dtype: str) -> dict[str, str]:
     return arguments | {"most": "fp32", "scale": "fp32"} | dict.fromkeys((*STRIDES, *CACHE_STRIDES), "i32")
 
 
-def _build(dtype: str, key_heads: int, heads: int, dim: int, value_dim: int = 0, each: int = 1) -> Build:
-    constants = constants_of(key_heads, heads, dim, value_dim or dim, normed=not value_dim)
+def _build(
+    dtype: str, key_heads: int, heads: int, dim: int, value_dim: int = 0, each: int = 1, *, least: float = 0.0
+) -> Build:
+    constants = constants_of(key_heads, heads, dim, value_dim or dim, normed=not value_dim, least=least)
     return Build(
         scan_kernel,
         build_arguments(dtype) | ({"skip": "*fp32"} if value_dim else {}),
         constants | {"CORRECTS": not value_dim, "EACH": each} | ({} if value_dim else {"skip": None}),
         aligned=(*STRIDES, *CACHE_STRIDES),
         unaligned=TABLES,
-        label=f"{dtype}-{key_heads}x{heads}x{dim}" + (f"x{value_dim}" if value_dim else "-channels" * (each > 1)),
+        label=f"{dtype}-{key_heads}x{heads}x{dim}"
+        + (f"x{value_dim}" if value_dim else "-channels" * (each > 1) + "-bounded" * bool(least)),
     )
 
 
@@ -32,6 +35,7 @@ FORMS = (
     _build("fp32", 16, 48, 128),
     _build("bf16", 16, 16, 256),
     _build("bf16", 32, 32, 128, each=128),  # Kimi Linear
+    _build("bf16", 64, 64, 128, each=128, least=-5.0),  # GLM-5.3-Flash
     _build("bf16", 8, 96, 128, 80),  # Mamba 2 of Nemotron 3 Nano 4B
     _build("bf16", 1, 1, 16, 8192, each=0),  # Mamba 1 of Falcon Mamba 7B and Jamba
 )

@@ -33,7 +33,7 @@ def _build(
         num_stages=shape.num_stages,
         aligned=strides,
         unaligned=("context_lens", "block_tables", "decoding"),
-        label=f"{dtype}-h{heads}-s{block_size}" + "-mixed" * mixed + "-listed" * listed,
+        label=f"{dtype}-h{heads}-s{block_size}" + "-unrotated" * (not rope) + "-mixed" * mixed + "-listed" * listed,
         capabilities=WITH_TENSOR_CORES,
     )
 
@@ -43,5 +43,6 @@ FORMS = (
     _build("bf16", 128, mixed=True),
     _build("bf16", 128, mixed=True, listed=True),
     _build("bf16", 16),
+    _build("bf16", 64, 0),  # GLM-5.3-Flash
     _build("fp32", 128),
 )

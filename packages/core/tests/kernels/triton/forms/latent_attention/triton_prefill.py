@@ -24,7 +24,7 @@ def _build(
         num_stages=shape.num_stages,
         aligned=strides,
         unaligned=("query_start", "context_lens", "block_tables", "decoding"),
-        label=f"{dtype}-h{heads}-s{block_size}" + "-mixed" * mixed,
+        label=f"{dtype}-h{heads}-s{block_size}" + "-unrotated" * (not rope) + "-mixed" * mixed,
         capabilities=WITH_TENSOR_CORES,
     )
 
@@ -33,5 +33,6 @@ FORMS = (
     _build("bf16", 128),
     _build("bf16", 128, mixed=True),
     _build("bf16", 16),
+    _build("bf16", 64, 0),  # GLM-5.3-Flash
     _build("fp32", 128),
 )
