@@ -129,7 +129,7 @@ class DeepseekV4(DecoderStack):
 
 def ignored(config: DeepseekV4Config) -> list[str]:
     """Names of tensors that are not loaded: multi-token prediction layers, buffers, a copy of the embedding table."""
-    buffers = [r"(model\.)?mtp\..*", r".*rotary_emb\..*"]
+    buffers = [r"(model\.)?mtp\..*", r".*rotary_emb\.[a-z_]*inv_freq"]
     return [*buffers, r"(lm_)?head\.weight"] if config.tie_embeddings else buffers
 
 
