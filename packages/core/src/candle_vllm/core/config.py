@@ -403,13 +403,13 @@ class EngineConfig(ExplainedSettings):
                               'Types of the CPU have these bits per element, scales '
                               f'included: {_CPU_BITS}. "fp8" is float8_e4m3fn, on GPUs from compute capability 8.9 on; '
                               "in the per_token_head types D elements of a head take D + 4 bytes, on any GPU. To save "
-                              "memory on the CPU, use q8_0 for keys and q5_1 or q4_0 for values: SmolLM2-135M's "
-                              "perplexity is 1.000 or 1.007 times that of bf16, but 1.015 or 1.061 times with q5_1 or "
-                              "q4_0 for both."] = "auto"
+                              "memory on the CPU, use q8_0 for keys and q5_1 or iq4_nl for values: SmolLM2-135M's "
+                              "perplexity is 1.005 or 1.006 times that of bf16, but 1.016 or 1.026 times with iq4_nl "
+                              "or q4_0 for both."] = "auto"
     key_cache_dtype: Annotated[KvCacheDType | None, _CACHE, "type of the keys only, on the CPU: q8_0 to save memory, "
                                "because keys lose more quality than values", "None is kv_cache_dtype."] = None
-    value_cache_dtype: Annotated[KvCacheDType | None, _CACHE, "type of the values only, on the CPU: q5_1 or q4_0 to "
-                                 "save memory, with keys in q8_0 (perplexity at most 1.005 times that of bf16)",
+    value_cache_dtype: Annotated[KvCacheDType | None, _CACHE, "type of the values only, on the CPU: q5_1 or iq4_nl "
+                                 "to save memory, with keys in q8_0 (perplexity at most 1.006 times that of bf16)",
                                  "None is kv_cache_dtype."] = None
     cuda_graphs: Annotated[bool, Boolean(), "capture decoding steps as CUDA graphs (on unless disabled)",
                            "Steps of up to 512 sequences are captured."] = True
