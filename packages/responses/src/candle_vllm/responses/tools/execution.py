@@ -26,6 +26,7 @@ from candle_vllm.responses.conversation.channel import end_task
 from candle_vllm.responses.tools.registry import ToolRegistry
 from candle_vllm.responses.tools.tool import (
     MAX_TIMEOUT,
+    ContentPart,
     Report,
     Tool,
     ToolCall,
@@ -51,6 +52,7 @@ _MAX_MESSAGE = 2000  # characters of a tool's own error
 _PATIENCE = 6.0  # seconds that a cancelled tool has to end
 _AGAIN = 2.0  # seconds after which a tool that still runs is cancelled again
 _NEAR = 500  # names that are compared with an unknown one
+_PARTS = tuple[ContentPart, ...]
 
 
 class Checked(msgspec.Struct, frozen=True, kw_only=True):
@@ -96,8 +98,7 @@ async def run(
     Cancelling the coroutine cancels the tool, and waits until it has ended; a tool that does not react within six
     seconds is abandoned, with an error in the log.
     """
-    own: float | None = getattr(checked.tool, "timeout", None)
-    seconds = timeout if timeout is not None else own if own is not None else DEFAULT_TIMEOUT
+    seconds = timeout or getattr(checked.tool, "timeout", None) or DEFAULT_TIMEOUT
     started = time.monotonic()
     status, output = await _run_within(checked, seconds, report, timeout)
     return ToolResult(
@@ -146,8 +147,12 @@ async def _outcome(checked: Checked, report: Report, given: float | None) -> tup
     except BaseException as error:  # a tool's SystemExit must not end the program
         logger.warning("the tool %s failed", name, exc_info=error)
         return "failed", _failure(f"The tool failed ({type(error).__name__:.100}).")
-    if not isinstance(output, ToolOutput):
-        logger.warning("the tool %s returned a %s in place of a ToolOutput", name, type(output).__name__)
+    try:
+        if not isinstance(output, ToolOutput):
+            raise TypeError(f"it is a {type(output).__name__}")
+        output = msgspec.structs.replace(output, content=msgspec.convert(msgspec.to_builtins(output.content), _PARTS))
+    except (TypeError, msgspec.ValidationError) as error:
+        logger.warning("the tool %s did not return a valid ToolOutput: %s", name, error)
         return "failed", _failure("The tool failed: it did not return a tool output.")
     size = output_size(output)
     if size > MAX_OUTPUT:
