@@ -23,7 +23,14 @@ if TYPE_CHECKING:
     from candle_vllm.responses.tools.approval import Approval
     from candle_vllm.responses.tools.python_tool import function_tool
     from candle_vllm.responses.tools.registry import ToolRegistry
-    from candle_vllm.responses.tools.tool import ContentPart, ToolCall, ToolDefinition, ToolError, ToolOutput, ToolResult
+    from candle_vllm.responses.tools.tool import (
+        ContentPart,
+        ToolCall,
+        ToolDefinition,
+        ToolError,
+        ToolOutput,
+        ToolResult,
+    )
 
 __all__ = [
     "Approval",
