@@ -15,13 +15,8 @@ from candle_vllm.openai.protocol.fields import MAX_PARTS, MAX_TOOL_CALLS, Name, 
 from candle_vllm.openai.task import Call
 from candle_vllm.openai.task import ImagePart as Image
 
-_OTHER_PART = re.compile(r"((in|out)put_)?(image|video|audio|file|document|thinking|computer_|encrypted_)\w{0,30}")
+OTHER_PART = re.compile(r"((in|out)put_)?(image|video|audio|file|document|thinking|computer_|encrypted_)\w{0,30}")
 _IMAGES = ("image_url", "input_image")
-
-
-def is_other_part(kind: Any) -> bool:
-    """Whether the `type` of a part names media, or another kind of part that the server cannot read."""
-    return isinstance(kind, str) and _OTHER_PART.fullmatch(kind) is not None
 
 
 class TextPart(WireModel):
@@ -40,7 +35,7 @@ class TextPart(WireModel):
         kind = data.get("type")
         if kind in _IMAGES:
             raise unsupported("type", "images can only be in messages of users and tools")
-        if is_other_part(kind):
+        if OTHER_PART.fullmatch(str(kind)):
             raise unsupported("type", f"{kind!r} parts are not supported: the server takes text and images")
 
 

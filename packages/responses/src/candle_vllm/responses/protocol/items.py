@@ -49,7 +49,7 @@ class TextPart(WireModel):
     @classmethod
     def check_kind(cls, data: dict[str, Any]) -> None:
         """Refuse parts that are no text; the error names the type."""
-        if messages.is_other_part(kind := data.get("type")):
+        if messages.OTHER_PART.fullmatch(str(kind := data.get("type"))):
             raise unsupported("type", f"{kind!r} parts are not supported: send input_text or input_image")
 
 
