@@ -309,6 +309,7 @@ async def test_a_tool_that_hangs_is_cancelled() -> None:
     assert (result.status, work.ended) == ("timed_out", 1)
     assert result.text == "The tool did not answer within 0.05 seconds and was stopped."
     assert result.seconds >= 0.05
+    assert (await done(doing(Hanging()), call(), timeout=0)).status == "timed_out"
 
 
 async def test_a_tool_that_swallows_a_cancelling(monkeypatch: pytest.MonkeyPatch) -> None:

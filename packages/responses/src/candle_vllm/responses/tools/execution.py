@@ -83,7 +83,8 @@ async def run(
     Cancelling the coroutine cancels the tool, and waits until it has ended; a tool that does not react within six
     seconds is abandoned, with an error in the log.
     """
-    seconds = timeout or getattr(checked.tool, "timeout", None) or DEFAULT_TIMEOUT
+    own: float | None = getattr(checked.tool, "timeout", None)
+    seconds = timeout if timeout is not None else own if own is not None else DEFAULT_TIMEOUT
     started = time.monotonic()
     status, output = await _run_within(checked, seconds, report, timeout)
     return ToolResult(
