@@ -68,6 +68,20 @@ class TestOnATerminal:
         terminal.wait_for("First.")
         assert saved(terminal, tmp_path)[0]["content"] == "one\ntwo"
 
+    def test_ctrl_c_in_a_command_ends_it_and_not_the_conversation(self, tmp_path: Path) -> None:
+        os.mkfifo(tmp_path / "pipe")
+        terminal = Terminal(tmp_path, ["chat"], "First.")
+        terminal.wait_for_prompt()
+        terminal.type("one\r")
+        terminal.wait_for("First.")
+        terminal.wait_for_prompt()
+        terminal.type("/load pipe\r")
+        terminal.wait_until(lambda: not terminal.echoes)
+        time.sleep(0.1)
+        terminal.process.send_signal(signal.SIGINT)
+        terminal.wait_for("(stopped)")
+        assert saved(terminal, tmp_path)[0]["content"] == "one"
+
     def test_what_was_typed_is_there_in_the_next_session(self, tmp_path: Path) -> None:
         for keys, answer in (("remember me\r", "Yes."), (UP + "\r", "Again.")):
             terminal = Terminal(tmp_path, ["chat"], answer)

@@ -122,7 +122,7 @@ class Chat:
             "/set": _Command(self._set, "[NAME VALUE]", sets),
             "/system": _Command(self._system, "[TEXT]", "the system message from here on; - removes it"),
             "/image": _Command(self._image, "FILE", "an image for the next message; its path alone is enough"),
-            "/model": _Command(self._model, "[MODEL [FILE]]", "another model, also of models.yaml, or an adapter"),
+            "/model": _Command(self._model, "[MODEL [FILE]]", "a model, by its name in models.yaml too, or an adapter"),
             "/save": _Command(self._save, "FILE", "writes the conversation to a file"),
             "/load": _Command(self._load, "FILE", "continues a conversation from a file"),
             "/clear": _Command(self._clear, "", "starts over; /reset is the same"),
@@ -163,6 +163,10 @@ class Chat:
             self._carry_out(line)
         except BrokenPipeError:
             raise  # the output is closed
+        except KeyboardInterrupt:
+            if not (sys.stdin.isatty() and sys.stdout.isatty()):
+                raise
+            self.say("(stopped)")
         except CandleVllmError as error:
             self._fail(f"error: {in_flags(str(error))}")
         except Exception as error:  # no error may end the conversation
@@ -172,10 +176,9 @@ class Chat:
     def _carry_out(self, line: str) -> None:
         word, *more = line.split(maxsplit=1) or [""]
         if "/" in word[1:] or not line.startswith("/"):  # a path is not a command
-            if line:
-                text = line[1:] if line.startswith("//") else line
-                if not self._is_image(text):
-                    self._ask(text)
+            text = line[1:] if line.startswith("//") else line
+            if text and not self._is_image(text):
+                self._ask(text)
             return
         if (command := self.commands.get(_ALIASES.get(word, word))) is None:
             known = f"{', '.join(self.commands)}; a message that begins with / is written with //"
@@ -264,8 +267,7 @@ class Chat:
         self, engine: InferenceEngine, messages: list[Message], max_tokens: int | None, parts: list[str]
     ) -> FinishReason | None:
         """Print an answer, and append its text without the reasoning to `parts`; return why it ended."""
-        first: float | None = None
-        ended = None
+        first = ended = None
         answer = answer_pieces(engine, messages, self._settings, max_tokens, self._stop, self._uses())
         with contextlib.closing(answer_display()) as display, sign_of_life() as no_more:
             async with contextlib.aclosing(answer) as pieces:
@@ -359,8 +361,7 @@ class Chat:
             settings = dataclasses.replace(self._settings, **other)
         refuse_missing(settings)
         if (failure := self._bring(settings)) is None:
-            self._settings, self._lora = settings, None
-            self._left_out = 0
+            self._settings, self._lora, self._left_out = settings, None, 0
             self.say(f"{self.name} answers from here on")
             return
         self._fail(f"{failure}; going back to the model before")
@@ -436,8 +437,7 @@ class Chat:
 
     def _load(self, rest: str) -> None:
         path = _path(rest, "/load")
-        self._messages = read_saved(path)
-        self._left_out = 0
+        self._messages, self._left_out = read_saved(path), 0
         self._start = [message for message in self._messages[:1] if message["role"] == "system"]
         self._own_file = path
         for message in self._messages[len(self._start) :][-_SHOWN_TURNS:]:
