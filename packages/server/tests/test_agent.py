@@ -91,6 +91,17 @@ def test_a_request_is_carried_out(
     assert engine.closed
 
 
+def test_names_of_no_tool_are_told(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_config(folder)
+    scripted(monkeypatch, "ok")
+    names = ["double", "numbers__double", "numbers__*", "d*", "duble", "double__", "words__*"]
+    assert main(["agent", *(word for name in names for word in ("--approve", name)), "x"]) == 0
+    told = [line for line in capsys.readouterr().err.splitlines() if "--approve" in line]
+    assert told == [f"--approve {name}: there is no such tool" for name in ("duble", "double__", "words__*")]
+
+
 def test_the_configuration_approves_tools(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_config(folder, autoApprove=["double"])
     engine = scripted(monkeypatch, DOUBLE, "42")

@@ -68,6 +68,20 @@ class TestOnATerminal:
         terminal.wait_for("First.")
         assert saved(terminal, tmp_path)[0]["content"] == "one\ntwo"
 
+    def test_ctrl_c_in_a_command_ends_it_and_not_the_conversation(self, tmp_path: Path) -> None:
+        os.mkfifo(tmp_path / "pipe")
+        terminal = Terminal(tmp_path, ["chat"], "First.")
+        terminal.wait_for_prompt()
+        terminal.type("one\r")
+        terminal.wait_for("First.")
+        terminal.wait_for_prompt()
+        terminal.type("/load pipe\r")
+        terminal.wait_until(lambda: not terminal.echoes)
+        time.sleep(0.1)
+        terminal.process.send_signal(signal.SIGINT)
+        terminal.wait_for("(stopped)")
+        assert saved(terminal, tmp_path)[0]["content"] == "one"
+
     def test_what_was_typed_is_there_in_the_next_session(self, tmp_path: Path) -> None:
         for keys, answer in (("remember me\r", "Yes."), (UP + "\r", "Again.")):
             terminal = Terminal(tmp_path, ["chat"], answer)
@@ -399,6 +413,18 @@ class TestImages:
         assert "error: scripted takes text only" in out
         assert asked(engine)[-1][-1] == "a.png"
 
+    def test_a_model_that_reads_text_says_how_to_go_on_without_earlier_ones(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        engines = {model: PacedEngine("Yes.", sees=model == "first") for model in ("first", "blind")}
+        monkeypatch.setattr(chat_module, "load_engine", lambda settings, **_: engines[settings.model])
+        Image.new("RGB", (4, 3)).save(tmp_path / "a.png")
+        for lines in (["/image a.png", "A", "/model blind"], ["/image a.png", "/model blind"]):
+            out = talk(monkeypatch, capsys, *lines, "B", "/clear", "C")
+            assert "error: scripted takes text only, but there are images: /clear starts over without them" in out
+            assert asked(engines["blind"])[-1] == ["S", "C"]
+
     @pytest.mark.parametrize("content", [5, None, {}, [5], [{"type": "text"}], [{"type": "audio"}]])
     def test_what_is_none_is_not_loaded(self, content: Any, tmp_path: Path) -> None:
         path = tmp_path / "s.json"
@@ -537,11 +563,22 @@ class TestCommands:
         assert "/set top_k needs a value (keep the K most likely" in out
         assert "max_tokens 7" in out
 
+    def test_models_of_models_yaml_have_their_own_settings_but_for_what_was_set(
+        self, engine: PacedEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        models = [{"name": f"m{number}", "hf_id": f"org/m{number}", "params": {"top_k": number}} for number in (1, 2)]
+        (tmp_path / "models.yaml").write_text(json.dumps({"models": models}))
+        lines = b"A\n/model m2\nB\n/set top_k 9\nC\n/model m1\nD\n"
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines)))
+        assert main(["chat"]) == 0
+        assert engine.loaded == ["org/m1", "org/m2", "org/m1"]  # type: ignore[attr-defined]
+        assert [request.params.top_k for request in engine.requests] == [1, 2, 9, 9]
+
     @pytest.mark.parametrize("between", [" ", "\t", "  ", "\n"])
     def test_what_is_between_a_command_and_its_words(
         self, between: str, engine: PacedEngine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        with contextlib.closing(chat_module.Chat(AdapterOptions(model="first"), None, None)) as chat:
+        with contextlib.closing(chat_module.Chat(AdapterOptions(model="first"), None, None, {})) as chat:
             for words in (("/system", "T"), ("/set", "max_tokens", "7"), ("/set", "stop", "END"), ("A",)):
                 chat.take(between.join(words))
         assert asked(engine) == [["T", "A"]]

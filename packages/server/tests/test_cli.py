@@ -161,8 +161,8 @@ def test_help_loads_neither_torch_nor_a_web_framework() -> None:
         (["quantize", "--m", "x", "--out", "x.gguf", "--lora", "a:b"], "'b' is not a scale"),
         (["quantize", "--m", "x", "--out", "x.gguf", "--lora", "a", "--lora-to-gguf", "b"], "give one of them"),
         (["perplexity", "--m", "x"], "-f FILE is missing"),
-        (["perplexity", "--m", "x", "-f", "none.txt"], "No such file or directory: none.txt"),
-        (["perplexity", "--m", "x", "-f", sys.executable], "is not a text in UTF-8"),
+        (["perplexity", "--m", "x", "-f", "none.txt"], "cannot read the text none.txt: No such file"),
+        (["perplexity", "--m", "x", "-f", sys.executable], "it is not UTF-8 text"),
         (["imatrix", "--m", "x", "-f", __file__], "-o FILE.gguf is missing"),
         (["imatrix", "--m", "x", "-f", __file__, "-o", "x.dat"], "x.dat does not end in .gguf"),
         (["quantize", "--device", "cpu"], "--device does not apply to `candle-vllm quantize`"),
@@ -900,6 +900,25 @@ def test_quantize_writes_a_file_that_can_be_served(tmp_path: Path, capsys: pytes
     assert "F32 x 2" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("command", ["quantize", "imatrix"])
+def test_sigterm_leaves_no_part_of_a_file(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, words = write_toy_model(tmp_path / "plain"), write_words(tmp_path / "words")
+    parts: list[list[Path]] = []
+
+    def replace(*_: object) -> None:
+        parts.append([*tmp_path.glob(".*.part")])
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr("candle_vllm.core.conversion.write.os.replace", replace)
+    line = [command, "--m", str(folder), "--tokenizer", str(words), "--out", str(tmp_path / "x.gguf")]
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert main([*line, *(["-f", __file__, "--tokens", "9"] if command == "imatrix" else [])]) == 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert (len(parts[0]), [*tmp_path.glob(".*.part")]) == (1, [])
+
+
 def test_perplexity_beside_a_reference(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """As its files are: without the types that the model beside it is quantised to."""
     folder, text, quantised = write_toy_model(tmp_path / "toy"), tmp_path / "text.txt", ["--isq", "q8_0"]
@@ -917,6 +936,10 @@ def test_perplexity_beside_a_reference(tmp_path: Path, capsys: pytest.CaptureFix
     assert str(round(own["perplexity"], 6)) == shown["perplexity"]
     assert 0 < other["kl"] < 0.01
     assert (other["reference"], other["perplexity"]) == (own["perplexity"], alone["perplexity"])
+    text.write_text("\ufeffA short text.", "utf-8")
+    assert main(line) == 0
+    shown = dict(row.split(maxsplit=1) for row in capsys.readouterr().out.splitlines())
+    assert (shown["windows"], shown["tokens"], shown["perplexity_error"]) == ("1", "12", "-")
     for command in (line[:5], ["imatrix", *line[1:5], "-o", str(tmp_path / "x.gguf")]):
         assert main([*command, "--window", "513"]) == 2
         said = "--window 513: max_model_len 513 is beyond the model's context of 512 tokens: set --window 512\n"

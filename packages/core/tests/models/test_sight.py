@@ -228,6 +228,20 @@ def shared(folder: Path) -> Any:
         yield engine
 
 
+def test_other_media_may_be_none(shared: InferenceEngine) -> None:
+    data = {"image": PICTURES[0], "video": None}
+    assert shared.generate({"prompt": "<image>", "multi_modal_data": data}, GREEDY, use_tqdm=False)
+
+
+def test_fields_of_an_image_part_are_read_or_refused(shared: InferenceEngine) -> None:
+    part = {"type": "image", "image": PICTURES[0], "detail": "low", "uuid": "a", "text": None, "cache_control": {}}
+    assert shared.chat([{"role": "user", "content": [part]}], GREEDY)
+    for name, value in (("text", "lost"), ("min_pixels", 4), ("detial", "low")):
+        with pytest.raises(InvalidParameterError, match=f"a part with an image has no '{name}'") as refusal:
+            shared.chat([{"role": "user", "content": [part | {name: value}]}], GREEDY)
+        assert refusal.value.param == f"messages[0].content[0].{name}"
+
+
 def test_a_mark_without_a_picture_is_a_token(shared: InferenceEngine) -> None:
     assert shared.generate("<image>", GREEDY, use_tqdm=False)[0].outputs[0].token_ids
     shown = {"prompt": "<image>", "multi_modal_data": {"image": PICTURES[0]}}

@@ -199,7 +199,10 @@ def test_refusals_name_the_place(messages: list[Any], param: str, message: str) 
     assert message in str(caught.value)
 
 
-@pytest.mark.parametrize("kind", ["input_audio", "file", "image_base64", "video_url", "thinking"])
+@pytest.mark.parametrize(
+    "kind",
+    ["input_audio", "file", "image_base64", "video_url", "thinking", "video", "input_video", "image", "image_embeds"],
+)
 def test_parts_that_are_no_text_are_unsupported(kind: str) -> None:
     parts = [{"type": "text", "text": "see"}, {"type": kind, kind: {"url": "http://x"}}]
     with pytest.raises(UnsupportedParameterError, match=f"'{kind}' parts are not supported") as caught:

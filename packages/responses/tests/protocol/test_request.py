@@ -119,9 +119,10 @@ def test_refused(change: dict[str, Any], error: type[RequestError], param: str) 
     assert refusal.value.param == param
 
 
-def test_an_image_in_the_form_of_chat_is_refused_with_the_form_here() -> None:
-    part = {"type": "image_url", "image_url": {"url": "data:image/png;base64,"}}
-    with pytest.raises(UnsupportedParameterError, match="'image_url' parts are not supported: send input_text or"):
+@pytest.mark.parametrize("kind", ["image_url", "video", "input_video", "thinking", "encrypted_content"])
+def test_a_part_of_another_api_is_refused_with_the_parts_here(kind: str) -> None:
+    part = {"type": kind, kind: {"url": "data:image/png;base64,"}}
+    with pytest.raises(UnsupportedParameterError, match=f"'{kind}' parts are not supported: send input_text or"):
         parse_responses_request({"input": [{"role": "user", "content": [part]}]})
 
 

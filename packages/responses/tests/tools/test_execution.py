@@ -239,12 +239,31 @@ async def test_an_error_that_the_tool_tells_itself() -> None:
     assert (result.status, result.text) == ("failed", "not today")
 
 
-async def test_what_is_no_output() -> None:
-    async def work(*_: object) -> str:
-        return "a string"
+@pytest.mark.parametrize(
+    "output",
+    [
+        "a string",
+        ToolOutput(content="a string"),  # type: ignore[arg-type]
+        ToolOutput(content=("a string",)),  # type: ignore[arg-type]
+        ToolOutput(content=ContentPart(kind="text", text="x")),  # type: ignore[arg-type]
+        ToolOutput(content=(ContentPart(kind="text", text=5),)),  # type: ignore[arg-type]
+        ToolOutput(content=(ContentPart(kind="video", data="QUJD"),)),  # type: ignore[arg-type]
+    ],
+)
+async def test_what_is_no_output(output: Any) -> None:
+    async def work(*_: object) -> Any:
+        return output
 
     result = await done(doing(work), call())
     assert (result.status, result.text) == ("failed", "The tool failed: it did not return a tool output.")
+
+
+async def test_bytes_of_an_image_become_base64() -> None:
+    async def work(*_: object) -> ToolOutput:
+        return ToolOutput(content=[ContentPart(kind="image", data=b"ABC")])  # type: ignore[arg-type]
+
+    result = await done(doing(work), call())
+    assert (result.status, result.text, result.output.content[0].data) == ("completed", "[image: 3 bytes]", "QUJD")
 
 
 async def test_floods() -> None:
@@ -290,6 +309,7 @@ async def test_a_tool_that_hangs_is_cancelled() -> None:
     assert (result.status, work.ended) == ("timed_out", 1)
     assert result.text == "The tool did not answer within 0.05 seconds and was stopped."
     assert result.seconds >= 0.05
+    assert (await done(doing(Hanging()), call(), timeout=0)).status == "timed_out"
 
 
 async def test_a_tool_that_swallows_a_cancelling(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,10 +23,18 @@ if TYPE_CHECKING:
     from candle_vllm.responses.tools.approval import Approval
     from candle_vllm.responses.tools.python_tool import function_tool
     from candle_vllm.responses.tools.registry import ToolRegistry
-    from candle_vllm.responses.tools.tool import ToolCall, ToolDefinition, ToolError, ToolOutput, ToolResult
+    from candle_vllm.responses.tools.tool import (
+        ContentPart,
+        ToolCall,
+        ToolDefinition,
+        ToolError,
+        ToolOutput,
+        ToolResult,
+    )
 
 __all__ = [
     "Approval",
+    "ContentPart",
     "ConversationFinished",
     "ConversationLoop",
     "ConversationOptions",
@@ -68,7 +76,7 @@ _HOMES = {
     "tools.approval": ("Approval",),
     "tools.python_tool": ("function_tool",),
     "tools.registry": ("ToolRegistry",),
-    "tools.tool": ("ToolCall", "ToolDefinition", "ToolError", "ToolOutput", "ToolResult"),
+    "tools.tool": ("ContentPart", "ToolCall", "ToolDefinition", "ToolError", "ToolOutput", "ToolResult"),
 }
 
 

@@ -45,6 +45,7 @@ _KEYS = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_con
 _PART_KEYS = ("type", "text", "refusal", "cache_control", "prompt_cache_breakpoint")
 _TEXTS = ("text", "input_text", "output_text", "refusal")  # kinds of parts
 _PICTURES = ("image", "image_url", "input_image", "image_pil")
+_PICTURE_KEYS = (*_PICTURES, *_PART_KEYS[3:], "type", "url", "path", "base64", "detail", "uuid")
 _MEDIA = ("image", "video", "audio", "file")
 _WITHOUT_CONTENT = ("tool_calls", "function_call", "reasoning_content", "thinking", "reasoning", "refusal")
 _OLD = {"function_call": "write tool_calls, with an id", "functions": "pass tools"}
@@ -89,7 +90,7 @@ def _pictures(data: Any) -> list[Any]:
         return []
     if not isinstance(data, Mapping):
         raise InvalidParameterError(f"multi_modal_data must be an object with image, not {_kind(data)}", "prompt")
-    other = next((name for name in data if name != "image"), None)
+    other = next((name for name in data if name != "image" and data[name] is not None), None)
     if other is not None:
         raise InvalidParameterError(f"multi_modal_data has {str(other)!r:.60}: only images are supported", "prompt")
     images = data.get("image")
@@ -234,8 +235,6 @@ def _texts(content: Any) -> list[str] | None:
     if isinstance(content, str):
         return [content]
     parts = [{"text": part} if isinstance(part, str) else part for part in content]
-    if any(_is_picture(part) for part in parts):
-        return None
     if not all(part.get("type", "text") in _TEXTS for part in parts):
         return None
     return [part["refusal"] if part.get("type") == "refusal" else part["text"] for part in parts]
@@ -361,6 +360,7 @@ def _check_part(place: str, part: Any, words: set[str], sees: bool) -> None:
         raise _wrong(place, f"must be an object with type and text, not {_kind(part)}")
     kind = part.get("type", "text")
     if sees and _is_picture(part):
+        _check_keys(place, part, _PICTURE_KEYS, set(), "part with an image")
         return
     if not isinstance(kind, str) or kind.removeprefix("input_").startswith(_MEDIA):
         raise _wrong(place, f"is of type {kind!r:.60}, but only text {'and images are' if sees else 'is'} supported")

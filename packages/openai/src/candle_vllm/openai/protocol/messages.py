@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -14,7 +15,7 @@ from candle_vllm.openai.protocol.fields import MAX_PARTS, MAX_TOOL_CALLS, Name, 
 from candle_vllm.openai.task import Call
 from candle_vllm.openai.task import ImagePart as Image
 
-_OTHER_PARTS = frozenset({"image_base64", "input_audio", "audio_url", "video_url", "file", "input_file", "thinking"})
+OTHER_PART = re.compile(r"((in|out)put_)?(image|video|audio|file|document|thinking|computer_|encrypted_)\w{0,30}")
 _IMAGES = ("image_url", "input_image")
 
 
@@ -32,9 +33,9 @@ class TextPart(WireModel):
     def check_kind(cls, data: dict[str, Any]) -> None:
         """Raise an error for an image, which only some roles may send, and for parts that the server cannot read."""
         kind = data.get("type")
-        if isinstance(kind, str) and kind in _IMAGES:
+        if kind in _IMAGES:
             raise unsupported("type", "images can only be in messages of users and tools")
-        if isinstance(kind, str) and kind in _OTHER_PARTS:
+        if OTHER_PART.fullmatch(str(kind)):
             raise unsupported("type", f"{kind!r} parts are not supported: the server takes text and images")
 
 

@@ -26,11 +26,6 @@ from candle_vllm.openai.task import Part
 from candle_vllm.openai.task import TextPart as TaskText
 from candle_vllm.responses.protocol.fields import ItemId, Status, Text
 
-OTHER_PARTS = frozenset({
-    "input_file", "input_audio", "input_video", "image_url", "file", "image", "video_url", "audio_url",
-    "computer_screenshot", "output_image", "output_audio", "encrypted_content",
-})  # fmt: skip
-
 _HOSTED_CALLS = frozenset({
     "file_search_call", "web_search_call", "computer_call", "computer_call_output", "code_interpreter_call",
     "image_generation_call", "local_shell_call", "local_shell_call_output", "shell_call", "shell_call_output",
@@ -53,9 +48,8 @@ class TextPart(WireModel):
 
     @classmethod
     def check_kind(cls, data: dict[str, Any]) -> None:
-        """Refuse the types of `OTHER_PARTS`; the error names the type."""
-        kind = data.get("type")
-        if isinstance(kind, str) and kind in OTHER_PARTS:
+        """Refuse parts that are no text; the error names the type."""
+        if messages.OTHER_PART.fullmatch(str(kind := data.get("type"))):
             raise unsupported("type", f"{kind!r} parts are not supported: send input_text or input_image")
 
 

@@ -23,23 +23,9 @@ from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.openai.errors import InvalidBodyError
 from candle_vllm.openai.json_body import decode_json
 from candle_vllm.responses.conversation.channel import end_task
+from candle_vllm.responses.tools import tool
 from candle_vllm.responses.tools.registry import ToolRegistry
-from candle_vllm.responses.tools.tool import (
-    MAX_TIMEOUT,
-    Report,
-    Tool,
-    ToolCall,
-    ToolDefinition,
-    ToolError,
-    ToolOutput,
-    ToolProgress,
-    ToolResult,
-    ToolStatus,
-    allowed_seconds,
-    cut,
-    output_size,
-    output_text,
-)
+from candle_vllm.responses.tools.tool import Report, Tool, ToolCall, ToolDefinition, ToolOutput, ToolResult, ToolStatus
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +37,7 @@ _MAX_MESSAGE = 2000  # characters of a tool's own error
 _PATIENCE = 6.0  # seconds that a cancelled tool has to end
 _AGAIN = 2.0  # seconds after which a tool that still runs is cancelled again
 _NEAR = 500  # names that are compared with an unknown one
+_PARTS = tuple[tool.ContentPart, ...]
 
 
 class Checked(msgspec.Struct, frozen=True, kw_only=True):
@@ -105,7 +92,7 @@ async def run(
         server=checked.definition.server,
         status=status,
         output=output,
-        text=output_text(output, max_chars),
+        text=tool.output_text(output, max_chars),
         seconds=time.monotonic() - started,
     )
 
@@ -116,7 +103,7 @@ async def _run_within(
     """Run the tool in a task of its own, so that its cancellation cannot be mistaken for its caller's."""
     running = True
 
-    def passed_on(progress: ToolProgress) -> None:
+    def passed_on(progress: tool.ToolProgress) -> None:
         if running and report is not None:
             report(progress)
 
@@ -135,21 +122,25 @@ async def _run_within(
 
 async def _outcome(checked: Checked, report: Report, given: float | None) -> tuple[ToolStatus, ToolOutput]:
     """Return the tool's output or failure. Only Ctrl+C and a cancellation are raised."""
-    allowed_seconds.set(given)
+    tool.allowed_seconds.set(given)
     name = checked.definition.name
     try:
         output = await checked.tool.run(checked.arguments, report)
-    except ToolError as error:
-        return error.status, _failure(cut(str(error) or "The tool failed.", _MAX_MESSAGE))
+    except tool.ToolError as error:
+        return error.status, _failure(tool.cut(str(error) or "The tool failed.", _MAX_MESSAGE))
     except (KeyboardInterrupt, asyncio.CancelledError):
         raise
     except BaseException as error:  # a tool's SystemExit must not end the program
         logger.warning("the tool %s failed", name, exc_info=error)
         return "failed", _failure(f"The tool failed ({type(error).__name__:.100}).")
-    if not isinstance(output, ToolOutput):
-        logger.warning("the tool %s returned a %s in place of a ToolOutput", name, type(output).__name__)
+    try:
+        if not isinstance(output, ToolOutput):
+            raise TypeError(f"it is a {type(output).__name__}")
+        output = msgspec.structs.replace(output, content=msgspec.convert(msgspec.to_builtins(output.content), _PARTS))
+    except (TypeError, msgspec.ValidationError) as error:
+        logger.warning("the tool %s did not return a valid ToolOutput: %s", name, error)
         return "failed", _failure("The tool failed: it did not return a tool output.")
-    size = output_size(output)
+    size = tool.output_size(output)
     if size > MAX_OUTPUT:
         return "failed", _failure(
             f"The tool returned {size} characters, and at most {MAX_OUTPUT} are allowed: ask for less."
@@ -173,25 +164,24 @@ def parsed_arguments(text: str) -> dict[str, Any] | str:
 async def call_directly(
     registry: ToolRegistry,
     server: str | None,
-    tool: str,
+    name: str,
     arguments: Mapping[str, Any],
     *,
     timeout: float | None = None,
 ) -> ToolResult:
-    """Call a tool without a model, as `ResponsesSession.call_tool`; `tool` may also be the name that a model uses."""
-    if timeout is not None and (not isinstance(timeout, (int, float)) or not 0 < timeout <= MAX_TIMEOUT):
+    """Call a tool without a model, as `ResponsesSession.call_tool`; `name` may also be the one that a model uses."""
+    if timeout is not None and (not isinstance(timeout, (int, float)) or not 0 < timeout <= tool.MAX_TIMEOUT):
         raise InvalidParameterError(
-            f"timeout must be more than 0 and at most {MAX_TIMEOUT:g} seconds, not {timeout!r:.40}", "timeout"
+            f"timeout must be more than 0 and at most {tool.MAX_TIMEOUT:g} seconds, not {timeout!r:.40}", "timeout"
         )
     text = _as_json(arguments)
     for definition in registry.definitions():
-        if definition.server == server and tool in (definition.original_name, definition.name):
-            checked = await check(
-                registry, ToolCall(id=f"call_{uuid.uuid4().hex}", name=definition.name, arguments=text)
-            )
+        if definition.server == server and name in (definition.original_name, definition.name):
+            call = ToolCall(id=f"call_{uuid.uuid4().hex}", name=definition.name, arguments=text)
+            checked = await check(registry, call)
             return checked if isinstance(checked, ToolResult) else await run(checked, timeout=timeout)
     where = "among the Python tools" if server is None else f"at the MCP server {server!r:.80}"
-    raise InvalidParameterError(f"there is no tool {tool!r:.80} {where}", "tool")
+    raise InvalidParameterError(f"there is no tool {name!r:.80} {where}", "tool")
 
 
 def _as_json(arguments: Any) -> str:
@@ -216,4 +206,4 @@ def _failure(text: str) -> ToolOutput:
 
 def _not_run(call: ToolCall, server: str | None, status: ToolStatus, text: str, max_chars: int) -> ToolResult:
     output = _failure(text)
-    return ToolResult(call=call, server=server, status=status, output=output, text=output_text(output, max_chars))
+    return ToolResult(call=call, server=server, status=status, output=output, text=tool.output_text(output, max_chars))

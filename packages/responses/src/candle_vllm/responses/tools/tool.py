@@ -185,8 +185,7 @@ def output_text(output: ToolOutput, max_chars: int, faults: Mapping[int, str] = 
     Images, audio and other data appear as kind and size; structured output appears as JSON if there is no text.
     `faults` are additional remarks on parts, by the index of the part.
     """
-    ((text, _),) = output_pieces(output, max_chars, faults)
-    return text
+    return output_pieces(output, max_chars, faults)[0][0]
 
 
 def output_pieces(

@@ -22,7 +22,7 @@ import msgspec
 
 from candle_vllm.core.engine.outputs import FinishReason
 from candle_vllm.core.errors import CandleVllmError, ConfigError
-from candle_vllm.openai import OpenAIAdapter, to_json_bytes
+from candle_vllm.openai import to_json_bytes
 from candle_vllm.responses import ConversationOptions, ResponsesSession
 from candle_vllm.responses.conversation import events
 from candle_vllm.responses.conversation.chat_model import ModelSource
@@ -32,9 +32,9 @@ from candle_vllm.responses.tools.names import SEPARATOR, matches
 from candle_vllm.responses.tools.tool import ToolCall, ToolDefinition
 from candle_vllm.server.commands.interactive import answer_display, has_colour
 from candle_vllm.server.commands.terminal import Said, conversation, read_stdin, unfinished
-from candle_vllm.server.settings.derived import in_flags, load_engine, thinking_settings
+from candle_vllm.server.settings.derived import adapter_of, in_flags, load_engine
 from candle_vllm.server.settings.options import UsageError
-from candle_vllm.server.settings.table import AgentOptions, ModelOptions
+from candle_vllm.server.settings.table import AgentOptions
 
 EXIT_UNFINISHED = 1
 
@@ -63,34 +63,23 @@ def agent(
         request["max_completion_tokens"] = max_tokens
     approval = "never" if yes else TerminalApproval(approve)
     options = ConversationOptions(max_turns=max_turns, approval=approval, request=request)
-    with _model(settings, base_url) as model:
+    with contextlib.ExitStack() as stack:
+        model: ModelSource | None = base_url
+        if model is None:
+            model = adapter_of(stack.enter_context(load_engine(settings)), settings, tool_parser=settings.tool_parser)
         name = settings.model if base_url is not None else None
         session = ResponsesSession(model, mcp_servers=servers, api_key=api_key, model_name=name)
-        return asyncio.run(_carry_out(session, conversation(system, text), options, as_json))
-
-
-@contextlib.contextmanager
-def _model(settings: ModelOptions, base_url: str | None) -> Iterator[ModelSource]:
-    if base_url is not None:
-        yield base_url
-        return
-    with load_engine(settings) as engine:
-        yield OpenAIAdapter(
-            engine,
-            served_model_names=[engine.model_info.name],
-            tool_parser=settings.tool_parser,
-            reasoning_parser=settings.reasoning_parser,
-            **thinking_settings(settings),
-        )
+        return asyncio.run(_carry_out(session, conversation(system, text), options, approve, as_json))
 
 
 async def _carry_out(
-    session: ResponsesSession, messages: list[dict[str, str]], options: ConversationOptions, as_json: bool
-) -> int:
+    session: ResponsesSession, messages: list[dict[str, str]], options: ConversationOptions, approve: tuple[str, ...],
+    as_json: bool
+) -> int:  # fmt: skip
     async with session, contextlib.AsyncExitStack() as stack:
         display = AgentDisplay()
         stack.callback(display.close)
-        _introduce(session)
+        _introduce(session, approve)
         try:
             async with contextlib.aclosing(session.stream_conversation(messages, options)) as told:
                 async for event in told:
@@ -112,18 +101,19 @@ async def _carry_out(
     return EXIT_UNFINISHED
 
 
-def _introduce(session: ResponsesSession) -> None:
-    """Print the MCP servers that are ready, the number of tools, and the servers' errors."""
-    tools = len(session.list_openai_tools())
-    statuses = session.fleet.status() if session.fleet is not None else []
+def _introduce(session: ResponsesSession, approve: tuple[str, ...]) -> None:
+    """Print the MCP servers that are ready, the number of tools, the servers' errors, and approved names of no tool."""
+    fleet = session.fleet
+    statuses, known = ([], []) if fleet is None else (fleet.status(), fleet.registry.definitions())
     ready = [status.name for status in statuses if status.state == "ready"]
-    if statuses:
-        note(f"MCP servers: {', '.join(ready)}; tools: {tools}" if ready else "no MCP server is ready")
-    else:
-        note("no MCP servers: name a file with --mcp-config, or put an mcp.json into this folder")
+    told = f"MCP servers: {', '.join(ready)}; tools: {len(known)}" if ready else "no MCP server is ready"
+    note(told if statuses else "no MCP servers: name a file with --mcp-config, or put an mcp.json into this folder")
     for status in statuses:
         if status.error is not None:
             note(f"{status.name} is not available: {status.error}")
+    for name in approve:
+        if not any(matches([name], one.name if SEPARATOR in name else one.original_name) for one in known):
+            note(f"--approve {name}: there is no such tool")
 
 
 QUESTION = "may it run? [y]es, [a]lways for this tool, [n]o: "

@@ -16,7 +16,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -33,12 +33,13 @@ from candle_vllm.server.commands.terminal import Message, answer_pieces, require
 from candle_vllm.server.loop_threads import run_stoppable
 from candle_vllm.server.settings.adapters import read_specs
 from candle_vllm.server.settings.commands import MAX_TOKENS
-from candle_vllm.server.settings.derived import in_flags, load_engine, refuse_missing, thinking_settings
+from candle_vllm.server.settings.derived import adapter_of, in_flags, load_engine, refuse_missing
 from candle_vllm.server.settings.options import SAMPLING, UsageError, convert
 from candle_vllm.server.settings.table import OPTIONS, AdapterOptions
 
 if TYPE_CHECKING:
     from candle_vllm.openai import OpenAIAdapter
+    from candle_vllm.server.settings.configuration import Configuration
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +48,7 @@ _ALIASES = {"/reset": "/clear", "/?": "/help", "/bye": "/exit", "/quit": "/exit"
 _SHOWN_TURNS, _SHOWN = 4, 200  # messages that /load shows, and maximum characters of each
 _MAX_STOPS, _MAX_STOP = 4, 1024  # maximum number of stop strings, and maximum characters of one
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif")
+Listed = Mapping[str, AdapterOptions]
 _NO_MODEL = "no model is loaded: /model MODEL loads one"
 _SET = {option.name: option for option in (*OPTIONS, MAX_TOKENS) if option.group == SAMPLING or option is MAX_TOKENS}
 _OTHER_MODEL: dict[str, Any] = {"lora_modules": ()} | dict.fromkeys(
@@ -55,13 +57,19 @@ _OTHER_MODEL: dict[str, Any] = {"lora_modules": ()} | dict.fromkeys(
 )  # fmt: skip
 
 
-def chat(settings: AdapterOptions, system: str | None = None, max_tokens: int | None = None) -> int:
+def chat(configuration: Configuration, system: str | None = None, max_tokens: int | None = None) -> int:
+    """Run a conversation as `converse` does; /model takes the names of models.yaml."""
+    listed = {name: entry.settings for entry in configuration.catalogue.entries for name in entry.names}
+    return converse(configuration.settings, system, max_tokens, listed)
+
+
+def converse(*of_chat: Any) -> int:
     """Run a conversation until /exit or the end of input; return 1 if input is no terminal and a line failed, else 0.
 
-    Unless standard input and output are terminals, Ctrl+C between answers also ends it.
+    Unless standard input and output are terminals, Ctrl+C between answers also ends it. Arguments are those of `Chat`.
     """
     require_stdin()
-    with contextlib.closing(Chat(settings, system, max_tokens)) as talk:
+    with contextlib.closing(Chat(*of_chat)) as talk:
         read = line_reader(Path.home(), list(talk.commands))
         talk.say(f"{talk.name}: /help lists the commands; Ctrl+C stops an answer, Ctrl+D ends the chat")
         while (line := read()) is not None and not talk.ends_with(line):
@@ -90,10 +98,13 @@ class Chat:
         settings: settings of the model and of sampling.
         system: system message of every conversation; None or empty for no message.
         max_tokens: maximum number of tokens of an answer.
+        listed: settings of the models that /model knows, by name.
     """
 
-    def __init__(self, settings: AdapterOptions, system: str | None, max_tokens: int | None) -> None:
+    def __init__(self, settings: AdapterOptions, system: str | None, max_tokens: int | None, listed: Listed) -> None:
         self.failed = False
+        self._listed = listed
+        self._typed: dict[str, Any] = {}  # what /set has set
         self._runner = asyncio.Runner()
         self._settings = settings
         self._engine: InferenceEngine | None = load_engine(settings, max_num_seqs=1)
@@ -105,15 +116,13 @@ class Chat:
         self._own_file: Path | None = None
         self._lora: LoRARequest | None = None
         self._set_system(system or None)
-        settable = ", ".join([*_SET, "stop"])
+        sets = f"sets a sampling parameter ({', '.join([*_SET, 'stop'])}); the value default resets it"
         self.commands = {
             "/help": _Command(self._help, "", "this list"),
-            "/set": _Command(
-                self._set, "[NAME VALUE]", f"sets a sampling parameter ({settable}); the value default resets it"
-            ),
+            "/set": _Command(self._set, "[NAME VALUE]", sets),
             "/system": _Command(self._system, "[TEXT]", "the system message from here on; - removes it"),
             "/image": _Command(self._image, "FILE", "an image for the next message; its path alone is enough"),
-            "/model": _Command(self._model, "[MODEL [FILE]]", "another model, or an adapter of --lora-modules"),
+            "/model": _Command(self._model, "[MODEL [FILE]]", "a model, by its name in models.yaml too, or an adapter"),
             "/save": _Command(self._save, "FILE", "writes the conversation to a file"),
             "/load": _Command(self._load, "FILE", "continues a conversation from a file"),
             "/clear": _Command(self._clear, "", "starts over; /reset is the same"),
@@ -154,6 +163,10 @@ class Chat:
             self._carry_out(line)
         except BrokenPipeError:
             raise  # the output is closed
+        except KeyboardInterrupt:
+            if not (sys.stdin.isatty() and sys.stdout.isatty()):
+                raise
+            self.say("(stopped)")
         except CandleVllmError as error:
             self._fail(f"error: {in_flags(str(error))}")
         except Exception as error:  # no error may end the conversation
@@ -163,10 +176,9 @@ class Chat:
     def _carry_out(self, line: str) -> None:
         word, *more = line.split(maxsplit=1) or [""]
         if "/" in word[1:] or not line.startswith("/"):  # a path is not a command
-            if line:
-                text = line[1:] if line.startswith("//") else line
-                if not self._is_image(text):
-                    self._ask(text)
+            text = line[1:] if line.startswith("//") else line
+            if text and not self._is_image(text):
+                self._ask(text)
             return
         if (command := self.commands.get(_ALIASES.get(word, word))) is None:
             known = f"{', '.join(self.commands)}; a message that begins with / is written with //"
@@ -196,6 +208,9 @@ class Chat:
         """Generate one answer; a message that the engine refuses leaves the conversation unchanged."""
         if self._engine is None:
             raise UsageError(_NO_MODEL)
+        shown = any("image_url" in part for message in messages for part in message["content"])  # a part or a character
+        if shown and "image" not in self._engine.model_info.modalities:
+            raise UsageError(f"{self.name} takes text only, but there are images: /clear starts over without them")
         parts: list[str] = []
         ended = None
         try:
@@ -218,9 +233,7 @@ class Chat:
 
         Returns the messages, and a `max_tokens` that fits; raises UsageError if the last message fills the context.
         """
-        from candle_vllm.openai import OpenAIAdapter
-
-        context, adapter = engine.model_info.max_model_len, OpenAIAdapter(engine, **thinking_settings(self._settings))
+        context, adapter = engine.model_info.max_model_len, adapter_of(engine, self._settings)
         wanted = min(self._max_tokens or context, max(1, context // 4))
         left_out, last = self._left_out, len(messages) - len(self._start) - 1
         while (length := self._length(adapter, self._sent(messages))) + wanted > context and self._left_out < last:
@@ -254,8 +267,7 @@ class Chat:
         self, engine: InferenceEngine, messages: list[Message], max_tokens: int | None, parts: list[str]
     ) -> FinishReason | None:
         """Print an answer, and append its text without the reasoning to `parts`; return why it ended."""
-        first: float | None = None
-        ended = None
+        first = ended = None
         answer = answer_pieces(engine, messages, self._settings, max_tokens, self._stop, self._uses())
         with contextlib.closing(answer_display()) as display, sign_of_life() as no_more:
             async with contextlib.aclosing(answer) as pieces:
@@ -298,7 +310,8 @@ class Chat:
         if option is MAX_TOKENS:
             self._max_tokens = value
         else:
-            self._settings = dataclasses.replace(self._settings, **{name: value})
+            self._typed[name] = value
+            self._settings = dataclasses.replace(self._settings, **self._typed)
         self.say(f"{name} is {self._value(name)}")
 
     def _set_stop(self, text: str) -> None:
@@ -336,17 +349,19 @@ class Chat:
         if self._choose_adapter(rest):
             self.say(f"{self.name} answers from here on")
             return
-        whole = os.path.expanduser(rest)  # a path may contain spaces
-        model, *file = [whole] if os.path.exists(whole) else _words(rest, 2, "/model takes MODEL and FILE")
-        if not model:
-            raise UsageError("/model takes a model: an id, a folder or a .gguf file")
-        model = os.path.expanduser(model)
-        other: dict[str, Any] = {**_OTHER_MODEL, "model": model, "weight_file": file[0] if file else None}
-        settings = dataclasses.replace(self._settings, **other)
+        if (listed := self._listed.get(rest)) is not None:
+            settings = dataclasses.replace(listed, **self._typed)
+        else:
+            whole = os.path.expanduser(rest)  # a path may contain spaces
+            model, *file = [whole] if os.path.exists(whole) else _words(rest, 2, "/model takes MODEL and FILE")
+            if not model:
+                raise UsageError("/model takes a model: an id, a folder, a .gguf file or a name of models.yaml")
+            model = os.path.expanduser(model)
+            other: dict[str, Any] = {**_OTHER_MODEL, "model": model, "weight_file": file[0] if file else None}
+            settings = dataclasses.replace(self._settings, **other)
         refuse_missing(settings)
         if (failure := self._bring(settings)) is None:
-            self._settings, self._lora = settings, None
-            self._left_out = 0
+            self._settings, self._lora, self._left_out = settings, None, 0
             self.say(f"{self.name} answers from here on")
             return
         self._fail(f"{failure}; going back to the model before")
@@ -422,8 +437,7 @@ class Chat:
 
     def _load(self, rest: str) -> None:
         path = _path(rest, "/load")
-        self._messages = read_saved(path)
-        self._left_out = 0
+        self._messages, self._left_out = read_saved(path), 0
         self._start = [message for message in self._messages[:1] if message["role"] == "system"]
         self._own_file = path
         for message in self._messages[len(self._start) :][-_SHOWN_TURNS:]:

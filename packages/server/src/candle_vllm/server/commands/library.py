@@ -131,9 +131,9 @@ def run(
             local = _pulled(settings, name)
         chosen = local.settings(settings)
     if prompt is None:
-        from candle_vllm.server.commands.chat import chat
+        from candle_vllm.server.commands.chat import converse
 
-        return chat(chosen, system, max_tokens)
+        return converse(chosen, system, max_tokens, {})
     return generate(chosen, prompt, chat=True, system=system, max_tokens=max_tokens)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from candle_vllm.core.perplexity import perplexity as measure
 from candle_vllm.core.progress import progress_bar
 from candle_vllm.server.settings.derived import engine_config, in_flags, load_engine
 from candle_vllm.server.settings.options import UsageError
+from candle_vllm.server.settings.sources import read_text
 from candle_vllm.server.settings.table import OPTIONS, ModelOptions
 
 _NOT_OF_REFERENCE = (
@@ -39,7 +41,8 @@ def perplexity(
             _measured(dataclasses.replace(settings, **plain, model=reference), text, save=known, **cut)
             known.seek(0)
         found = _measured(settings, text, reference=None if reference is None else known, **cut)
-    rows = [f"{name:16} {round(value, 6) if isinstance(value, float) else value}" for name, value in found.items()]
+    shown = {name: round(value, 6) if isinstance(value, float) else value for name, value in found.items()}
+    rows = [f"{name:16} {'-' if value is None else value}" for name, value in shown.items()]
     sys.stdout.write((json.dumps(found) if as_json else "\n".join(rows)) + "\n")
     return 0
 
@@ -58,6 +61,7 @@ def imatrix(
     if out is None:
         raise UsageError("-o FILE.gguf is missing: it names the file to write")
     check_target(out, force)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # no part of the file stays behind
     with progress_bar(), _cutting(options.get("window", 512)):
         written = write_imatrix(engine_config(settings, threads=threads), text, str(file), out, **options)
     sys.stdout.write(f"{written.path}: {written.nbytes / 1e6:,.1f} MB, {written.types['F32'] // 2} entries\n")
@@ -77,7 +81,4 @@ def _cutting(window: int) -> Iterator[None]:
 def _text(file: Path | None) -> str:
     if file is None:
         raise UsageError("-f FILE is missing: it names the text, a file in UTF-8")
-    try:
-        return file.read_text("utf-8")
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{file} is not a text in UTF-8: {error}") from error
+    return read_text(file, "the text", "utf-8-sig")

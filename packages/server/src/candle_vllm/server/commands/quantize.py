@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import signal
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -37,6 +38,7 @@ def quantize(
         raise UsageError("--lora merges adapters into a model, --lora-to-gguf writes one as a file: give one of them")
     changes: dict[str, Any] = {"dtype": dtype} if dtype is not None else {}
     LOADING_THREADS.set(threads or settings.threads)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # no part of the file stays behind
     before = file_bytes(settings)  # before `out` replaces the file
     with progress_bar():
         config, options = engine_config(settings, **changes), {"overwrite": force, "progress": partial(tell, "writing")}

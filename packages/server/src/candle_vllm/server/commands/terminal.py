@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 from candle_vllm.core.engine.outputs import FinishReason
 from candle_vllm.core.errors import CandleVllmError, PromptTooLongError
 from candle_vllm.core.sampling.params import SamplingParams
-from candle_vllm.server.settings.derived import load_engine, thinking_settings
+from candle_vllm.server.settings.derived import adapter_of, load_engine
 from candle_vllm.server.settings.options import UsageError
 from candle_vllm.server.settings.table import ModelOptions
 
@@ -63,17 +63,9 @@ async def answer_pieces(
     uses: Sequence[tuple[LoRARequest, float]] = (),
 ) -> AsyncGenerator[Said, None]:
     """Yield the deltas of the model's answer with the adapters `uses`; closing the iterator aborts the request."""
-    from candle_vllm.openai import OpenAIAdapter  # not needed for a plain prompt
     from candle_vllm.openai.events import Ended, Text, Thought, Usage
 
-    name = engine.model_info.name
-    adapter = OpenAIAdapter(
-        engine,
-        served_model_names=[name],
-        reasoning_parser=settings.reasoning_parser,
-        adapters=_Always(uses) if uses else None,
-        **thinking_settings(settings),
-    )
+    adapter, name = adapter_of(engine, settings, adapters=_Always(uses) if uses else None), engine.model_info.name
     wire: dict[str, Any] = {"model": name, "messages": list(messages), "stream": True, **settings.default_sampling}
     if max_tokens is not None:
         wire["max_completion_tokens"] = max_tokens

@@ -192,7 +192,7 @@ COMMANDS: Mapping[str, Command] = {
         )),
     "chat": Command("talk with the model on the terminal", "commands.chat:chat", (*_ANSWERING, REUSES, ADAPTERS),
         options=(_SYSTEM, MAX_TOKENS), hint="one question is asked with candle-vllm generate --chat",
-        epilog=_CHAT_EPILOG),
+        epilog=_CHAT_EPILOG, whole=True),
     "agent": Command("carry out one request with the tools of MCP servers", "commands.agent:agent",
         (*_ANSWERING, REUSES, CALLS, TOOLS), text="REQUEST", elsewhere=True, options=(
             _own("base_url", Text(), "let a server with OpenAI's chat API answer, such as http://127.0.0.1:2000/v1; "

@@ -33,6 +33,7 @@ from candle_vllm.server.settings.sources import read_text
 if TYPE_CHECKING:
     from candle_vllm.core import EngineConfig, InferenceEngine
     from candle_vllm.core.vision.fetching import ImageSources
+    from candle_vllm.openai import OpenAIAdapter
     from candle_vllm.server.mailbox.options import MailboxOptions
 
 
@@ -135,6 +136,14 @@ def thinking_settings(settings: table.FormatOptions) -> dict[str, Any]:
     """Return the reasoning budget and the variables of the chat template that are set, for an API adapter."""
     names = ("reasoning_budget", "reasoning_budget_message", "default_chat_template_kwargs")
     return {name: value for name in names if (value := getattr(settings, name)) is not None}
+
+
+def adapter_of(engine: InferenceEngine, settings: table.FormatOptions, **more: Any) -> OpenAIAdapter:
+    """Return an API adapter with the settings for reasoning, and with the arguments `more`."""
+    from candle_vllm.openai import OpenAIAdapter
+
+    more |= {"served_model_names": [engine.model_info.name], "reasoning_parser": settings.reasoning_parser}
+    return OpenAIAdapter(engine, **thinking_settings(settings), **more)
 
 
 def image_sources(
