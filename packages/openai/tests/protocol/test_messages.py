@@ -219,7 +219,7 @@ def test_texts_stay_parts_beside_an_image() -> None:
     ("part", "detail", "path"),
     [
         ({"type": "image_url", "image_url": {"url": "data:x", "detail": "high"}}, "high", "image_url.url"),
-        ({"type": "image_url", "image_url": "data:x"}, None, "image_url"),
+        ({"type": "image_url", "image_url": "data:x", "uuid": "a"}, None, "image_url"),
         ({"type": "input_image", "image_url": "data:x", "detail": "low"}, "low", "image_url"),
     ],
 )
@@ -239,6 +239,7 @@ def test_images_are_parts_of_a_task(part: dict[str, Any], detail: str | None, pa
     ("part", "param"),
     [
         ({"type": "image_url"}, "image_url"),
+        ({"type": "image_url", "image_url": None, "uuid": "a"}, "image_url"),
         ({"type": "image_url", "image_url": {}}, "image_url.url"),
         ({"type": "image_url", "image_url": {"url": ""}}, "image_url.url"),
         ({"type": "image_url", "image_url": {"url": "data:x", "detail": "most"}}, "image_url.detail"),

@@ -32,8 +32,7 @@ class TextPart(WireModel):
     @classmethod
     def check_kind(cls, data: dict[str, Any]) -> None:
         """Raise an error for an image, which only some roles may send, and for parts that the server cannot read."""
-        kind = data.get("type")
-        if kind in _IMAGES:
+        if (kind := data.get("type")) in _IMAGES:
             raise unsupported("type", "images can only be in messages of users and tools")
         if OTHER_PART.fullmatch(str(kind)):
             raise unsupported("type", f"{kind!r} parts are not supported: the server takes text and images")
@@ -56,7 +55,7 @@ def one_image(part: Any) -> Any:
 
 
 class ImagePart(WireModel):
-    """An image: `image_url` is an object, or the address itself; `file_id` refers to a file of `/v1/files`."""
+    """An image: an object, or its address, or the id of a file of `/v1/files`; vLLM's `uuid` has no effect."""
 
     type: Literal["image_url", "input_image"]
     image_url: (
@@ -67,6 +66,7 @@ class ImagePart(WireModel):
         | None
     ) = None
     file_id: Name | None = None
+    uuid: str | None = None
     detail: Literal["auto", "low", "high", "original"] | None = None
     prompt_cache_breakpoint: dict[str, Any] | None = None
     cache_control: dict[str, Any] | None = None
