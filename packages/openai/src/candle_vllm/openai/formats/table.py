@@ -93,7 +93,7 @@ TOOL_FORMATS: tuple[ToolFormat, ...] = (
         bodies=(shapes.GLM, shapes.HERMES),
         ends_thoughts=True,
         aliases=shapes.words("glm glm4_moe glm46 glm47 glm47_moe ling3 spark spark25 laguna poolside_v1"),
-        model_types=shapes.words("glm4_moe glm4_moe_lite glm_moe_dsa glm4v_moe"),
+        model_types=shapes.words("glm4_moe glm4_moe_lite glm_moe_dsa glm4v_moe glm5_next glm5_next_text"),
     ),
     ToolFormat(
         "hunyuan_v3",
