@@ -48,7 +48,7 @@ _ALIASES = {"/reset": "/clear", "/?": "/help", "/bye": "/exit", "/quit": "/exit"
 _SHOWN_TURNS, _SHOWN = 4, 200  # messages that /load shows, and maximum characters of each
 _MAX_STOPS, _MAX_STOP = 4, 1024  # maximum number of stop strings, and maximum characters of one
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif")
-Listed = Mapping[str, AdapterOptions]
+Listed = Mapping[str, AdapterOptions]  # settings of models by name
 _NO_MODEL = "no model is loaded: /model MODEL loads one"
 _SET = {option.name: option for option in (*OPTIONS, MAX_TOKENS) if option.group == SAMPLING or option is MAX_TOKENS}
 _OTHER_MODEL: dict[str, Any] = {"lora_modules": ()} | dict.fromkeys(
@@ -63,13 +63,13 @@ def chat(configuration: Configuration, system: str | None = None, max_tokens: in
     return converse(configuration.settings, system, max_tokens, listed)
 
 
-def converse(*of_chat: Any) -> int:
+def converse(settings: AdapterOptions, system: str | None, max_tokens: int | None, listed: Listed) -> int:
     """Run a conversation until /exit or the end of input; return 1 if input is no terminal and a line failed, else 0.
 
     Unless standard input and output are terminals, Ctrl+C between answers also ends it. Arguments are those of `Chat`.
     """
     require_stdin()
-    with contextlib.closing(Chat(*of_chat)) as talk:
+    with contextlib.closing(Chat(settings, system, max_tokens, listed)) as talk:
         read = line_reader(Path.home(), list(talk.commands))
         talk.say(f"{talk.name}: /help lists the commands; Ctrl+C stops an answer, Ctrl+D ends the chat")
         while (line := read()) is not None and not talk.ends_with(line):
