@@ -241,6 +241,8 @@ def test_a_published_description() -> None:
         ({"linear_attn_config": None, "linear_lower_bound": 1.0, **dict.fromkeys(("linear_num_heads", "linear_head_dim",
           "linear_conv_kernel_dim"), 4)}, "lower bound of decays is 1.0"),
         ({"linear_attn_config": LINEAR | {"gate_lower_bound": 0.0}}, "lower bound of decays is 0.0"),
+        ({"qk_nope_head_dim": 2}, "qk_nope_head_dim is 2, not above 2"),
+        ({"qk_nope_head_dim": 2048}, "qk_nope_head_dim is 2048; it must be 1 to 1024"),
         ({"q_lora_rank": None}, "without q_lora_rank is not implemented"),
         ({"scoring_func": "softmax"}, "scoring_func is 'softmax'; implemented: sigmoid"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; implemented: silu"),
