@@ -281,6 +281,16 @@ def test_gguf_files_that_are_refused(key: str, value: Any, message: str, tmp_pat
         load(export_gguf(folder, tmp_path / "m.gguf", "glm5-next"))
 
 
+def test_indexers_that_are_not_used_are_left_out(tmp_path: Path) -> None:
+    """Those of layers with the choice of an earlier layer, which files may have."""
+    row, tokens = ROWS[NAMES[0]], some_tokens()
+    whole = write_tiny(tmp_path / "m", row.model_type, **dict(row.config) | {"layer_types": ["indexed_attention"] * 2})
+    folder = changed(whole, tmp_path / "shared", indexer_types=["full", "shared"])
+    found = eager_logits(folder, tokens, [LENGTH])
+    stored = export_gguf(folder, tmp_path / "m.gguf", "glm5-next")
+    assert error(eager_logits(stored, tokens, [LENGTH]), found) < 1e-5
+
+
 def test_stages_are_refused(tmp_path: Path) -> None:
     row = ROWS[NAMES[0]]
     config = load(write_tiny(tmp_path, row.model_type, **row.config)).config
