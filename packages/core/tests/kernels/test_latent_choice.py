@@ -267,13 +267,15 @@ def test_attention_to_chosen_positions(name: str) -> None:
 
 
 def test_sizes_with_a_kernel() -> None:
-    for heads, nope, rope, has_kernel in (
-        (16, 48, 16, True),
-        (24, 48, 16, False),
-        (16, 40, 16, False),
-        (16, 48, 5, False),
+    for heads, nope, rope, latent, has_kernel in (
+        (16, 48, 16, 48, True),
+        (24, 48, 16, 48, False),
+        (16, 40, 16, 40, False),
+        (16, 48, 5, 48, False),
+        (16, 48, 0, 96, True),
+        (16, 40, 0, 80, False),  # pooled keys
     ):
-        index = LatentSizes(heads=heads, nope=nope, rope=rope, latent=nope, value=0)
+        index = LatentSizes(heads=heads, nope=nope, rope=rope, latent=latent, value=0)
         assert choice_supported(index) is has_kernel, index
         model: Any = mock.Mock(latent=SIZES["small"], index=index, compresses=False)
         obstacle = recording_obstacle(mock.Mock(tensors={}), model, BLOCK)

@@ -329,6 +329,8 @@ def test_padded_images_have_bounds_and_limited_gates_one_limit() -> None:
         read(Fields(config | {"vision_config": {"swiglu_limit": 7.0}}, path), Fields({}, path), 4096, {})
     with pytest.raises(InvalidFileError, match=r"at least 16 tokens and at most 8$"):
         read(Fields(config, path), Fields({"max_image_tokens": 8}, path), 4096, {})
+    with pytest.raises(InvalidFileError, match=r"at least 16 tokens and at most 4$"):
+        read(Fields(config | {"vision_config": {"spatial_merge_size": 64}}, path), Fields({}, path), 4096, {})
     with pytest.raises(InvalidFileError, match="max_image_tokens is 20000; it must be 1 to 16384"):
         read(Fields(config, path), Fields({}, path), 4096, {"max_image_tokens": 20000})
     limited = Fields({"clip.use_silu": True, "clip.vision.swiglu_limit": 10.0}, path, "clip.vision.")

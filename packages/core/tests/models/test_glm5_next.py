@@ -241,6 +241,8 @@ def test_a_published_description() -> None:
         ({"linear_attn_config": None, "linear_lower_bound": 1.0, **dict.fromkeys(("linear_num_heads", "linear_head_dim",
           "linear_conv_kernel_dim"), 4)}, "lower bound of decays is 1.0"),
         ({"linear_attn_config": LINEAR | {"gate_lower_bound": 0.0}}, "lower bound of decays is 0.0"),
+        ({"qk_nope_head_dim": 2}, "qk_nope_head_dim is 2, not above 2"),
+        ({"qk_nope_head_dim": 2048}, "qk_nope_head_dim is 2048; it must be 1 to 1024"),
         ({"q_lora_rank": None}, "without q_lora_rank is not implemented"),
         ({"scoring_func": "softmax"}, "scoring_func is 'softmax'; implemented: sigmoid"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; implemented: silu"),
@@ -277,6 +279,16 @@ def test_gguf_files_that_are_refused(key: str, value: Any, message: str, tmp_pat
     folder = changed(write_tiny(tmp_path / "m", row.model_type, **row.config), tmp_path / "other", **{key: value})
     with pytest.raises((UnsupportedModelError, InvalidFileError), match=message):
         load(export_gguf(folder, tmp_path / "m.gguf", "glm5-next"))
+
+
+def test_indexers_that_are_not_used_are_left_out(tmp_path: Path) -> None:
+    """Those of layers with the choice of an earlier layer, which files may have."""
+    row, tokens = ROWS[NAMES[0]], some_tokens()
+    whole = write_tiny(tmp_path / "m", row.model_type, **dict(row.config) | {"layer_types": ["indexed_attention"] * 2})
+    folder = changed(whole, tmp_path / "shared", indexer_types=["full", "shared"])
+    found = eager_logits(folder, tokens, [LENGTH])
+    stored = export_gguf(folder, tmp_path / "m.gguf", "glm5-next")
+    assert error(eager_logits(stored, tokens, [LENGTH]), found) < 1e-5
 
 
 def test_stages_are_refused(tmp_path: Path) -> None:

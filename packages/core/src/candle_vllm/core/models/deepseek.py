@@ -228,7 +228,7 @@ def ignored(config: DeepseekConfig) -> list[str]:
     """Names of tensors that are not loaded: multi-token prediction layers, buffers, copies, unused indexers."""
     last = range(config.num_layers, config.num_layers + config.extra_layers)
     extra = [rf"(model\.layers|blk)\.{layer}\..*" for layer in last]
-    extra += [rf"(model\.layers|blk)\.{layer}\.(self_attn\.)?indexer\..*" for layer in config.shared_choices]
+    extra += [rf"(model\.layers|blk)\.{layer}\.(self_attn\.)?indexer[._].*" for layer in config.shared_choices]
     buffers = [r".*rotary_emb\.inv_freq", r"blk\.\d+\.attn_kv_b\.weight", r".*\.attn_rot_embd\.weight", *extra]
     return [*buffers, r"lm_head\.weight"] if config.tie_embeddings else buffers
 

@@ -26,6 +26,7 @@ _POOLS = (2, 4, 8, 16)
 _MOST_ROUNDS = 100  # of the Sinkhorn projection
 _GGUF_STREAMS = 4
 _LEAST_BOUND = -1000.0
+_MOST_HEAD = 1024  # elements of a head
 _UNROTATED = 2  # rotary dimensions in the config of DeepSeek, which needs some; no layer rotates
 _IMPLEMENTED = {
     "mla_use_nope": True, "mhc": True, "qk_rope_head_dim": 0, "swiglu_limit": _LIMIT,
@@ -74,8 +75,11 @@ def config_from_hf(fields: Fields, model_type: str) -> Glm5NextConfig:
     """Read `config.json` of glm5_next, in the published form or in that of transformers."""
     refuse_others(fields, _IMPLEMENTED)
     fields, layers = fields.with_absent(**_USUAL), fields.count("num_hidden_layers")
-    nope, own = fields.count("qk_nope_head_dim"), {"qk_rope_head_dim": _UNROTATED, "rope_parameters": {}}
-    own |= {"head_dim": nope, "qk_nope_head_dim": nope - _UNROTATED}
+    nope = fields.count("qk_nope_head_dim", most=_MOST_HEAD)
+    if nope <= _UNROTATED:
+        raise InvalidFileError(f"{fields.path}: {fields.prefix}qk_nope_head_dim is {nope}, not above {_UNROTATED}")
+    own: dict[str, Any] = {"rope_parameters": {}, "qk_nope_head_dim": nope - _UNROTATED}
+    own |= dict.fromkeys(("head_dim", "qk_rope_head_dim"), _UNROTATED)
     values = {**fields.values, **{fields.prefix + key: value for key, value in own.items()}}
     config = deepseek_config.config_from_hf(Fields(values, fields.path, fields.prefix), "deepseek_v3")
     usual = [("linear" if layer % 4 != 3 else "full") + "_attention" for layer in range(layers)]

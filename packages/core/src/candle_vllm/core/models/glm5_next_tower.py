@@ -119,10 +119,10 @@ def _rule(processor: Fields, patch: int, cell: int, said: Mapping[str, Any]) -> 
         most = MOST_ASKED // cell**2
         fields.count("max_image_tokens", most=most)
     usual = area_rule(Fields({**fields.values, "size": {}}, fields.path), patch * cell, most=1 << 40)
-    least, largest = fields.count("min_image_tokens", 16, most=most), fields.count("max_image_tokens", 8000)
+    least, largest = fields.count("min_image_tokens", 16, most=most), min(fields.count("max_image_tokens", 8000), most)
     if largest < least:
         raise InvalidFileError(f"{fields.path}: images must have at least {least} tokens and at most {largest}")
-    return PaddedRule(cell=patch * cell, least=least, most=min(largest, most), **usual.pixels)
+    return PaddedRule(cell=patch * cell, least=least, most=largest, **usual.pixels)
 
 
 FAMILY = dataclasses.replace(

@@ -56,8 +56,8 @@ def supported(sizes: LatentSizes, block_size: int) -> bool:
 
 
 def choice_supported(index: LatentSizes) -> bool:
-    """Whether the kernels support a sparse-attention indexer: H % 16 == 0, R even, L (unrotated elements) % 16 == 0."""
-    return index.heads % LANES == 0 and index.rope % 2 == 0 and index.latent % LANES == 0
+    """Whether the kernels support a sparse-attention indexer: H % 16 == 0, R even, nope (unrotated) % 16 == 0."""
+    return index.heads % LANES == 0 and index.rope % 2 == 0 and index.nope % LANES == 0
 
 
 def cache_shape(num_blocks: int, block_size: int, layers: int, width: int) -> tuple[int, ...]:
