@@ -115,9 +115,7 @@ class WeightMemory:
         self._again: Counter[object] | None = None  # number of `take` calls of each part since `begin_again`
         self.mapped: dict[str, tuple[Any, str | None]] = {}  # set by `packed_file`: matrices in a mapped file, by key
         self.writer: threading.Thread | None = None  # thread of `packed_file` that writes the matrices to a file
-        self.kept: tuple[Path, str] | None = (
-            None  # set by `packed_file`: its file, and what that depends on
-        )
+        self.kept: tuple[Path, str] | None = None  # set by `packed_file`: its file, and what that depends on
 
     def take(self, count: int, tiles: int = 1) -> np.ndarray:
         """Allocate `count` uninitialised bytes, uint8, at a multiple of 64.
