@@ -176,6 +176,7 @@ def test_what_a_token_takes_in_the_cache() -> None:
         ({"hc_sinkhorn_iters": 1000}, InvalidFileError, "100 rounds"),
         ({"hc_eps": 0.0}, InvalidFileError, "hc_eps is 0.0"),
         ({"index_head_dim": 32}, InvalidFileError, "index keys of 32 elements are smaller than the 64 that rotate"),
+        ({"index_n_heads": 1025}, InvalidFileError, "index_n_heads is 1025; it must be 1 to 1024"),
         ({"num_experts_per_tok": 300}, InvalidFileError, "300 experts of 256"),
     ],
 )

@@ -21,7 +21,7 @@ from candle_vllm.core.models.residual_streams import MOST_STREAMS, Streams
 _SCORING: Mapping[str, Scoring] = {"sqrtsoftplus": "sqrt_softplus", "sigmoid": "sigmoid"}
 _INDEXED, _HEAVY = "compressed_sparse_attention", "heavily_compressed_attention"
 _KINDS = {0: "sliding_attention", 4: _INDEXED, 128: _HEAVY}
-_MOST_ROUNDS, _MOST_RATIO, MOST_GROUPS = 100, 4096, 64
+_MOST_ROUNDS, _MOST_RATIO, MOST_GROUPS, _MOST_INDEX_HEADS = 100, 4096, 64, 1024
 _LIMIT = 10.0  # of SwiGLU: `silu_10`
 
 
@@ -141,7 +141,7 @@ def config_from_hf(fields: Fields, model_type: str) -> DeepseekV4Config:
         window=window,
         ratios=tuple(rates[kind] for kind in kinds),
         indexed=frozenset(layer for layer, kind in enumerate(kinds) if kind == _INDEXED),
-        index_heads=fields.count("index_n_heads", 64),
+        index_heads=fields.count("index_n_heads", 64, most=_MOST_INDEX_HEADS),
         index_size=fields.count("index_head_dim", 128),
         index_top=fields.count("index_topk", 512),
         index=_index_sizes(fields, ropes[1].dim),
