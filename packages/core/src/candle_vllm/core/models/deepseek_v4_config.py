@@ -178,7 +178,7 @@ def _kinds(fields: Fields, layers: int) -> list[str]:
     """The kind of each layer, by `layer_types`, `compress_ratios`, or as in V4 Pro."""
     if "layer_types" not in fields and "compress_ratios" in fields:
         ratios = listed(fields, "compress_ratios", layers, 0)
-        kinds = [_KINDS.get(ratio) if isinstance(ratio, (int, float)) else None for ratio in ratios]
+        kinds = [next((kind for known, kind in _KINDS.items() if known == ratio), None) for ratio in ratios]
     else:
         usual = [_HEAVY if layer < 2 or layer % 2 == 0 else _INDEXED for layer in range(layers)]
         kinds = listed(fields, "layer_types", layers, None) if "layer_types" in fields else usual
