@@ -16,6 +16,7 @@ from transformers.models.deepseek_v4.configuration_deepseek_v4 import DeepseekV4
 
 from candle_vllm.core import EngineConfig, InferenceEngine, SamplingParams
 from candle_vllm.core.errors import ConfigError, InvalidFileError, UnsupportedModelError, WeightsError
+from candle_vllm.core.kernels.offloading import tensors_in
 from candle_vllm.core.loading.cache_specs import PagedSpec, SharedKVSpec
 from candle_vllm.core.models.deepseek_v4_config import DeepseekV4Config
 from candle_vllm.core.models.registry import family_from_hf
@@ -244,6 +245,15 @@ def decoded(decode: Any, codes: torch.Tensor, scales: torch.Tensor, block: tuple
     padded = torch.zeros(scales.shape[0] * block[0], columns, dtype=torch.float32).to(codes.dtype)
     padded[:rows] = codes
     return decode(padded, scales, torch.float32)[:rows]
+
+
+def test_a_step_leaves_no_tensor_beside_the_weights(folder: Path) -> None:
+    """An engine that sleeps moves every tensor of its layers, and level 2 replaces them one by one."""
+    mlp: Any = load(folder, op_by_op=True).decoder
+    mlp = mlp.layers[0].mlp
+    before = len(tensors_in(mlp))
+    mlp.by_token(torch.zeros(3, 64), torch.arange(3))
+    assert len(tensors_in(mlp)) == before
 
 
 def test_blocks_hold_an_entry(folder: Path) -> None:

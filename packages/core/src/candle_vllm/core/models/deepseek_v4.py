@@ -64,7 +64,9 @@ class HashMLP(SparseMLP):
     def by_token(self, x: Value, token_ids: Value) -> Value:
         """Compute y [T, E] of x [T, E] for tokens with these ids [T]."""
         self._token_ids = token_ids
-        return self(x)
+        made = self(x)
+        self._token_ids = None  # every tensor of a layer counts as a weight when the engine sleeps
+        return made
 
     def _routing(self) -> moe.Routing:
         ids, chosen = self._token_ids, self.table.rows
