@@ -166,7 +166,7 @@ def test_forms_are_compiled_before_steps_are_measured(
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 @pytest.mark.parametrize(
-    "name", few([name for name, row in ROWS.items() if row.interpreted], "Gemma-4 experts", "Qwen3.5")
+    "name", few([name for name, row in ROWS.items() if row.interpreted], "Gemma-4 experts", "Qwen3.5", "DeepSeek-V4")
 )
 def test_no_result_of_a_kernel_is_an_index_for_torch(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

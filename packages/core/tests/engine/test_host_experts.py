@@ -49,7 +49,7 @@ from tests.common_run import few
 
 BLOCK = 16
 WITH_EXPERTS = [name for name, row in ROWS.items() if any("expert" in key and row.config[key] for key in row.config)]
-for without in ("DeepSeek-V3 dense", "Jamba dense"):
+for without in ("DeepSeek-V3 dense", "Jamba dense", "DeepSeek-V4"):
     WITH_EXPERTS.remove(without)
 KINDS = ["Llama-4", "Mixtral", "Qwen2-MoE", "DeepSeek-V3", "gpt-oss"]
 IN_BLOCKS = [("Mixtral", "Q8_0"), ("Qwen3-MoE", "Q4_0"), ("gpt-oss", "Q8_0")]
@@ -477,13 +477,16 @@ def test_pinned_bytes_by_their_interface(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_what_does_not_fit_is_read_over_the_bus(
-    bus: list[HostWeights], mixture: Path, toy_model: Path, monkeypatch: pytest.MonkeyPatch
+    bus: list[HostWeights], mixture: Path, toy_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a mixture once all experts have gone; where experts stay, or there are none, at once; and nothing where 0."""
+    """Of a mixture once all experts have gone; where experts stay, as those of token ids, or there are none, at once;
+    and nothing where 0."""
+    by_id = write_tiny(tmp_path / "by_id", ROWS["DeepSeek-V4"].model_type, **ROWS["DeepSeek-V4"].config)
     monkeypatch.setattr(offload, "gpu_memory", lambda _: (1 << 20, 8 << 30))
     for source, experts, given, wanted in (
         (mixture, None, {}, (2, 0)),
         (mixture, 0, {}, (0, 0)),
+        (by_id, None, {}, (0, 0)),
         (toy_model, None, {}, (0, 0)),
         (mixture, None, {"cpu_offload_gb": 0.0}, (2, 2)),
         (mixture, None, {"gpu_layers": 1024}, (2, 2)),
@@ -494,6 +497,8 @@ def test_what_does_not_fit_is_read_over_the_bus(
         assert "MiB are reserved for activations" in split.message
     assert load(mixture, 0, cpu_offload_gb=0).split is None
     assert load(toy_model, 0, gpu_layers=1024).split is None
+    with pytest.raises(ConfigError, match="chosen by token id stay on the GPU: leave cpu_experts out"):
+        load(by_id, 1)
 
 
 def test_what_cannot_be_is_refused_by_name(

@@ -16,6 +16,7 @@ from transformers.models.deepseek_v4.configuration_deepseek_v4 import DeepseekV4
 
 from candle_vllm.core import EngineConfig, InferenceEngine, SamplingParams
 from candle_vllm.core.errors import ConfigError, InvalidFileError, UnsupportedModelError, WeightsError
+from candle_vllm.core.kernels.offloading import tensors_in
 from candle_vllm.core.loading.cache_specs import PagedSpec, SharedKVSpec
 from candle_vllm.core.models.deepseek_v4_config import DeepseekV4Config
 from candle_vllm.core.models.registry import family_from_hf
@@ -164,7 +165,11 @@ def test_what_a_token_takes_in_the_cache() -> None:
         ({"compress_ratios": [8] * 43}, UnsupportedModelError, "layers of other kinds"),
         ({"compress_rate_csa": 6}, InvalidFileError, "groups of 6 tokens"),
         ({"compress_rate_hca": 1 << 20}, InvalidFileError, "groups of 1048576 tokens"),
-        ({"compress_rates": {"heavily_compressed_attention": "x"}}, InvalidFileError, "not whole numbers"),
+        ({"compress_ratios": [[4]] * 43}, UnsupportedModelError, "layers of other kinds"),
+        ({"compress_rate_csa": 0}, InvalidFileError, "not positive whole numbers"),
+        ({"compress_rates": {"heavily_compressed_attention": 0}}, InvalidFileError, "not positive whole numbers"),
+        ({"compress_rates": {"heavily_compressed_attention": "x"}}, InvalidFileError, "not positive whole numbers"),
+        ({"topk_method": "greedy"}, UnsupportedModelError, "topk_method is 'greedy'; implemented: 'noaux_tc'"),
         ({"mlp_layer_types": ["dense"] * 43}, UnsupportedModelError, "mlp_layer_types other than hash_moe and moe"),
         ({"o_groups": 7}, InvalidFileError, "64 heads cannot be divided into 7 groups"),
         ({"o_groups": 128}, InvalidFileError, "o_groups is 128; it must be 1 to 64"),
@@ -172,6 +177,7 @@ def test_what_a_token_takes_in_the_cache() -> None:
         ({"hc_sinkhorn_iters": 1000}, InvalidFileError, "100 rounds"),
         ({"hc_eps": 0.0}, InvalidFileError, "hc_eps is 0.0"),
         ({"index_head_dim": 32}, InvalidFileError, "index keys of 32 elements are smaller than the 64 that rotate"),
+        ({"index_n_heads": 1025}, InvalidFileError, "index_n_heads is 1025; it must be 1 to 1024"),
         ({"num_experts_per_tok": 300}, InvalidFileError, "300 experts of 256"),
     ],
 )
@@ -239,6 +245,15 @@ def decoded(decode: Any, codes: torch.Tensor, scales: torch.Tensor, block: tuple
     padded = torch.zeros(scales.shape[0] * block[0], columns, dtype=torch.float32).to(codes.dtype)
     padded[:rows] = codes
     return decode(padded, scales, torch.float32)[:rows]
+
+
+def test_a_step_leaves_no_tensor_beside_the_weights(folder: Path) -> None:
+    """An engine that sleeps moves every tensor of its layers, and level 2 replaces them one by one."""
+    mlp: Any = load(folder, op_by_op=True).decoder
+    mlp = mlp.layers[0].mlp
+    before = len(tensors_in(mlp))
+    mlp.by_token(torch.zeros(3, 64), torch.arange(3))
+    assert len(tensors_in(mlp)) == before
 
 
 def test_blocks_hold_an_entry(folder: Path) -> None:

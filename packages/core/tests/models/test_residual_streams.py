@@ -19,7 +19,7 @@ from candle_vllm.core.kernels.cpu_runtime.recorder import Recorder, StepLimits
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
 from candle_vllm.core.kernels.cpu_runtime.values import buffer_of, buffer_value
 from candle_vllm.core.kernels.cpu_runtime.weight_memory import WeightMemory
-from candle_vllm.core.layers.parameters import Placement
+from candle_vllm.core.layers.parameters import SHAPES, Placement
 from candle_vllm.core.models.residual_streams import HyperConnection, StreamCopies, StreamHead, Streams
 from packages.core.tests.layers.test_dense_parts import InMemory
 
@@ -116,3 +116,9 @@ def test_the_ends_are_those_of_transformers(count: int) -> None:
             buffer = recorder.buffer(given.shape[1])
             made = layer(buffer_value(recorder, buffer))
             assert close(replayed(recorder, [(buffer, given)], made, TOKENS), expected)
+
+
+def test_sizes_take_no_memory_before_they_are_checked() -> None:
+    """A config may claim any size; models are first built by their shapes alone."""
+    made = HyperConnection(Streams(4, 1 << 40, 20, 1e-6, 1e-6), SHAPES)
+    assert made.norm.weight.shape == (1 << 42,)

@@ -70,7 +70,7 @@ def logits_of(source: Path, size: int, chunks: list[int], **settings: Any) -> li
     return in_threads(size, work)
 
 
-WHOLE = ("OLMo", "MiniMax")
+WHOLE = ("OLMo", "MiniMax", "DeepSeek-V4")
 
 
 @pytest.mark.one_of_each(8)
@@ -83,10 +83,13 @@ def test_ranks_give_the_logits_of_one(name: str, tmp_path: Path) -> None:
         assert error(logits, whole) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["OLMo Hybrid", "Gemma-3n"])
-def test_means_of_what_ranks_divide_are_refused(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [("OLMo Hybrid", "needs all heads, "), ("Gemma-3n", "needs all heads, "), ("DeepSeek-V4", "compressed entries")],
+)
+def test_means_of_what_ranks_divide_are_refused(name: str, why: str, tmp_path: Path) -> None:
     write_tiny(tmp_path, ROWS[name].model_type, **ROWS[name].config)
-    with pytest.raises(ConfigError, match=r"needs all heads, .*\. Set tensor_parallel_size to one of 1"):
+    with pytest.raises(ConfigError, match=rf"{why}.*\. Set tensor_parallel_size to one of 1"):
         logits_of(tmp_path, 2, [LENGTH])
 
 

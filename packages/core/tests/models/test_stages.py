@@ -61,8 +61,8 @@ def logits_of(source: Path, size: int, stages: int, chunks: list[int], **setting
 
 
 COMMON = ["Llama", "Phi", "Gemma 2", "gpt-oss", "DeepSeek-V3"]
-# Layers read keys, or chosen positions, of other layers, or get embeddings of their own.
-REFUSED = ("Gemma-4 shared keys", "Gemma-3n", "GLM-5")
+# Layers read keys, or chosen positions, of other layers, get embeddings of their own, or have several streams.
+REFUSED = ("Gemma-4 shared keys", "Gemma-3n", "GLM-5", "DeepSeek-V4")
 WHOLE_NORMS = ("OLMo", "MiniMax")  # of all heads, which are not divided
 CASES = [
     (name, size)
@@ -84,6 +84,13 @@ def test_stages_give_the_logits_of_all_layers(name: str, size: int, tmp_path: Pa
     assert len(parts) == size
     for logits in parts:
         assert error(logits, whole) < 1e-5
+
+
+def test_layers_with_several_streams_are_not_divided(tmp_path: Path) -> None:
+    row = ROWS["DeepSeek-V4"]
+    write_tiny(tmp_path, row.model_type, **row.config)
+    with pytest.raises(ConfigError, match="several residual streams: leave pipeline_parallel_size out"):
+        logits_of(tmp_path, 1, 2, [LENGTH])
 
 
 @pytest.mark.parametrize("name", few(["DeepSeek-V3", "Qwen3-MoE"], "DeepSeek-V3"))

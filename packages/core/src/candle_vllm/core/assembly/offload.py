@@ -111,6 +111,13 @@ def plan_split(
             "set cpu_offload_gb",
             "cpu_experts",
         )
+    if getattr(model, "hash_layers", ()):  # the CPU's steps of experts have no token ids
+        if config.cpu_experts:
+            raise ConfigError(
+                "experts that are chosen by token id stay on the GPU: leave cpu_experts out, and set cpu_offload_gb",
+                "cpu_experts",
+            )
+        config = dataclasses.replace(config, cpu_experts=0)
     experts, layers, why = _how_many(config, device, placement, model, stored, found)
     gone = {name for number, each in found.experts.items() if number < experts for name in each}
     read = {name for number in range(layers, model.num_layers) for name in found.of(number)} - gone

@@ -80,14 +80,14 @@ def stage_of(name: str, family: Family, config: ModelConfig, checkpoint: Checkpo
     if line.size > config.num_layers:
         few = f"{name} has only {config.num_layers} layers for {line.size} stages"
         obstacle = f"{few}: set pipeline_parallel_size to {config.num_layers} or less"
+    elif getattr(config, "streams", 0):
+        obstacle = f"the layers of {name} have several residual streams: leave pipeline_parallel_size out"
     elif any(isinstance(spec, SharedKVSpec) for spec in config.cache_specs) or config.shared_choices:
         shared = f"some layers of {name} read keys, values or chosen positions of other layers"
         obstacle = f"{shared}, which may be on another stage: leave pipeline_parallel_size out"
     elif getattr(config, "input_size", 0):
         own = f"the layers of {name} have their own embedding tables"
         obstacle = f"{own}, which only the first stage has: leave pipeline_parallel_size out"
-    elif getattr(config, "streams", 0):
-        obstacle = f"the layers of {name} have several residual streams: leave pipeline_parallel_size out"
     if obstacle is not None:
         raise ConfigError(obstacle, "pipeline_parallel_size")
     tensors, paths = checkpoint.tensors, dict[str, set[str]]()

@@ -33,7 +33,8 @@ class RMSNorm:
 
     def __init__(self, size: int, eps: float, placement: Placement, *, weighted: bool = True) -> None:
         self.eps = eps
-        self.weight = placement.empty(size) if weighted else placement.constant(np.ones(size, np.float32))
+        made = weighted or placement.shapes_only  # a config may claim any size until its shapes are checked
+        self.weight = placement.empty(size) if made else placement.constant(np.ones(size, np.float32))
         self._weighted = weighted
         self.shares: TokenShares | None = None
 

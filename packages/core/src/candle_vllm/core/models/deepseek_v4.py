@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from candle_vllm.core.errors import ConfigError, WeightsError
+from candle_vllm.core.errors import WeightsError
 from candle_vllm.core.kernels import moe
 from candle_vllm.core.kernels.recorded import RecordedTokens, Value
 from candle_vllm.core.layers.attention import StepInput
@@ -64,12 +64,9 @@ class HashMLP(SparseMLP):
     def by_token(self, x: Value, token_ids: Value) -> Value:
         """Compute y [T, E] of x [T, E] for tokens with these ids [T]."""
         self._token_ids = token_ids
-        return self(x)
-
-    def leave_to_host(self, placement: Placement) -> None:
-        """See `SparseMLP.leave_to_host`; raise `ConfigError`, because the CPU's steps of experts have no token ids."""
-        del placement
-        raise ConfigError("experts that are chosen by token id stay on the GPU: leave cpu_experts out", "cpu_experts")
+        made = self(x)
+        self._token_ids = None  # every tensor of a layer counts as a weight when the engine sleeps
+        return made
 
     def _routing(self) -> moe.Routing:
         ids, chosen = self._token_ids, self.table.rows

@@ -21,7 +21,7 @@ from candle_vllm.core.models.residual_streams import MOST_STREAMS, Streams
 _SCORING: Mapping[str, Scoring] = {"sqrtsoftplus": "sqrt_softplus", "sigmoid": "sigmoid"}
 _INDEXED, _HEAVY = "compressed_sparse_attention", "heavily_compressed_attention"
 _KINDS = {0: "sliding_attention", 4: _INDEXED, 128: _HEAVY}
-_MOST_ROUNDS, _MOST_RATIO, MOST_GROUPS = 100, 4096, 64
+_MOST_ROUNDS, _MOST_RATIO, MOST_GROUPS, _MOST_INDEX_HEADS = 100, 4096, 64, 1024
 _LIMIT = 10.0  # of SwiGLU: `silu_10`
 
 
@@ -112,7 +112,8 @@ def config_from_hf(fields: Fields, model_type: str) -> DeepseekV4Config:
         "norm_topk_prob": True,
         "num_key_value_heads": 1,
     }
-    refuse_others(fields, usual | {"n_shared_experts": 1, "swiglu_limit": _LIMIT, "n_group": 1, "topk_group": 1})
+    usual |= {"n_shared_experts": 1, "swiglu_limit": _LIMIT, "n_group": 1, "topk_group": 1, "topk_method": "noaux_tc"}
+    refuse_others(fields, usual)
     if shared["num_heads"] % (output_groups := fields.count("o_groups", 8, most=MOST_GROUPS)):
         raise InvalidFileError(
             f"{fields.path}: {shared['num_heads']} heads cannot be divided into {output_groups} groups"
@@ -120,9 +121,10 @@ def config_from_hf(fields: Fields, model_type: str) -> DeepseekV4Config:
     kinds = _kinds(fields, layers)
     rates = {_INDEXED: 4, _HEAVY: 128} | fields.get("compress_rates", dict, {})
     rates |= {_INDEXED: fields.get("compress_rate_csa", int, rates[_INDEXED])}
-    rates |= {_HEAVY: fields.get("compress_rate_hca", int, rates[_HEAVY]), _KINDS[0]: 0}
-    if not all(type(rate) is int for rate in rates.values()):
-        raise InvalidFileError(f"{fields.path}: compress_rates is {rates!r:.80}, not whole numbers")
+    rates |= {_HEAVY: fields.get("compress_rate_hca", int, rates[_HEAVY])}
+    if not all(type(rates[kind]) is int and rates[kind] > 0 for kind in (_INDEXED, _HEAVY)):
+        raise InvalidFileError(f"{fields.path}: compress_rates is {rates!r:.80}, not positive whole numbers")
+    rates[_KINDS[0]] = 0
     ropes = _ropes(fields, dim)
     window = fields.count("sliding_window", 128)
     return DeepseekV4Config(
@@ -139,7 +141,7 @@ def config_from_hf(fields: Fields, model_type: str) -> DeepseekV4Config:
         window=window,
         ratios=tuple(rates[kind] for kind in kinds),
         indexed=frozenset(layer for layer, kind in enumerate(kinds) if kind == _INDEXED),
-        index_heads=fields.count("index_n_heads", 64),
+        index_heads=fields.count("index_n_heads", 64, most=_MOST_INDEX_HEADS),
         index_size=fields.count("index_head_dim", 128),
         index_top=fields.count("index_topk", 512),
         index=_index_sizes(fields, ropes[1].dim),
@@ -175,7 +177,8 @@ def _index_sizes(fields: Fields, rope: int) -> LatentSizes:
 def _kinds(fields: Fields, layers: int) -> list[str]:
     """The kind of each layer, by `layer_types`, `compress_ratios`, or as in V4 Pro."""
     if "layer_types" not in fields and "compress_ratios" in fields:
-        kinds = [_KINDS.get(ratio) for ratio in listed(fields, "compress_ratios", layers, 0)]
+        ratios = listed(fields, "compress_ratios", layers, 0)
+        kinds = [next((kind for known, kind in _KINDS.items() if known == ratio), None) for ratio in ratios]
     else:
         usual = [_HEAVY if layer < 2 or layer % 2 == 0 else _INDEXED for layer in range(layers)]
         kinds = listed(fields, "layer_types", layers, None) if "layer_types" in fields else usual

@@ -141,7 +141,7 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> Glm5NextConfig:
         config.model_type,
         delta=DeltaSizes(key_heads=heads, heads=heads, key_dim=dim, value_dim=dim, taps=taps, by_channel=True),
         delta_layers=frozenset(layer for layer, kv_heads in enumerate(counts[:layers]) if not kv_heads),
-        full=[bool(kind) for kind in full],
+        full=[kind in (1, "full") for kind in full],
         index=tuple(fields.count(at + key) for key in ("head_count", "key_length", "top_k", "kpool")),
         streams=(count, rounds, fields.get(f"{stream}epsilon", float)),
         decay_bound=_checked_bound(fields, "kda.gate_lower_bound"),

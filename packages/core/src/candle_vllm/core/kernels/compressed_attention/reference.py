@@ -94,9 +94,9 @@ def _with_earlier(x: torch.Tensor, absent: float, size: int, first: int) -> torc
 
 
 def _spans(rows: AttentionRows) -> Iterator[tuple[int, int]]:
-    """Return each sequence's first position in this step, and its context length."""
+    """Return each sequence's first position in this step, and its context length; (0, 0) for a row that pads a step."""
     for row, context in enumerate(rows.context_lens):
-        yield context - (rows.query_start[row + 1] - rows.query_start[row]), context
+        yield max(0, context - (rows.query_start[row + 1] - rows.query_start[row])), context
 
 
 def attend(
