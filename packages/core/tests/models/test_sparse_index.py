@@ -269,7 +269,9 @@ def test_adapters_of_an_index(eager: bool, tmp_path: Path) -> None:
     plain = run(made.model)
     assert not np.allclose(logprobs, plain[1], rtol=0, atol=0.1)
     everything = changed(made.model, tmp_path / "everything", index_topk=LENGTH + 20)
-    assert run(everything, made.adapter) == run(everything)
+    (tokens, logprobs), (wanted, likely) = run(everything, made.adapter), run(everything)
+    assert tokens == wanted  # in torch, sums depend on which prompts share a step
+    assert np.allclose(logprobs, likely, rtol=0, atol=1e-4) if eager else logprobs == likely
 
 
 # ---- configs ---------------------------------------------------------------------------------------------------------
