@@ -90,9 +90,10 @@ def fit_keys(
     blocks = min(-(-_SEQUENCE // limits.block_size), plan.num_blocks, *(room.pages - 1 for room in plan.windows))
     size = min(_SEQUENCE, blocks * limits.block_size, plan.max_model_len)  # maximum number of tokens of a sequence
     memory = loaded.placement.weight_memory
-    path, about = (None, "") if memory is None or memory.kept is None else memory.kept
-    path = path and path.with_suffix(FITS)
-    key = f"{about} {kinds} {loaded.config} {ids} {size} {positions}"
+    path, key = None, ""
+    if memory is not None and memory.kept is not None:
+        weights, made_from = memory.kept
+        path, key = weights.with_suffix(FITS), f"{made_from} {kinds} {loaded.config} {ids} {size} {positions}"
     if path is not None and _read(path, key, runner.fits):
         return
     for part in (ids[:_SEQUENCE], ids) if kinds[0].has_halves else (ids,):
