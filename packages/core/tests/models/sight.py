@@ -65,10 +65,15 @@ SIZES = {
     "attention.layer_norm_epsilon": 1e-6,
 }  # fmt: skip
 """Sizes of most of the vision encoders, by llama.cpp's names."""
-RANDOM = np.random.default_rng(3)
-PICTURES = [
-    RANDOM.integers(0, 256, size, dtype=np.uint8) for size in ((40, 33, 3), (19, 70, 3), (100, 9, 3), (5, 5, 3))
-]
+
+
+def random_pictures(*sizes: tuple[int, int]) -> list[NDArray[np.uint8]]:
+    """Pictures [H, W, 3] of these heights and widths, the same in each run whatever other tests drew before."""
+    random = np.random.default_rng(3)
+    return [random.integers(0, 256, (*size, 3), dtype=np.uint8) for size in sizes]
+
+
+PICTURES = random_pictures((40, 33), (19, 70), (100, 9), (5, 5))
 MARKS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 START, END, PAD, VIDEO = range(260, 264)
 TEMPLATE = (

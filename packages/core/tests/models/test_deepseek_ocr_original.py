@@ -27,9 +27,9 @@ from candle_vllm.core.models.deepseek_ocr_tower import FAMILY
 from candle_vllm.core.models.registry import family_from_hf
 from candle_vllm.core.vision.pictures import picture_of
 from packages.core.tests.models.sight import (
-    RANDOM,
     answers,
     random_model,
+    random_pictures,
     require_logits,
     require_same_embeddings,
     require_same_when_cached,
@@ -40,7 +40,7 @@ from packages.core.tests.models.test_deepseek_ocr import EDGES, PUBLISHED, TEXT
 from tests.common_run import few
 
 IMAGE = 262
-PICTURES = [RANDOM.integers(0, 256, size, dtype=np.uint8) for size in ((900, 600, 3), (400, 600, 3), (300, 1300, 3))]
+PICTURES = random_pictures((900, 600), (400, 600), (300, 1300))
 """A grid of 3 x 2 tiles, an image of one tile, and a row of tiles."""
 PROMPTS: list[Any] = [
     {"prompt": "<image>\nFree OCR of this.", "multi_modal_data": {"image": PICTURES[2:]}},

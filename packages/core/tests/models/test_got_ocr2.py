@@ -25,9 +25,9 @@ from candle_vllm.core.models.registry import family_from_hf, tower_family
 from candle_vllm.core.vision.pictures import picture_of
 from packages.core.tests.models.sight import (
     GPU_STEPS,
-    RANDOM,
     answers_alone,
     loaded_from,
+    random_pictures,
     require_embeddings,
     require_logits,
     require_same_on_a_gpu,
@@ -43,7 +43,7 @@ MARKS = ("<img>", "</img>", "<imgpad>", "<|endoftext|>")
 SYSTEM = (
     "<|im_start|>system\nYou should follow the instructions carefully and explain your answers in detail.<|im_end|>"
 )
-PICTURES = [RANDOM.integers(0, 256, size, dtype=np.uint8) for size in ((30, 47, 3), (64, 20, 3), (5, 5, 3))]
+PICTURES = random_pictures((30, 47), (64, 20), (5, 5))
 PROMPTS: list[Any] = [
     {
         "prompt": "<img><imgpad><imgpad></img>\nOCR of both pages, one after the other.",

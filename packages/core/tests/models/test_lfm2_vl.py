@@ -27,13 +27,13 @@ from candle_vllm.core.vision.pictures import picture_of
 from packages.core.tests.models.families import LFM2
 from packages.core.tests.models.sight import (
     GPU_STEPS,
-    RANDOM,
     answers,
     answers_alone,
     answers_of,
     loaded_from,
     model_of,
     random_model,
+    random_pictures,
     require_logits,
     require_same_embeddings,
     require_same_from_gguf,
@@ -57,8 +57,8 @@ TEMPLATE = (
     "{% if add_generation_prompt %}{{'<|im_start|>assistant\n' }}{% endif %}"
 )
 ASK = "<|im_start|>user\n<image>Compare this with <image>, please.<|im_end|>\n<|im_start|>assistant\n"
-SIZES = ((45, 28, 3), (17, 22, 3), (64, 12, 3), (5, 5, 3), (19, 70, 3))
-PICTURES = [RANDOM.integers(0, 256, size, dtype=np.uint8) for size in SIZES]
+SIZES = ((45, 28), (17, 22), (64, 12), (5, 5), (19, 70))
+PICTURES = random_pictures(*SIZES)
 """Large, small, shrunk, enlarged, large."""
 PROMPTS: list[Any] = [
     {"prompt": ASK, "multi_modal_data": {"image": PICTURES[:2]}},

@@ -26,12 +26,12 @@ from candle_vllm.core.models.registry import family_from_hf
 from candle_vllm.core.vision.pictures import picture_of
 from packages.core.tests.models.sight import (
     GPU_STEPS,
-    RANDOM,
     answers,
     answers_alone,
     loaded_from,
     model_of,
     random_model,
+    random_pictures,
     require_logits,
     require_same_embeddings,
     require_same_in_steps,
@@ -50,8 +50,8 @@ TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 ASK = "<|im_start|>user <image><image>\nCompare these, please.<|im_end|><|im_start|>assistant\n"
-SIZES = ((45, 28, 3), (17, 22, 3), (64, 12, 3), (5, 5, 3), (19, 70, 3), (60, 60, 3))
-PICTURES = [RANDOM.integers(0, 256, size, dtype=np.uint8) for size in SIZES]
+SIZES = ((45, 28), (17, 22), (64, 12), (5, 5), (19, 70), (60, 60))
+PICTURES = random_pictures(*SIZES)
 PROMPTS: list[Any] = [
     {"prompt": ASK, "multi_modal_data": {"image": PICTURES[:2]}},
     {"prompt": ASK, "multi_modal_data": {"image": [PICTURES[4], PICTURES[4]]}},
@@ -131,7 +131,7 @@ def test_tiles_are_those_of_transformers(said: dict[str, Any]) -> None:
     path = Path("config.json")
     tiny = {**PUBLISHED, "vision_config": VISION}
     rule = FAMILY.config_from_hf(Fields(tiny, path), Fields(IMAGES | said, path), 64, {}).rule
-    for picture in [*PICTURES, RANDOM.integers(0, 256, (1, 1, 3), dtype=np.uint8)]:
+    for picture in [*PICTURES, *random_pictures((1, 1))]:
         tiles, cut = rule.tiles(picture_of(picture)), rule.cut(*picture.shape[:2])
         assert len(tiles) == cut.tiles
         expected = their_pixels([picture], **said)["pixel_values"][0].numpy()

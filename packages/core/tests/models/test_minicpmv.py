@@ -40,7 +40,6 @@ from candle_vllm.core.vision.pictures import picture_of
 from packages.core.tests.models.families import EVEN_HEADS, QWEN35
 from packages.core.tests.models.sight import (
     GPU_STEPS,
-    RANDOM,
     answers,
     answers_alone,
     answers_of,
@@ -49,6 +48,7 @@ from packages.core.tests.models.sight import (
     loaded_from,
     model_of,
     random_model,
+    random_pictures,
     request_of,
     require_logits,
     require_same_embeddings,
@@ -74,10 +74,10 @@ TEMPLATE = (
     "{% if add_generation_prompt %}{{'<|im_start|>assistant\n' }}{% endif %}"
 )
 ASK = "<|im_start|>user\n<|image_pad|>Compare this with <|image_pad|>, please.<|im_end|>\n<|im_start|>assistant\n"
-SIZES = ((45, 38, 3), (17, 22, 3), (90, 12, 3), (5, 5, 3), (30, 70, 3))
-PICTURES = [RANDOM.integers(0, 256, size, dtype=np.uint8) for size in SIZES]
+SIZES = ((45, 38), (17, 22), (90, 12), (5, 5), (30, 70))
+PICTURES = random_pictures(*SIZES)
 """A grid of two tiles, small, a grid of three, enlarged, a grid of two."""
-BIG = RANDOM.integers(0, 256, (64, 64, 3), dtype=np.uint8)  # a grid of two rows of two tiles
+(BIG,) = random_pictures((64, 64))  # a grid of two rows of two tiles
 PROMPTS: list[Any] = [
     {"prompt": ASK, "multi_modal_data": {"image": PICTURES[:2]}},
     {"prompt": ASK, "multi_modal_data": {"image": [PICTURES[4], PICTURES[4]]}},
@@ -247,7 +247,7 @@ def test_images_have_the_tiles_and_placeholders_of_transformers(said: dict[str, 
 
 def test_every_size_has_the_tiles_of_transformers() -> None:
     config, theirs = rule_of({}), MiniCPMV4_6ImageProcessorPil()
-    for height, width in RANDOM.integers(1, 3000, (4000, 2)).tolist():
+    for height, width in np.random.default_rng(3).integers(1, 3000, (4000, 2)).tolist():
         if max(height, width) > 200 * min(height, width):
             continue
         cut, grid = config.rule.cut(height, width), theirs.get_sliced_grid((height, width), 9, 448)

@@ -29,10 +29,10 @@ from candle_vllm.core.models.registry import family_from_hf, tower_family
 from candle_vllm.core.vision.pictures import picture_of
 from packages.core.tests.models.sight import (
     GPU_STEPS,
-    RANDOM,
     answers,
     answers_alone,
     loaded_from,
+    random_pictures,
     require_embeddings,
     require_logits,
     require_same_on_a_gpu,
@@ -51,7 +51,7 @@ TEMPLATE = (  # as it is published
 )
 ONE = "<|image|><s>\n"
 ASK = f"<s><|user|>\n{ONE}{ONE}Compare these.<|end|>\n<|assistant|>\n"
-PICTURES = [RANDOM.integers(0, 256, size, dtype=np.uint8) for size in ((30, 47, 3), (41, 17, 3), (5, 5, 3), (9, 60, 3))]
+PICTURES = random_pictures((30, 47), (41, 17), (5, 5), (9, 60))
 """Grids of 2 x 3 tiles, 3 x 2, 2 x 2 and 1 x 4: the last tile is shrunk by even and odd factors on both axes."""
 PROMPTS: list[Any] = [
     {"prompt": ASK, "multi_modal_data": {"image": PICTURES[:2]}},
@@ -221,7 +221,7 @@ def test_tiles_are_those_of_the_published_processor(folder: Path) -> None:
     values = json.loads((folder / "config.json").read_text())
     for crops in (1, 3, 6, 16):
         config = FAMILY.config_from_hf(Fields(values, PATH), Fields(PROCESSOR, PATH), 64, {"num_crops": crops})
-        for picture in (*PICTURES, RANDOM.integers(0, 256, (1, 1, 3), dtype=np.uint8)):
+        for picture in (*PICTURES, *random_pictures((1, 1))):
             wanted, rows, columns = their_pixels(picture, crops=crops)
             *tiles, whole = config.rule.tiles(picture_of(picture))
             assert whole.shape == (rows * TILE, columns * TILE, 3)
@@ -238,7 +238,7 @@ def test_tiles_are_those_of_the_published_processor(folder: Path) -> None:
 def test_a_shrunk_image_is_torchs() -> None:
     """Of every factor."""
     for rows in range(1, 17):
-        pixels = RANDOM.integers(0, 256, (rows * 6, (17 - rows) * 6, 3), dtype=np.uint8)
+        (pixels,) = random_pictures((rows * 6, (17 - rows) * 6))
         values = torch.from_numpy(pixels).permute(2, 0, 1)[None].float()
         wanted = torch.nn.functional.interpolate(values, size=(6, 6), mode="bicubic")[0].permute(1, 2, 0)
         assert np.abs(shrunk(pixels, 6) - wanted.numpy()).max() < 1e-3
