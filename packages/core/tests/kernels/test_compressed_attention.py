@@ -20,7 +20,7 @@ from candle_vllm.core.kernels.compressed_attention import (
     entry_share,
     reference,
 )
-from candle_vllm.core.kernels.cpu_runtime.level import host_isa
+from candle_vllm.core.kernels.cpu_runtime.level import Isa, host_isa
 from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber
 from candle_vllm.core.kernels.cpu_runtime.recorder import Recorder, StepLimits
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
@@ -178,16 +178,19 @@ def test_the_reference_by_the_definition(problem: Problem) -> None:
             at += count
 
 
-@pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize("problem", PROBLEMS, ids=str)
-def test_the_operations_as_the_reference(problem: Problem, threads: int) -> None:
+@pytest.mark.parametrize(
+    ("problem", "threads", "isa"),
+    [*((problem, threads, host_isa()) for problem in PROBLEMS for threads in (1, 3)), (PROBLEMS[1], 2, Isa.GENERIC)],
+    ids=str,
+)
+def test_the_operations_as_the_reference(problem: Problem, threads: int, isa: Isa) -> None:
     blocks, width = 3 * -(-LONGEST // problem.block), -(-LONGEST // problem.block)
     wanted, own = caches_of(problem, blocks), caches_of(problem, blocks)
     both = [PagedCache(*[part.numpy().transpose(2, 0, 1, 3) for part in each]) for each in own]
     limits = StepLimits(
         tokens=150, sequences=3, logit_rows=1, table_width=width, block_size=problem.block, threads=threads
     )
-    recorder = Recorder(limits, host_isa())
+    recorder = Recorder(limits, isa)
     buffers = [recorder.buffer(each.shape[1]) for each in problem.given(0)]
     q, kv, *more = (buffer_value(recorder, buffer) for buffer in buffers)
     plain = [EntryParts(*[x if isinstance(x, float) else x.numpy() for x in problem.parts(n, each)])

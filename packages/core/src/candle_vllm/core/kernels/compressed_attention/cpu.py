@@ -6,6 +6,7 @@ Caches are float32 [B, S, width]. Sums have a fixed order, so that a token's bit
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -13,12 +14,13 @@ from typing import Any
 from numba import njit
 
 from candle_vllm.core.kernels.activation_quant.cpu import rms_scale_within
+from candle_vllm.core.kernels.attention.cpu_tiles import NOTHING, emit_exp2
 from candle_vllm.core.kernels.compressed_attention.cpu_record import LayerArguments
-from candle_vllm.core.kernels.cpu_runtime.emit import F32, I64, Emitter, Int, emitted, vector
-from candle_vllm.core.kernels.cpu_runtime.level import LANES
+from candle_vllm.core.kernels.cpu_runtime.emit import F32, I64, Double, Emitter, Float, Int, emitted, vector
+from candle_vllm.core.kernels.cpu_runtime.level import LANES, Isa
 from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber
 from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at, int32_at, int64_at, read, step_number
-from candle_vllm.core.kernels.cpu_runtime.tiles import add_rows, stack_bytes
+from candle_vllm.core.kernels.cpu_runtime.tiles import stack_bytes
 from candle_vllm.core.kernels.latent_attention.cpu import choose_largest
 from candle_vllm.core.kernels.latent_attention.layout import FEW_TOKENS
 
@@ -26,18 +28,83 @@ _TOKENS, _SEQUENCES = StepNumber.TOKENS.value, StepNumber.SEQUENCES.value
 
 
 @emitted
-def _dot_4(e: Emitter, x: Int, addresses: Int, out: Int, lines: Int) -> None:
-    """Write the products of 16 * `lines` floats at x with four rows, whose addresses are int64 [4], to float32 [4]."""
+def _products(e: Emitter, isa: Isa, queries: Int, rows: Int, out: Int, step: Int, lines: Int) -> None:
+    """Write the products of four queries and four rows of 16 * `lines` floats to float32 [4, step].
+    `queries` and `rows` have their addresses, int64 [4]."""
+    b, side = e.b, 4 if isa.wide else 2  # as many sums as registers hold
+    for first, other in itertools.product(range(0, 4, side), repeat=2):
+        places = [e.load(queries, I64, 8 * (first + n)) for n in range(side)]
+        places += [e.load(rows, I64, 8 * (other + n)) for n in range(side)]
+
+        def line(index: Any, sums: list[Any], places: list[Any] = places) -> list[Any]:
+            offset = b.mul(index, e.int64(4 * LANES))
+            values = [e.load(b.add(place, offset), vector(F32)) for place in places]
+            pairs = itertools.product(values[:side], values[side:])
+            return [e.fma(query, row, total) for (query, row), total in zip(pairs, sums)]
+
+        sums = iter(e.loop(lines, [e.zeros(F32)] * side**2, line))
+        for h, n in itertools.product(range(first, first + side), range(other, other + side)):
+            e.store(b.add(out, b.mul(e.int64(4 * h), step)), e.sum_lanes(next(sums)), 4 * n)
+
+
+@emitted
+def _add_rows(e: Emitter, isa: Isa, targets: Int, rows: Int, weights: Int, step: Int, terms: Int, lines: Int) -> None:
+    """Write the sums of `terms` > 0 rows of 16 * `lines` floats with four lists of weights, float32 [4, step].
+    `rows` has the addresses of the rows, `targets` those of the sums, int64 [4]."""
     b = e.b
-    rows = [e.load(addresses, I64, 8 * n) for n in range(4)]
 
-    def body(index: Any, sums: list[Any]) -> list[Any]:
-        offset = b.mul(index, e.int64(4 * LANES))
-        own = e.load(b.add(x, offset), vector(F32))
-        return [e.fma(own, e.load(b.add(row, offset), vector(F32)), total) for row, total in zip(rows, sums)]
+    def write(first: Any, count: int) -> None:
+        offset = b.mul(first, e.int64(4 * LANES))
 
-    for n, total in enumerate(e.loop(lines, [e.zeros(F32)] * 4, body)):
-        e.store(out, e.sum_lanes(total), 4 * n)
+        def term(j: Any, sums: list[Any]) -> list[Any]:
+            source = b.add(e.load(b.add(rows, b.mul(j, e.int64(8))), I64), offset)
+            values = [e.load(source, vector(F32), 4 * LANES * line) for line in range(count)]
+            at = [b.add(weights, b.mul(b.add(j, b.mul(e.int64(h), step)), e.int64(4))) for h in range(4)]
+            pairs = itertools.product([e.splat(e.load(place, F32)) for place in at], values)
+            return [e.fma(weight, value, total) for (weight, value), total in zip(pairs, sums)]
+
+        sums = iter(e.loop(terms, [e.zeros(F32)] * (4 * count), term))
+        for h, line in itertools.product(range(4), range(count)):
+            e.store(b.add(e.load(targets, I64, 8 * h), offset), next(sums), 4 * LANES * line)
+
+    if isa.wide:
+        with e.each_or_skip(b.lshr(lines, e.int64(1))) as index:
+            write(b.mul(index, e.int64(2)), 2)
+        with e.each_or_skip(b.and_(lines, e.int64(1))):
+            write(b.sub(lines, e.int64(1)), 1)
+    else:
+        with e.each_or_skip(lines) as index:
+            write(index, 1)
+
+
+@emitted
+def _softmax(e: Emitter, scores: Int, lines: Int, scale: Double, sink: Float) -> None:
+    """Replace 16 * `lines` scores, floats that are not yet multiplied by `scale`, by their softmax with a sink.
+    Scores and sink are exponents of 2."""
+    b, factor = e.b, e.splat(e.b.fptrunc(scale, F32))
+
+    def at(line: Any) -> Any:
+        return b.add(scores, b.mul(line, e.int64(4 * LANES)))
+
+    def larger(x: Any, y: Any) -> Any:
+        return b.select(b.fcmp_ordered(">", x, y), x, y)
+
+    def largest(line: Any, tops: list[Any]) -> list[Any]:
+        return [larger(b.fmul(e.load(at(line), vector(F32)), factor), tops[0])]
+
+    (tops,) = e.loop(lines, [e.splat(sink)], largest)
+    top = e.splat(e.call("llvm.vector.reduce.fmax.v16f32", F32, [tops]))
+
+    def powers(line: Any, totals: list[Any]) -> list[Any]:
+        power = emit_exp2(e, b.fsub(b.fmul(e.load(at(line), vector(F32)), factor), top))
+        e.store(at(line), power)
+        return [b.fadd(totals[0], power)]
+
+    (totals,) = e.loop(lines, [e.zeros(F32)], powers)
+    last = b.extract_element(emit_exp2(e, b.fsub(e.splat(sink), top)), e.int64(0))
+    total = e.splat(b.fadd(e.sum_lanes(totals), last))
+    with e.each(lines) as line:
+        e.store(at(line), b.fdiv(e.load(at(line), vector(F32)), total))
 
 
 @njit
@@ -152,7 +219,7 @@ def _entry(log: int, table: int, share: int, ratio: int, size: int, shift: int, 
     return log + ((block << shift) * share + (last & ((1 << shift) - 1)) // ratio * size) * 4
 
 
-def make_choose(CHOOSES: int) -> Callable[..., None]:
+def make_choose(CHOOSES: int, ISA: int) -> Callable[..., None]:
     """Return the first (0) or second (1) operation of a choice, for tokens with more than `top` entries.
 
     In a step of few tokens the first computes scores, with the entries divided among threads, and the second chooses.
@@ -163,8 +230,8 @@ def make_choose(CHOOSES: int) -> Callable[..., None]:
         given = read(LayerArguments, row)
         tokens, heads, size, top = step_number(row, _TOKENS), given.index_heads, given.index_size, given.top
         few, quads, sequences = tokens <= FEW_TOKENS, (heads + 3) >> 2, step_number(row, _SEQUENCES)
-        memory = stack_bytes(48 * quads)
-        addresses, products = int64_at(memory), float32_at(memory + 32 * quads)
+        memory = stack_bytes(32 + 96 * quads)
+        keys, queries, products = int64_at(memory), int64_at(memory + 32), float32_at(memory + 32 + 32 * quads)
         for t in range(tokens):
             ended = (int64_at(given.positions)[t] + 1) // given.ratio
             if ended <= top or (CHOOSES == 1 and t % threads != thread):
@@ -173,66 +240,76 @@ def make_choose(CHOOSES: int) -> Callable[..., None]:
             table = given.log_tables + _sequence_of(given.query_start, sequences, t) * given.table_stride * 8
             weights = float32_at(given.weights + t * given.weight_stride * 4)
             for h in range(4 * quads):
-                addresses[h] = given.index_q + (t * given.index_stride + min(h, heads - 1) * size) * 4
-            for n in range(ended if few == (CHOOSES == 0) else 0):
-                if few and n % threads != thread:
+                queries[h] = given.index_q + (t * given.index_stride + min(h, heads - 1) * size) * 4
+            for n in range(0, ended if few == (CHOOSES == 0) else 0, 4):
+                if few and (n >> 2) % threads != thread:
                     continue
-                key = _entry(given.log, table, given.share, given.ratio, size, given.block_shift, n)
+                for i in range(4):
+                    number = min(n + i, ended - 1)
+                    keys[i] = _entry(given.log, table, given.share, given.ratio, size, given.block_shift, number)
                 for quad in range(quads):
-                    _dot_4(key, memory + 32 * quad, memory + 32 * quads + 16 * quad, size >> 4)
-                score = 0.0
-                for h in range(heads):
-                    score += max(float(products[h]), 0.0) * float(weights[h])
-                float32_at(sums)[n] = score
+                    to = memory + 32 + 32 * quads + 64 * quad
+                    _products(ISA, memory + 32 + 32 * quad, memory, to, 4, size >> 4)
+                for i in range(min(4, ended - n)):
+                    score = 0.0
+                    for h in range(heads):
+                        score += max(float(products[4 * h + i]), 0.0) * float(weights[h])
+                    float32_at(sums)[n + i] = score
             if CHOOSES == 1:
                 choose_largest(sums, ended, top, given.chosen + 4 * t * top)
 
     return choose
 
 
-def attend(row, thread, threads):
-    """Attention of one head of one token at a time, and the rotation back of its result."""
-    given = read(LayerArguments, row)
-    heads, size, half, shift = given.heads, given.size, given.half, given.block_shift
-    total, mask, sequences = step_number(row, _TOKENS) * heads, (1 << shift) - 1, step_number(row, _SEQUENCES)
-    memory = given.scratch + thread * 12 * given.most
-    addresses, weights = int64_at(memory), float32_at(memory + 8 * given.most)
-    listed, count = -1, 0
-    for unit in range(total * thread // threads, total * (thread + 1) // threads):
-        t = unit // heads
-        h = unit - t * heads
-        position = int64_at(given.positions)[t]
-        if t != listed:
-            listed, count = t, 0
-            r = _sequence_of(given.query_start, sequences, t)
-            table, log_table = given.tables + r * given.table_stride * 8, given.log_tables + r * given.table_stride * 8
-            for at in range(max(0, position - given.window + 1), position + 1):
-                slot = (int64_at(table)[at >> shift] << shift) + (at & mask)
-                addresses[count] = given.cache + slot * size * 4
-                count += 1
-            ended = (position + 1) // given.ratio if given.ratio != 0 else 0
-            chooses = given.chosen != 0 and ended > given.top
-            for n in range(given.top if chooses else ended):
-                number = int(int32_at(given.chosen + t * given.top * 4)[n]) if chooses else n
-                addresses[count] = _entry(given.log, log_table, given.share, given.ratio, size, shift, number)
-                count += 1
-            for extra in range(count, (count + 3) & ~3):
-                addresses[extra] = addresses[count - 1]
-        q = given.q + (t * given.q_stride + h * size) * 4
-        for quad in range((count + 3) >> 2):
-            _dot_4(q, memory + 32 * quad, memory + 8 * given.most + 16 * quad, size >> 4)
-        sink = float(float32_at(given.sinks)[h])
-        most = sink
-        for j in range(count):
-            most = max(most, float(weights[j]) * given.scale)
-        sums = math.exp(sink - most)
-        for j in range(count):
-            weight = math.exp(float(weights[j]) * given.scale - most)
-            weights[j] = weight
-            sums += weight
-        for j in range(count):
-            weights[j] = float(weights[j]) / sums
-        out = given.out + (t * given.out_stride + h * size) * 4
-        add_rows(out, memory, memory + 8 * given.most, count, 0, size >> 4, 0)
-        at = position * half * 4
-        _turn(out + (size - 2 * half) * 4, float32_at(given.cos + at), float32_at(given.sin + at), half, -1.0)
+def make_attend(ISA: int) -> Callable[..., None]:
+    """Return attention of four heads of one token at a time, and the rotation back of their results."""
+
+    def attend(row, thread, threads):
+        given = read(LayerArguments, row)
+        heads, size, half, shift = given.heads, given.size, given.half, given.block_shift
+        mask, sequences, most, quads = (1 << shift) - 1, step_number(row, _SEQUENCES), given.most, (heads + 3) >> 2
+        total = step_number(row, _TOKENS) * quads
+        memory = given.scratch + thread * 24 * most
+        addresses, places = int64_at(memory), stack_bytes(64)
+        queries, targets = int64_at(places), int64_at(places + 32)
+        listed, count = -1, 0
+        for unit in range(total * thread // threads, total * (thread + 1) // threads):
+            t = unit // quads
+            first = 4 * (unit - t * quads)
+            position = int64_at(given.positions)[t]
+            if t != listed:
+                listed, count = t, 0
+                r = _sequence_of(given.query_start, sequences, t)
+                at = r * given.table_stride * 8
+                table, log_table = given.tables + at, given.log_tables + at
+                for at in range(max(0, position - given.window + 1), position + 1):
+                    slot = (int64_at(table)[at >> shift] << shift) + (at & mask)
+                    addresses[count] = given.cache + slot * size * 4
+                    count += 1
+                ended = (position + 1) // given.ratio if given.ratio != 0 else 0
+                chooses = given.chosen != 0 and ended > given.top
+                for n in range(given.top if chooses else ended):
+                    number = int(int32_at(given.chosen + t * given.top * 4)[n]) if chooses else n
+                    addresses[count] = _entry(given.log, log_table, given.share, given.ratio, size, shift, number)
+                    count += 1
+                for extra in range(count, (count + 3) & ~3):
+                    addresses[extra] = addresses[count - 1]
+            for n in range(4):
+                h = min(first + n, heads - 1)
+                queries[n] = given.q + (t * given.q_stride + h * size) * 4
+                targets[n] = given.out + (t * given.out_stride + h * size) * 4
+            scores = memory + 8 * most
+            for quad in range((count + 3) >> 2):
+                _products(ISA, places, memory + 32 * quad, scores + 16 * quad, most, size >> 4)
+            for n in range(4):
+                own, sink = float32_at(scores + 4 * n * most), float32_at(given.sinks)[min(first + n, heads - 1)]
+                for extra in range(count, (count + LANES - 1) & -LANES):
+                    own[extra] = NOTHING
+                _softmax(scores + 4 * n * most, (count + LANES - 1) // LANES, given.scale, sink)
+            _add_rows(ISA, places + 32, memory, scores, most, count, size >> 4)
+            at = position * half * 4
+            cos, sin = float32_at(given.cos + at), float32_at(given.sin + at)
+            for n in range(min(4, heads - first)):
+                _turn(targets[n] + (size - 2 * half) * 4, cos, sin, half, -1.0)
+
+    return attend

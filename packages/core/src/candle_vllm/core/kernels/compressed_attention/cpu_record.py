@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from candle_vllm.core.kernels.attention.cpu_record import LOG2E
 from candle_vllm.core.kernels.attention.rows import WindowedCache
 from candle_vllm.core.kernels.compressed_attention import CompressedLayer, entry_share
 from candle_vllm.core.kernels.cpu_runtime.operation import address_of, operation
@@ -50,7 +51,8 @@ def record_compressed(
         address_of(arrays.block_tables if pool is None else arrays.page_tables[pool]),
         address_of(arrays.slots if pool is None else arrays.page_slots[pool]),
         address_of(arrays.block_tables), limits.table_width, limits.block_shift, layer.heads, size, *q, *kv,
-        keep(layer.norm), layer.eps, address_of(rows.keys), *out, layer.scale, layer.window, keep(layer.sinks),
+        keep(layer.norm), layer.eps, address_of(rows.keys), *out, layer.scale * LOG2E, layer.window,
+        keep(layer.sinks * np.float32(LOG2E)),
     )  # fmt: skip
     if groups is not None:
         ratio = groups.ratio
@@ -77,11 +79,11 @@ def record_compressed(
         choosing = row._replace(log=address_of(logs.values), share=entry_share(layer.index_size, ratio))
         choosing = choosing._replace(scratch=scores, scratch_size=4 * most)
         for chooses in (0, 1):
-            recorder.add(operation("compressed_attention.cpu:make_choose", chooses), choosing)
+            recorder.add(operation("compressed_attention.cpu:make_choose", chooses, recorder.isa), choosing)
         most = layer.top
     most = -(-(min(layer.window, longest) + most) // 16) * 16
-    row = row._replace(most=most, scratch=recorder.scratch(12 * most * limits.threads))
-    recorder.add(operation("compressed_attention.cpu:attend"), row)
+    row = row._replace(most=most, scratch=recorder.scratch(24 * most * limits.threads))
+    recorder.add(operation("compressed_attention.cpu:make_attend", recorder.isa), row)
 
 
 class LayerArguments(NamedTuple):
@@ -97,7 +99,8 @@ class LayerArguments(NamedTuple):
         q, kv, out: addresses of queries, rows and results.
         norm, eps: address of the weight of the norm, and its epsilon.
         cache: address of the cache of rows.
-        scale, window, sinks: factor of the scores, positions of the window, and address of float32 [H].
+        scale, window, sinks: factor of the scores, positions of the window, and address of float32 [H]; scale and sinks
+            are multiplied by log2(e).
         ratio, overlaps: see `Groups`; a ratio of 0 means no entries.
         inputs, width: address of the cache of inputs, and its row width.
         first, more: addresses of inputs of entries and of index keys.

@@ -51,7 +51,6 @@ def functions(isa: Isa) -> Iterator[tuple[str, tuple[int, ...]]]:
         "collectives.cpu:add_up",
         "collectives.cpu:stand_together",
         "column_order.cpu:column_order",
-        "compressed_attention.cpu:attend",
         "compressed_attention.cpu:compress",
         "compressed_attention.cpu:write",
         "cpu_runtime.walk:do_parts",
@@ -78,6 +77,7 @@ def functions(isa: Isa) -> Iterator[tuple[str, tuple[int, ...]]]:
         "whole_attention.cpu:turn",
     ):
         yield code, ()
+    yield "compressed_attention.cpu:make_attend", (isa,)
     yield "whole_attention.cpu:make_attend_whole", (isa, 0)
     yield "whole_attention.cpu:make_attend_whole", (isa, 1)
     for prologue in Prologue:
@@ -99,7 +99,7 @@ def functions(isa: Isa) -> Iterator[tuple[str, tuple[int, ...]]]:
     for scan in ((0, 0), (0, 2), (1, 0), (1, 1)):
         yield "delta_rule.cpu:make_scan", scan
     for flag in (0, 1):
-        yield "compressed_attention.cpu:make_choose", (flag,)
+        yield "compressed_attention.cpu:make_choose", (flag, isa)
         yield "rms_norm.cpu:make_head_norm", (flag,)
         yield "rms_norm.cpu:make_norm_onto", (flag,)
         yield "latent_attention.cpu_heads:make_heads", (flag,)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from candle_vllm.core.kernels.attention.cpu_record import LOG2E
 from candle_vllm.core.kernels.cpu_runtime.level import LANES
 from candle_vllm.core.kernels.cpu_runtime.operation import address_of, operation
 
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
 PANEL = 8
 """Number of keys, or of dimensions of values, in a panel."""
 
-LOG2E = 1.4426950408889634
 HIDDEN = -1e9  # added to scores of keys outside the window, so that their exponentials are exactly 0
 HEADER = 64  # bytes before the threads' scratch memory: a cache line for the unit counter
 LINE = 4 * LANES  # bytes of a vector
