@@ -93,6 +93,17 @@ def test_chat_knows_the_capital_and_streams_the_same_text(client: openai.OpenAI)
     assert counts[0] + counts[1] == counts[2]
 
 
+def test_a_request_sets_how_many_tokens_an_event_has(client: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {"model": MODEL, "prompt": CAPITAL, "temperature": 0, "max_tokens": 33, "stream": True}
+    texts = []
+    for interval in (1, 8):
+        body = {"stream_interval": interval, "ignore_eos": True, "num_speculative_tokens": 0}
+        chunks = client.completions.create(**asked, extra_body=body)
+        texts.append([chunk.choices[0].text for chunk in chunks if chunk.choices[0].text])
+    assert "".join(texts[0]) == "".join(texts[1])
+    assert len(texts[1]) == 5 < len(texts[0])
+
+
 def test_a_completion_echoes_and_scores_its_prompt(client: openai.OpenAI) -> None:
     answer = client.completions.create(
         model=MODEL, prompt=CAPITAL, temperature=0, max_tokens=3, echo=True, logprobs=2

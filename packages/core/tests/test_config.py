@@ -84,6 +84,7 @@ WRONG: dict[str, list[Any]] = {
     "prompt_cache_bytes": [5, "8GB", 1 << 21],
     "speculative_config": [5, "suffix", [], {1: 2}, {"method": "fast"}, {"draft_p_min": 10**400}],
     "max_queued_requests": [0, None],
+    "stream_interval": [0, None, "2", True],
     "threads": [0, "2", False],
     "cpu_ranks": [0, 65, "auto", True],
     "cpu_level": [5, "avx9", ""],

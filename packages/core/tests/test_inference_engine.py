@@ -32,7 +32,8 @@ from candle_vllm.core import (
     SamplingParams,
 )
 from candle_vllm.core import progress as progress_module
-from candle_vllm.core.engine.outputs import GenerationOutput
+from candle_vllm.core.engine.outputs import GenerationOutput, TokenOutput
+from candle_vllm.core.remote import RemoteEngine
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
 from packages.core.tests.exact_sums import exact_sums
 from tests.waiting import until, wait_for
@@ -176,6 +177,32 @@ def test_streamed_pieces_add_up_to_the_whole(engine: InferenceEngine) -> None:
         assert [part.finish_reason for part in parts[:-1]] == [None] * (len(parts) - 1)
         assert parts[-1].finish_reason == output.finish_reason == FinishReason.LENGTH
     assert len({output.token_ids for output in whole.outputs}) == 3
+
+
+@pytest.mark.parametrize(("least", "asked", "size"), [(1, 4, 4), (7, None, 7), (7, 4, 7), (2, 1000, 1000)])
+@pytest.mark.parametrize("kind", [InferenceEngine, RemoteEngine])
+def test_pieces_of_several_tokens(
+    toy_model: Path, kind: type[InferenceEngine] | type[RemoteEngine], least: int, asked: int | None, size: int
+) -> None:
+    """The first token comes at once, the last tokens with the end; together they are the whole."""
+    wanted = SamplingParams(
+        temperature=0.9, seed=3, max_tokens=40, n=2, logprobs=2, ignore_eos=True, num_speculative_tokens=0
+    )
+    with kind(str(toy_model), threads=1, stream_interval=least) as engine:
+        whole = engine.generate(["hello"], wanted, use_tqdm=False)[0].outputs
+
+        async def pieces() -> list[TokenOutput]:
+            given = replace(wanted, stream_interval=asked)
+            return [piece async for piece in engine.stream("hello", given)]
+
+        found = asyncio.run(pieces())
+    for output in whole:
+        parts = [piece for piece in found if piece.index == output.index]
+        assert [len(part.token_ids) for part in parts] == [1, *[size] * (38 // size), 39 - 38 // size * size]
+        assert "".join(part.text for part in parts) == output.text
+        assert tuple(token for part in parts for token in part.token_ids) == output.token_ids
+        assert tuple(entry for part in parts for entry in part.logprobs or ()) == output.logprobs
+        assert [part.finish_reason for part in parts] == [None] * (len(parts) - 1) + [FinishReason.LENGTH]
 
 
 @pytest.mark.parametrize("eager", [False, True])

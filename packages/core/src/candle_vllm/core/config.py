@@ -494,6 +494,9 @@ class EngineConfig(ExplainedSettings):
                           "else bf16. f16 is for GPUs, where adapters have the type of activations."] = "auto"
     max_queued_requests: Annotated[int, Integer(1, 1 << 20),
                                    "most unfinished sequences before new requests are refused"] = 1024
+    stream_interval: Annotated[int, Integer(1, 1 << 24), "new tokens of each event of a stream, after the first token",
+                               "A larger number takes less time of the event loop; requests may ask for a larger "
+                               "one."] = 1
     threads: Annotated[int | None, Integer(1, 1024), "CPU threads",
                        "None is one for each usable physical core, within a container's quota. On a GPU they load "
                        "weights, and compute the experts that stay in main memory."] = None
@@ -731,6 +734,7 @@ class EngineSettings(TypedDict, total=False):
     lora_memory: int | None
     lora_dtype: LoraDType
     max_queued_requests: int
+    stream_interval: int
     threads: int | None
     cpu_ranks: int | None
     cpu_level: CpuLevel | None

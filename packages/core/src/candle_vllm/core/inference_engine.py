@@ -261,7 +261,7 @@ class InferenceEngine(ExplainedAttributes, EngineFront):
             return self._thread
 
     def _make_thread(self, engine: Engine) -> EngineThread:
-        return EngineThread(engine, self.config.max_queued_requests)
+        return EngineThread(engine, self.config.max_queued_requests, stream_interval=self.config.stream_interval)
 
     def _own_loop(self) -> Engine:
         self._working()

@@ -183,7 +183,7 @@ class TokenOutput(ShownStruct, frozen=True, kw_only=True, gc=False):
 
 
 def joined(pieces: Sequence[TokenOutput]) -> TokenOutput:
-    """Join the outputs of one sequence in one step."""
+    """Join outputs of one sequence that follow each other."""
     first, last = pieces[0], pieces[-1]
     if first is last:
         return first

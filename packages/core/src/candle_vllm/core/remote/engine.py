@@ -67,7 +67,7 @@ class RemoteEngine(EngineFront):
         self._pooling_plan = ready.pooling
         self._process = process
         self._lock = threading.Lock()  # held by `close`, which two threads may call
-        self._thread = RemoteThread(self._link, config.max_queued_requests, process.kill)
+        self._thread = RemoteThread(self._link, config.max_queued_requests, process.kill, config.stream_interval)
         self._finalizer = weakref.finalize(self, _shut_down, self._thread, self._link, process, self._owner)
 
     @property

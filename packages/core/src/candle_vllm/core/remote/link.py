@@ -221,15 +221,18 @@ class RemoteThread(EngineThread):
         link: the connection to the engine, which only this thread may use from now on.
         max_sequences: maximum number of live sequences, see `EngineThread`, and of waiting calls.
         on_end: called in this thread when the engine process has ended without `close`.
+        stream_interval: see `EngineThread`.
     """
 
-    def __init__(self, link: RemoteLink, max_sequences: int, on_end: Callable[[], None]) -> None:
+    def __init__(
+        self, link: RemoteLink, max_sequences: int, on_end: Callable[[], None], stream_interval: int = 1
+    ) -> None:
         self._link = link
         self._on_end = on_end
         self._numbers = itertools.count()
         self._callbacks: list[Callable[[], None]] = []
         link.on_refused = self._refuse
-        super().__init__(link, max_sequences)
+        super().__init__(link, max_sequences, stream_interval=stream_interval)
 
     def _command(self, command: Callable[[], None]) -> None:
         super()._command(command)

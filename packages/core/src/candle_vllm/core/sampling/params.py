@@ -157,6 +157,8 @@ class SamplingParams(  # pyrefly: ignore[invalid-inheritance]
             limit applies too. 0 turns speculation off. The generated tokens stay the same.
         prediction: the text that most of the output will equal, up to 2 ** 20 characters; draft tokens are also taken
             from it. The generated tokens stay the same.
+        stream_interval: new tokens of each output of an asynchronous stream, after the first token; the engine's
+            `stream_interval` applies if it is larger. Fewer outputs take less time of the event loop.
         output_kind: only for `AsyncLLM.generate`; other methods define whether they return deltas or whole outputs.
     """
 
@@ -208,6 +210,7 @@ class SamplingParams(  # pyrefly: ignore[invalid-inheritance]
     skip_reading_prefix_cache: bool = False
     num_speculative_tokens: Annotated[int, Integer(0, MAX_DRAFT_TOKENS), OFFERED] = MAX_DRAFT_TOKENS
     prediction: str | None = None
+    stream_interval: Annotated[int | None, Integer(1, MAX_TOKENS), OFFERED] = None
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
 
     if not TYPE_CHECKING:  # type checkers use the fields' types

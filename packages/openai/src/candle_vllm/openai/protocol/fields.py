@@ -125,7 +125,6 @@ REFUSED_FIELDS: Mapping[str, Refusal] = {
     "spaces_between_special_tokens": Refusal("the tokenizer decides about spaces", (True,), idle=True),
     "return_token_offsets": Refusal("use return_token_ids", (False,)),
     "return_prompt_text": Refusal("use return_token_ids, which has the prompt's tokens", (False,)),
-    "stream_interval": Refusal("every delta is sent as soon as it is generated", (1,), idle=True),
     "logits_processors": Refusal("only the library takes them, in SamplingParams", ([],)),
     "kv_transfer_params": Refusal(_INTERNAL, ({},)),
     "ec_transfer_params": Refusal(_INTERNAL, ({},)),

@@ -256,6 +256,7 @@ class ModelOptions(HubOptions, FormatOptions, SourceOptions):
         unset="a quarter of what is free after loading, 64 MiB to 4 GiB")] = None
     lora_dtype: Annotated[str | None, engine(LIMITS, "TYPE", needs=ADAPTERS)] = None
     max_queued_requests: Annotated[int | None, engine(LIMITS, "N", more=" with 503", needs=SERVES)] = None
+    stream_interval: Annotated[int | None, engine(LIMITS, "N", needs=SERVES)] = None
     seed: Annotated[int | None, engine(LIMITS, "N", reading={"units": False}, needs=SAMPLING,
         unset="random for each request")] = None
     temperature: Annotated[float | None, _sampler("temperature", "0 is greedy")] = None

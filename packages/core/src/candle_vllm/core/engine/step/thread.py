@@ -16,7 +16,7 @@ from concurrent.futures import CancelledError, Future
 from functools import partial
 from typing import Any, Protocol
 
-from candle_vllm.core.engine.outputs import TokenOutput
+from candle_vllm.core.engine.outputs import TokenOutput, joined
 from candle_vllm.core.engine.requests import GenerationRequest
 from candle_vllm.core.engine.runners.sleeping import TAGS
 from candle_vllm.core.engine.stats import EngineStats
@@ -103,11 +103,26 @@ class OutputQueue:
 
 @dataclasses.dataclass
 class _Client:
-    """A live request: the sink of its caller, and its number of unfinished sequences."""
+    """A live request: the sink of its caller, its number of unfinished sequences, and tokens of an output."""
 
     sink: Sink
     unfinished: int
+    interval: int = 1
     begun: bool = False  # whether the sink has had an output
+    held: dict[int, list[TokenOutput]] = dataclasses.field(default_factory=dict)  # by index, once it has had a token
+
+    def due(self, piece: TokenOutput) -> TokenOutput | None:
+        """Join an output with those held back; None if it is held back, too, until there are `interval` tokens."""
+        if piece.index not in self.held:  # the first token is not held back
+            if piece.token_ids:
+                self.held[piece.index] = []
+            return piece
+        held = self.held[piece.index]
+        held.append(piece)
+        if piece.finish_reason is None and sum(len(each.token_ids) for each in held) < self.interval:
+            return None
+        self.held[piece.index] = []
+        return joined(held)
 
 
 class Prepared(Protocol):
@@ -178,12 +193,19 @@ class EngineThread:
         engine: the engine; other threads may call only its methods that may run in any thread.
         max_sequences: maximum number of live sequences; a request beyond it is refused, unless no request is live.
         after_step: called in the thread after each step, when its outputs have been delivered.
+        stream_interval: minimum of `SamplingParams.stream_interval`.
     """
 
-    def __init__(self, engine: StepEngine, max_sequences: int, after_step: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self,
+        engine: StepEngine,
+        max_sequences: int,
+        after_step: Callable[[], None] | None = None,
+        stream_interval: int = 1,
+    ) -> None:
         self._engine = engine
         self._after_step = after_step
-        self._max_sequences = max_sequences
+        self._max_sequences, self._stream_interval = max_sequences, stream_interval
         self._clients: dict[str, _Client] = {}
         self._live_sequences = 0
         self._commands: list[Callable[[], None]] = []
@@ -227,7 +249,8 @@ class EngineThread:
                     f"{self._live_sequences} sequences are running or waiting, and at most {self._max_sequences} are "
                     "allowed (`max_queued_requests`): try again later"
                 )
-            self._clients[request_id] = _Client(sink, len(prepared))
+            interval = max(self._stream_interval, prepared[0].request.params.stream_interval or 1)
+            self._clients[request_id] = _Client(sink, len(prepared), interval)
             self._live_sequences += len(prepared)
             self._command(lambda: self._engine.add(prepared))
 
@@ -403,7 +426,7 @@ class EngineThread:
             loop = client.sink.loop
             if loop is None:
                 client.sink.put(piece)
-            else:
+            elif client.interval == 1 or (piece := client.due(piece)) is not None:
                 first, others = by_loop.get(loop) or by_loop.setdefault(loop, ([], []))
                 (others if client.begun else first).append((client.sink, piece))
                 client.begun = True
