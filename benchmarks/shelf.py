@@ -44,6 +44,7 @@ NOT_GENERATIVE = {  # whatever their repositories say; the first has no config
 }
 # fmt: on
 REMOTE = {  # classes of types that transformers does not have
+    "GOT": "GOTQwenForCausalLM",
     "apertus1p5": "Apertus1p5ForConditionalGeneration",
     "bailing_moe_v2": "BailingMoeV2ForCausalLM",
     "chatglm": "ChatGLMModel",
