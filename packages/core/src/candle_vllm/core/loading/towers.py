@@ -41,6 +41,7 @@ TOWERS: Mapping[str, Mapping[str, str]] = MappingProxyType(
         "AyaVisionForConditionalGeneration": {"cohere2": "Cohere2ForCausalLM", "cohere": "CohereForCausalLM"},
         "Cohere2VisionForConditionalGeneration": {"cohere2": "Cohere2ForCausalLM"},
         "DotsOCRForCausalLM": {"qwen2": "Qwen2ForCausalLM"},
+        "Exaone4_5_ForConditionalGeneration": dict.fromkeys(("exaone4", "exaone4_5_text"), "Exaone4ForCausalLM"),
         "Gemma3ForConditionalGeneration": {"gemma3_text": "Gemma3ForCausalLM"},
         "Gemma3nForConditionalGeneration": {"gemma3n_text": "Gemma3nForCausalLM"},
         "Gemma4ForConditionalGeneration": {"gemma4_text": "Gemma4ForCausalLM"},
