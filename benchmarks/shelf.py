@@ -53,6 +53,7 @@ REMOTE = {  # classes of types that transformers does not have
     "exaone": "ExaoneForCausalLM",
     "internlm2": "InternLM2ForCausalLM",
     "internvl_chat": "InternVLChatModel",
+    "mimo_v2": "MiMoV2ForCausalLM",  # whose images and sound are refused
     "kimi_k2": "DeepseekV3ForCausalLM",
     "nemotron-nas": "DeciLMForCausalLM",  # whose 51B does not load
     "phi3_v": "Phi3VForCausalLM",

@@ -1029,6 +1029,7 @@ RENAMED: Mapping[str, str] = {
     "InternLM2ForCausalLM": "internlm2",
     "InternLM3ForCausalLM": "llama",
     "DeciLMForCausalLM": "deci",
+    "MiMoV2ForCausalLM": "mimo2",
     "PicoDecoderHF": "llama",
     "QWenLMHeadModel": "qwen",
 }
