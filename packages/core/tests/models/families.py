@@ -83,6 +83,7 @@ DEEPSEEK_INDEX = DEEPSEEK | {  # a choice of 24 positions from prompts of 70 tok
     "index_topk": 24,
     "rope_parameters": DEEPSEEK_YARN,
 }
+AX = {"gated_norm_rank": 8, "index_n_heads": 16, "index_head_dim": 32, "index_topk": 24}
 GLM_INDEX = DEEPSEEK_INDEX | {
     "num_hidden_layers": 3,
     "n_group": 1,
@@ -785,6 +786,10 @@ ROWS: Mapping[str, Row] = {
     "DeepSeek-OCR 2 groups": Row("deepseek_ocr2_text", DEEPSEEK_OCR_GROUPS, undecided=0.1, common=False),
     "DeepSeek-V3": Row("deepseek_v3", DEEPSEEK | {"rope_parameters": DEEPSEEK_YARN}, "deepseek2", undecided=0.1),
     "DeepSeek-V3.2": Row("deepseek_v32", DEEPSEEK_INDEX, "deepseek32", undecided=0.2),
+    "A.X K2": Row("axk2", DEEPSEEK | AX | {"n_group": None, "topk_group": None}, undecided=0.2, common=False),
+    "A.X K2 groups": Row(
+        "axk2", DEEPSEEK | AX | {"attention_bias": True, "rope_parameters": DEEPSEEK_YARN}, undecided=0.2, common=False
+    ),
     "DeepSeek-V4": Row("deepseek_v4", DEEPSEEK_V4, common=False, undecided=0.1),
     "DeepSeek-V4 other sizes": Row("deepseek_v4", DEEPSEEK_V4_OTHER, common=False, undecided=0.1),
     "GLM-5": Row("glm_moe_dsa", GLM_INDEX, "glm-dsa", undecided=0.2),

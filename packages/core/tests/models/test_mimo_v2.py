@@ -54,7 +54,7 @@ def write(folder: Path, experts: str = "fp8", layout: str = "fused") -> tuple[Pa
         "hidden_size": 64,
         "intermediate_size": 96,
     }
-    plain = write_tiny(folder / "plain", "mimo_v2_flash", **MIMO | own)
+    plain = write_tiny(folder / "plain", "mimo_v2_flash", **dict[str, Any](MIMO | own))
     meant = load_file(plain / "model.safetensors")
     config, made = mimo(config_of(plain), dict(meant))
     for name in [name for name in made if name.endswith("_proj.weight") and name in meant]:

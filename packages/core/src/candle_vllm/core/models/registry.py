@@ -36,6 +36,7 @@ FAMILIES = (
     "bert",
     "deepseek",
     "deepseek_v4",
+    "axk2",
     "deepseek_ocr",
     "gemma",
     "glm4",
