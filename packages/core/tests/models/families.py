@@ -602,6 +602,23 @@ MIMO = {
     "num_experts_per_tok": 3,
     "moe_intermediate_size": 64,
 }
+LING3 = {
+    "num_hidden_layers": 2,
+    "layer_group_size": 2,
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 24,
+    "head_dim": 32,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 3,
+    "n_group": 4,
+    "topk_group": 2,
+    "moe_intermediate_size": 32,
+    "first_k_dense_replace": 1,
+    "num_mtp_layers": 0,
+}
 # each limit in experts, in what they share, and in a dense layer
 STEP = {
     "head_dim": 32,
@@ -908,6 +925,13 @@ ROWS: Mapping[str, Row] = {
     ),
     "GLM-5.3-Flash": Row("glm5_next_text", GLM5_NEXT, "glm5-next", undecided=0.2, common=False),
     "GLM-5.3-Flash pools": Row("glm5_next_text", GLM5_NEXT | GLM5_NEXT_POOLS, undecided=0.2, common=False),
+    "Ling 3.0": Row("bailing_hybrid", LING3, undecided=0.1, common=False),
+    "Ling 3.0 free decays": Row(
+        "bailing_hybrid",
+        LING3 | {"kda_safe_gate": False, "norm_topk_prob": False, "n_shared_experts": 2, "rope_theta": 1e4},
+        undecided=0.1,
+        common=False,
+    ),
     "Kimi Linear": Row("kimi_linear", KIMI_LINEAR, "kimi-linear", undecided=0.1),
     "Nemotron-H biases": Row("nemotron_h", NEMOTRON_H | NEMOTRON_BIASES, common=False),
     "OLMo": Row("olmo", {"hidden_size": 128}, "olmo", common=False),

@@ -38,6 +38,7 @@ LEFT_OUT = {  # by transformers
     "step3p5": "Step3p5ForCausalLM",
 }
 SPELLED = {
+    "BailingMoeV3ForCausalLM": "BailingHybridForCausalLM",
     "PhiMoEForCausalLM": "PhimoeForCausalLM",
     "ExaoneMoEForCausalLM": "ExaoneMoeForCausalLM",
 }  # as published files have it

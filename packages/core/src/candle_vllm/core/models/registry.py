@@ -72,6 +72,7 @@ FAMILIES = (
     "exaone",
     "exaone_moe",
     "bailing_moe",
+    "bailing_hybrid",
     "internlm2",
     "qwen",
     "nemotron_nas",
@@ -112,6 +113,7 @@ NOT_BUILT = frozenset(
     | {"KimiK3ForConditionalGeneration", "kimi-k3"}
     | {"Qwen4ExpForCausalLM", "Qwen4ExpForConditionalGeneration", "qwen4exp"}
     | {"RWKV7ForCausalLM", "rwkv7"}
+    | {"BailingMoeV2_5ForCausalLM", "bailingmoe3"}
     | {"UnlimitedOcrForConditionalGeneration", "UnlimitedOCRForCausalLM"}
     | {"MiniMaxM3VLForCausalLM", "MiniMaxM3SparseForCausalLM", "MiniMaxM3SparseForConditionalGeneration", "minimax-m3"}
 )
