@@ -925,7 +925,7 @@ ROWS: Mapping[str, Row] = {
     ),
     "GLM-5.3-Flash": Row("glm5_next_text", GLM5_NEXT, "glm5-next", undecided=0.2, common=False),
     "GLM-5.3-Flash pools": Row("glm5_next_text", GLM5_NEXT | GLM5_NEXT_POOLS, undecided=0.2, common=False),
-    "Ling 3.0": Row("bailing_hybrid", LING3, undecided=0.1, common=False),
+    "Ling 3.0": Row("bailing_hybrid", LING3, "bailingmoe3", undecided=0.1, common=False),
     "Ling 3.0 free decays": Row(
         "bailing_hybrid",
         LING3 | {"kda_safe_gate": False, "norm_topk_prob": False, "n_shared_experts": 2, "rope_theta": 1e4},

@@ -14,8 +14,10 @@ from transformers import AutoModelForCausalLM
 from transformers.models.bailing_hybrid.modeling_bailing_hybrid import BailingHybridRMSNorm
 
 from candle_vllm.core.errors import CandleVllmError
-from candle_vllm.core.models.registry import family_from_hf
+from candle_vllm.core.loading.gguf import open_gguf
+from candle_vllm.core.models.registry import family_from_gguf, family_from_hf
 from packages.core.tests.models.families import LING3
+from packages.core.tests.models.gguf_export import export_gguf
 from packages.core.tests.models.tiny import (
     config_of,
     cuts,
@@ -70,7 +72,7 @@ def test_the_published_config_is_read() -> None:
         ({"use_nGPT": True}, "use_nGPT is True"),
         ({"pregate_inference": True}, "pregate_inference is True"),
         ({"expert_swiglu_limit_list": [0, 7.0]}, "expert_swiglu_limit_list has limits"),
-        ({"kda_lower_bound": 5.0}, "kda_lower_bound is 5.0"),
+        ({"kda_lower_bound": 5.0}, "lower bound of decays is 5.0"),
         ({"layer_group_size": 5}, "layer_group_size is 5; implemented: a divisor of num_hidden_layers, 24"),
         ({"layer_types": ["sliding_attention"] * 24}, "layer_types must name"),
         ({"score_function": "softmax"}, "score_function is 'softmax'"),
@@ -131,3 +133,22 @@ def test_published_names_and_experts_in_mxfp4(tmp_path: Path) -> None:
     (published / "tokenizer.json").write_text((folder / "tokenizer.json").read_text())
     save_file({name: each.contiguous() for name, each in made.items()}, published / "model.safetensors")
     assert error(eager_logits(published, TOKENS, [len(TOKENS)]), their_logits(folder, TOKENS)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("kda.safe_gate", False, "kda.safe_gate is False"),
+        ("kda.gate_lower_bound", 1.0, "lower bound of decays is 1.0"),
+        ("swiglu_clamp_exp", [0.0, 7.0], "swiglu_clamp_exp has limits"),
+        ("attention.head_count_kv", [0, 1, 1], "has 3 entries for 2 layers"),
+        ("ssm.conv_kernel", 99, "ssm.conv_kernel is 99"),
+    ],
+)
+def test_other_gguf_files_are_refused(key: str, value: Any, said: str, tmp_path: Path) -> None:
+    folder = write_tiny(tmp_path / "m", "bailing_hybrid", **dict[str, Any](LING3))
+    with open_gguf(export_gguf(folder, tmp_path / "model.gguf", "bailingmoe3")) as stored:
+        found: Any = family_from_gguf(stored.metadata, stored)[1]
+        assert (found.decay_bound, found.delta_layers, found.mixture.shared_size) == (-5.0, {0}, 32)
+        with pytest.raises(CandleVllmError, match=said):
+            family_from_gguf({**stored.metadata, f"bailingmoe3.{key}": value}, stored)

@@ -25,11 +25,16 @@ from candle_vllm.core.layers.parameters import Placement
 from candle_vllm.core.layers.rotary import Rotary
 from candle_vllm.core.loading.weights import WeightName
 from candle_vllm.core.models import deepseek, kimi_linear
-from candle_vllm.core.models.attention_names import HF
-from candle_vllm.core.models.bailing_hybrid_config import BailingHybridConfig, config_from_hf
+from candle_vllm.core.models.attention_names import GG, HF
+from candle_vllm.core.models.bailing_hybrid_config import (
+    BailingHybridConfig,
+    Decays,
+    config_from_gguf,
+    config_from_hf,
+    gguf_keys,
+)
 from candle_vllm.core.models.family import Family
 from candle_vllm.core.models.kimi_linear_config import ChannelDecays, Taps
-from candle_vllm.core.models.llama import Mixer
 
 # ---- attention -------------------------------------------------------------------------------------------------------
 
@@ -79,7 +84,6 @@ class Block(deepseek.Block):
     def __init__(self, config: BailingHybridConfig, layer: int, rotary: Rotary, placement: Placement) -> None:
         size = config.hidden_size
         self.attention_norm, self.mlp_norm = (RMSNorm(size, config.norm_eps, placement) for _ in range(2))
-        self.attention: Mixer
         if layer in config.delta_layers:
             self.attention = DeltaAttention(layer, config, placement)
         else:
@@ -108,43 +112,38 @@ _PUBLISHED = {  # of transformers' names
 
 def _line(line: WeightName) -> WeightName:
     """A row of a table with the names in published files, where they differ."""
-    if line.hf is None:
-        return line
     names = list(line.hf_names)
     for usual, published in _PUBLISHED.items():
         names += [name.replace(usual, published) for name in names if usual in name]
-    return dataclasses.replace(line, hf=tuple(names), gguf=None)
+    return dataclasses.replace(line, hf=tuple(names))
 
 
-def _of_gate(part: str) -> tuple[str, str]:
-    """A tensor's name in files, and in transformers' forget gate."""
-    return _SELF + part, f"{_SELF}forget_gate.{part}"
-
-
-_TO, _SELF = "layers.{i}.attention", HF + "self_attn."
-_ROWS = [
-    *(line for line in deepseek.WEIGHTS if ".attention.index." not in line.target),
-    WeightName(_TO + ".gate:weight", _SELF + "g_proj.weight", None),
-    *(WeightName(f"{_TO}.inputs:{part}.weight", f"{_SELF}{part}_proj.weight", None) for part in "qkvgb"),
-    WeightName(_TO + ".inputs:f.weight", _of_gate("f_proj.weight"), None),
-    *(WeightName(f"{_TO}:{part}.taps", f"{_SELF}{part}_conv1d.weight", None, Taps()) for part in "qkv"),
-    WeightName(_TO + ":decay", _of_gate("A_log"), None, ChannelDecays(logs=True)),
-    WeightName(_TO + ":bias", _of_gate("dt_bias"), None),
-    WeightName(_TO + ".norm:weight", _SELF + "o_norm.weight", None),
-    WeightName(_TO + ".result:weight", _SELF + "o_proj.weight", None),
+_TO, _SELF, _GATE = "layers.{i}.attention", HF + "self_attn.", HF + "self_attn.forget_gate."
+_LOGS = ChannelDecays(logs=True)
+_DELTA = {  # target, name in files and in transformers' forget gate, and in GGUF
+    ".inputs:f.weight": ("f_proj.weight", "ssm_f_a.weight"), ":bias": ("dt_bias", "ssm_dt.bias"),
+    ".inputs:g.weight": ("g_proj.weight", "ssm_g_a.weight"), ".inputs:b.weight": ("b_proj.weight", "ssm_beta.weight"),
+    ".norm:weight": ("o_norm.weight", "ssm_norm.weight"), ".result:weight": ("o_proj.weight", "attn_output.weight"),
+    **{f".inputs:{part}.weight": (f"{part}_proj.weight", f"attn_{part}.weight") for part in "qkv"},
+}  # fmt: skip
+WEIGHTS = [
+    *(_line(line) for line in deepseek.WEIGHTS if ".attention.index." not in line.target),
+    _line(WeightName(_TO + ".gate:weight", _SELF + "g_proj.weight", GG + "attn_gate.weight")),
+    *(_line(WeightName(_TO + to, (_SELF + hf, _GATE + hf), GG + gguf)) for to, (hf, gguf) in _DELTA.items()),
+    *(
+        _line(WeightName(f"{_TO}:{p}.taps", f"{_SELF}{p}_conv1d.weight", f"{GG}ssm_conv1d_{p}.weight", Taps(), Taps()))
+        for p in "qkv"
+    ),
+    _line(WeightName(_TO + ":decay", (_SELF + "A_log", _GATE + "A_log"), GG + "ssm_a", _LOGS, Decays())),
 ]
-WEIGHTS = [_line(line) for line in _ROWS]
-
-
-def ignored(config: BailingHybridConfig) -> list[str]:
-    """Names that DeepSeek ignores, and layers for draft tokens."""
-    return [*deepseek.ignored(config), r"model\.mtp.*"]
-
 
 FAMILY = Family(
     hf=dict.fromkeys(("BailingHybridForCausalLM", "BailingMoeV3ForCausalLM"), "bailing_hybrid"),
+    gguf=("bailingmoe3",),
     config_from_hf=config_from_hf,
+    config_from_gguf=config_from_gguf,
     build=lambda config, placement, _: BailingHybrid(config, placement),
     weights=WEIGHTS,
-    ignored=ignored,
+    ignored=lambda config: [*deepseek.ignored(config), r"model\.mtp.*"],
+    as_gguf={"bailing_hybrid": dataclasses.replace(deepseek.GGUF, name="bailingmoe3", more=gguf_keys)},
 )

@@ -91,11 +91,19 @@ def _config(
     return KimiLinearConfig(**flags, delta=shapes, delta_layers=frozenset(n for n, has in enumerate(delta) if has))
 
 
-def gguf_keys(config: Any) -> dict[str, Any]:
-    """The GGUF metadata; layers with delta attention have 0 key-value heads."""
+def delta_keys(config: Any) -> dict[str, Any]:
+    """The GGUF metadata of delta attention, whose layers have 0 key-value heads."""
     heads = [0 if layer in config.delta_layers else 1 for layer in range(config.num_layers)]
-    own = {"attention.head_count_kv": heads, "kda.head_dim": config.delta.key_dim, "ssm.conv_kernel": config.delta.taps}
-    return deepseek_config.gguf_keys(config) | own
+    return {
+        "attention.head_count_kv": heads,
+        "kda.head_dim": config.delta.key_dim,
+        "ssm.conv_kernel": config.delta.taps,
+    }
+
+
+def gguf_keys(config: Any) -> dict[str, Any]:
+    """The GGUF metadata."""
+    return deepseek_config.gguf_keys(config) | delta_keys(config)
 
 
 # ---- views of tensors ------------------------------------------------------------------------------------------------
