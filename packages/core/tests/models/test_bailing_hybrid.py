@@ -69,6 +69,7 @@ def test_the_published_config_is_read() -> None:
         ({"gated_attention_proj_granularity_type": "element_wise"}, "granularity_type is 'element_wise'"),
         ({"no_kda_lora": False}, "no_kda_lora is False"),
         ({"use_mla_nope": True}, "use_mla_nope is True"),
+        ({"rope_interleave": False}, "rope_interleave is False"),
         ({"use_nGPT": True}, "use_nGPT is True"),
         ({"pregate_inference": True}, "pregate_inference is True"),
         ({"expert_swiglu_limit_list": [0, 7.0]}, "expert_swiglu_limit_list has limits"),

@@ -154,6 +154,7 @@ def test_a_published_config_is_read() -> None:
         ({"add_swa_attention_sink_bias": False}, "without sinks"),
         ({"add_full_attention_sink_bias": True}, "sinks in layers without a window"),
         ({"attention_projection_layout": "other"}, "attention_projection_layout is 'other'"),
+        ({"swa_num_key_value_heads": 4}, "key-value heads need attention_projection_layout 'split'"),
         ({"n_shared_experts": 1}, "n_shared_experts is set"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e7}}, "rope_parameters is one for all layers"),
         ({"rope_parameters": {"rope_theta": 1e6}}, "rope_parameters is one for all layers"),

@@ -92,8 +92,7 @@ TOWERS: Mapping[str, Mapping[str, str]] = MappingProxyType(
 FLAT = frozenset({
     "DeepseekOCR2ForCausalLM", "DeepseekOCRForCausalLM", "DotsOCRForCausalLM", "GOTQwenForCausalLM",
     "Glm5NextForConditionalGeneration", "HunYuanVLForConditionalGeneration", "PaddleOCRVLForConditionalGeneration",
-    "Phi3VForCausalLM", "Qwen2VLForConditionalGeneration",
-    "Qwen2_5_VLForConditionalGeneration",
+    "Phi3VForCausalLM", "Qwen2VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration",
 })  # fmt: skip
 """Architectures whose published configs have the text model's keys beside `vision_config`, without a `text_config`."""
 
@@ -159,9 +158,9 @@ _DEEP = ("deepstack_layer_map", "spatial_vision_layer", "spatial_target_layers")
 _CARRIED = ("dtype", "torch_dtype")  # keys of the whole model that also apply to the text model
 _TEXT = re.compile(r"(?:language_model\.(?=model\.|lm_head\.|output\.)|model\.(?:language_model|text_model)\.)(.*)")
 _PARTS = (
-    "vit|vision_(?:tower(?:_high)?|model|embedder|embed_tokens|adapter|projection|encoder|tokenizer)|audio_to(?:wer|kenizer)|merger"
-    "|(?:(?:multi_modal|mm)_)?projector(?:_vary)?|(?:layerwise|spatial)_projectors|vit_large_projector|connector|visual|sam_model"
-    "|embed_(?:vision|audio)|mlp_AR|mlp1|qwen2_model"
+    "vit|vision_(?:tower(?:_high)?|model|embedder|embed_tokens|adapter|projection|encoder|tokenizer)|connector|visual"
+    "|(?:(?:multi_modal|mm)_)?projector(?:_vary)?|(?:layerwise|spatial)_projectors|vit_large_projector|sam_model|merger"
+    "|embed_(?:vision|audio)|audio_to(?:wer|kenizer)|mlp_AR|mlp1|qwen2_model"
 )
 _UNUSED = re.compile(r"[^.]*audio|visual\.vision_model\.(?:head|embeddings\.packing_position_embedding)\.")
 """Prefixes of tensors that are not loaded: audio towers, and two unused parts of PaddleOCR-VL's vision tower."""

@@ -24,7 +24,7 @@ _IMPLEMENTED: dict[str, Any] = {
     "use_mla_nope": False, "num_kv_heads_for_linear_attn": 0, "use_bias": False, "use_qkv_bias": False,
     "attention_bias": False, "score_function": "sigmoid", "moe_router_enable_expert_bias": True,
     "scale_router_input": False, "use_nGPT": False, "value_norm": False, "up_proj_norm": False,
-    "pregate_inference": False,
+    "pregate_inference": False, "rope_interleave": True,
 }  # fmt: skip
 _USUAL: dict[str, Any] = {
     "first_k_dense_replace": 2, "n_group": 8, "topk_group": 4, "routed_scaling_factor": 2.5, "n_shared_experts": 1,

@@ -40,7 +40,7 @@ def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
         raise UnsupportedModelError(f"{fields.path}: sinks in layers without a window are not implemented")
     if not fields.get("add_swa_attention_sink_bias", bool, True):
         raise UnsupportedModelError(f"{fields.path}: layers with a window and without sinks are not implemented")
-    fields.choice("attention_projection_layout", "split", "split", "fused_qkv")  # the tensors decide
+    layout = fields.choice("attention_projection_layout", "", "", "split", "fused_qkv")  # the tensors decide
     fields.choice("scoring_func", "sigmoid", "sigmoid")
     fields.choice("topk_method", "noaux_tc", "noaux_tc")
     for key in ("type", "rope_type"):
@@ -79,7 +79,10 @@ def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
         fields = Fields({**fields.values, "rope_parameters": {}}, fields.path)
     bases = (theta, share), (fields.get("swa_rope_theta", float, 1e4), share)
     own |= ropes_by_kind(fields, shared["head_dim"], windows, *bases)
-    return _mimo(shared | own, (full, fields.count("swa_num_key_value_heads", 2 * full)), mixture)
+    heads = full, fields.count("swa_num_key_value_heads", 2 * full)
+    if heads[0] > heads[1] and layout != "split":
+        raise UnsupportedModelError(f"{fields.path}: {heads} key-value heads need attention_projection_layout 'split'")
+    return _mimo(shared | own, heads, mixture)
 
 
 def _mimo(shared: dict[str, Any], heads: tuple[int, int], mixture: Mixture) -> LlamaConfig:

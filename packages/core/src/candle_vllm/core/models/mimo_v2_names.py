@@ -39,7 +39,7 @@ def fused_rows(part: str) -> View:
             )
         layer = next(int(part) for part in stored.name.split(".") if part.isdecimal()) % config.num_layers
         heads, kv_heads = config.heads(layer)
-        count = next((config.heads(n)[1] for n in range(config.num_layers) if not config.sliding_windows[n]), kv_heads)
+        count = config.num_kv_heads
         sizes = [heads * config.head_dim, kv_heads * config.head_dim, kv_heads * config.value_dim]
         if stored.shape[:1] != (sum(sizes),) or kv_heads % count or heads % count:
             raise WeightsError(
