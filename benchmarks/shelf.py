@@ -44,6 +44,7 @@ NOT_GENERATIVE = {  # whatever their repositories say; the first has no config
 }
 # fmt: on
 REMOTE = {  # classes of types that transformers does not have
+    "GOT": "GOTQwenForCausalLM",
     "apertus1p5": "Apertus1p5ForConditionalGeneration",
     "bailing_moe_v2": "BailingMoeV2ForCausalLM",
     "chatglm": "ChatGLMModel",
@@ -52,6 +53,7 @@ REMOTE = {  # classes of types that transformers does not have
     "exaone": "ExaoneForCausalLM",
     "internlm2": "InternLM2ForCausalLM",
     "internvl_chat": "InternVLChatModel",
+    "mimo_v2": "MiMoV2ForCausalLM",  # whose images and sound are refused
     "kimi_k2": "DeepseekV3ForCausalLM",
     "nemotron-nas": "DeciLMForCausalLM",  # whose 51B does not load
     "phi3_v": "Phi3VForCausalLM",

@@ -25,6 +25,7 @@ from candle_vllm.server.app import create_app
 from candle_vllm.server.serve import bind, make_server
 from packages.core.tests.models import (
     test_cohere2_vision,
+    test_exaone4_5,
     test_glm4v,
     test_got_ocr2,
     test_granite4_vision,
@@ -50,7 +51,7 @@ WORDS = "What is this?"
 FAMILIES = (
     "SmolVLM", "Mistral 3", "Pixtral", "Gemma 3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "Llama 4", "glm_ocr",
     "paddleocr_vl", "internvl qwen3", "hunyuan_vl", "kimi_k25", "MiniCPM-V", "paligemma", "command", "aya",
-    "qianfan_ocr qwen3", "granite4_vision", "phi3_v", "got_ocr2",
+    "qianfan_ocr qwen3", "granite4_vision", "phi3_v", "got_ocr2", "exaone4_5",
 )  # fmt: skip
 TEXT: dict[str, Any] = {"type": "text", "text": WORDS}
 SAID = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": URL}}, TEXT]}]
@@ -64,6 +65,7 @@ def write(folder: Path, family: str) -> Path:
     if family == "SmolVLM":
         return write_toy_sight(folder)
     alone: Any = {"granite4_vision": test_granite4_vision, "phi3_v": test_phi3v, "got_ocr2": test_got_ocr2}
+    alone["exaone4_5"] = test_exaone4_5
     if family in alone:
         return alone[family].write(folder)
     if family in ("hunyuan_vl", "kimi_k25"):

@@ -179,6 +179,11 @@ def test_numbers_that_llama_cpp_wants(tmp_path: Path, words: Path) -> None:
         ("Mamba biases", {}, "Mamba 1 has 2 channels per hidden element, and a convolution's bias$"),
         ("Command R+", {"attention_bias": False}, "command-r has norms of q and k only in models of 64 layers or more"),
         ("Command R", {"tie_word_embeddings": False}, "no head beside the embedding table$"),
+        (
+            "Ling 3.0 free decays",
+            {},
+            "bailingmoe3 has a lower bound of decays, as many heads in all layers",
+        ),
         ("ERNIE 4.5 MoE", {"num_hidden_layers": 3, "moe_layer_interval": 2}, "has all dense layers in front"),
     ],
 )

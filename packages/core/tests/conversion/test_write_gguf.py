@@ -81,10 +81,11 @@ LLAMA_CPP = (
     "Mamba biases",
     "Jamba dense",
     "GLM-5.3-Flash pools",
+    "Ling 3.0 free decays",
 )  # refused for its sake: see `test_gguf_families.py`
 UNKNOWN = (  # to llama.cpp, and DeepSeek V4, whose GGUF files are not read
     *("OLMo Hybrid", "OLMo Hybrid turned", "GPT-Neo", "GPT-J", "OPT", "OPT-350m"),
-    *("DeepSeek-V4", "DeepSeek-V4 other sizes"),
+    *("DeepSeek-V4", "DeepSeek-V4 other sizes", "A.X K2", "A.X K2 groups"),
 )
 WRITTEN = [name for name in ROWS if name not in UNSAYABLE and name not in (*LLAMA_CPP, *UNKNOWN)]
 CHANGES = {  # as llama.cpp wants it

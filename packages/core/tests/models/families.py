@@ -83,6 +83,7 @@ DEEPSEEK_INDEX = DEEPSEEK | {  # a choice of 24 positions from prompts of 70 tok
     "index_topk": 24,
     "rope_parameters": DEEPSEEK_YARN,
 }
+AX = {"gated_norm_rank": 8, "index_n_heads": 16, "index_head_dim": 32, "index_topk": 24}
 GLM_INDEX = DEEPSEEK_INDEX | {
     "num_hidden_layers": 3,
     "n_group": 1,
@@ -601,6 +602,23 @@ MIMO = {
     "num_experts_per_tok": 3,
     "moe_intermediate_size": 64,
 }
+LING3 = {
+    "num_hidden_layers": 2,
+    "layer_group_size": 2,
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 24,
+    "head_dim": 32,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 3,
+    "n_group": 4,
+    "topk_group": 2,
+    "moe_intermediate_size": 32,
+    "first_k_dense_replace": 1,
+    "num_mtp_layers": 0,
+}
 # each limit in experts, in what they share, and in a dense layer
 STEP = {
     "head_dim": 32,
@@ -785,6 +803,10 @@ ROWS: Mapping[str, Row] = {
     "DeepSeek-OCR 2 groups": Row("deepseek_ocr2_text", DEEPSEEK_OCR_GROUPS, undecided=0.1, common=False),
     "DeepSeek-V3": Row("deepseek_v3", DEEPSEEK | {"rope_parameters": DEEPSEEK_YARN}, "deepseek2", undecided=0.1),
     "DeepSeek-V3.2": Row("deepseek_v32", DEEPSEEK_INDEX, "deepseek32", undecided=0.2),
+    "A.X K2": Row("axk2", DEEPSEEK | AX | {"n_group": None, "topk_group": None}, undecided=0.2, common=False),
+    "A.X K2 groups": Row(
+        "axk2", DEEPSEEK | AX | {"attention_bias": True, "rope_parameters": DEEPSEEK_YARN}, undecided=0.2, common=False
+    ),
     "DeepSeek-V4": Row("deepseek_v4", DEEPSEEK_V4, common=False, undecided=0.1),
     "DeepSeek-V4 other sizes": Row("deepseek_v4", DEEPSEEK_V4_OTHER, common=False, undecided=0.1),
     "GLM-5": Row("glm_moe_dsa", GLM_INDEX, "glm-dsa", undecided=0.2),
@@ -903,6 +925,13 @@ ROWS: Mapping[str, Row] = {
     ),
     "GLM-5.3-Flash": Row("glm5_next_text", GLM5_NEXT, "glm5-next", undecided=0.2, common=False),
     "GLM-5.3-Flash pools": Row("glm5_next_text", GLM5_NEXT | GLM5_NEXT_POOLS, undecided=0.2, common=False),
+    "Ling 3.0": Row("bailing_hybrid", LING3, "bailingmoe3", undecided=0.1, common=False),
+    "Ling 3.0 free decays": Row(
+        "bailing_hybrid",
+        LING3 | {"kda_safe_gate": False, "norm_topk_prob": False, "n_shared_experts": 2, "rope_theta": 1e4},
+        undecided=0.1,
+        common=False,
+    ),
     "Kimi Linear": Row("kimi_linear", KIMI_LINEAR, "kimi-linear", undecided=0.1),
     "Nemotron-H biases": Row("nemotron_h", NEMOTRON_H | NEMOTRON_BIASES, common=False),
     "OLMo": Row("olmo", {"hidden_size": 128}, "olmo", common=False),
@@ -1029,6 +1058,7 @@ RENAMED: Mapping[str, str] = {
     "InternLM2ForCausalLM": "internlm2",
     "InternLM3ForCausalLM": "llama",
     "DeciLMForCausalLM": "deci",
+    "MiMoV2ForCausalLM": "mimo2",
     "PicoDecoderHF": "llama",
     "QWenLMHeadModel": "qwen",
 }

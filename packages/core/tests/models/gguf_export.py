@@ -44,7 +44,7 @@ def export_gguf(folder: Path, path: Path, architecture: str, *, quantization: st
         tensors.pop("lm_head.weight", None)
     tensors = CONVERTERS.get(architecture, _plain)(writer, config, tensors)
     near = MODEL_ARCH.DOTS1  # of an architecture that the package does not know yet
-    known = {"deepseek32": "glm-dsa", "glm5-next": "kimi-linear"}.get(
+    known = {"deepseek32": "glm-dsa", "glm5-next": "kimi-linear", "bailingmoe3": "kimi-linear"}.get(
         architecture, architecture.removesuffix("-assistant")
     )
     arch = next((arch for arch, name in MODEL_ARCH_NAMES.items() if name == known), near)
@@ -856,6 +856,23 @@ def _kimi_linear(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors
     return found
 
 
+def _bailing3(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
+    """Kimi Linear's layers with whole matrices, a bound of decays, and a gate of latent attention."""
+    names = {".attention.dense.": ".self_attn.o_proj.", ".attention.": ".self_attn.", ".f_proj.": ".f_a_proj."}
+    names |= {"word_embeddings": "embed_tokens", "gate.expert_bias": "gate.e_score_correction_bias"}
+    made: Tensors = {}
+    for name, data in tensors.items():
+        for own, usual in names.items():
+            name = name.replace(own, usual)
+        full = "layers" in name and config["layer_types"][int(name.split(".")[2])] == "full_attention"
+        gate = f"blk.{name.split('.')[2]}.attn_gate.weight" if full else name.replace(".g_proj.", ".g_a_proj.")
+        made[gate if ".g_proj." in name else name] = data
+    writer.add_bool(f"{writer.arch}.kda.safe_gate", config["kda_safe_gate"])
+    writer.add_float32(f"{writer.arch}.kda.gate_lower_bound", config["kda_lower_bound"])
+    found = _kimi_linear(writer, config, made)
+    return {name: -data[:, None] if name.endswith("ssm_a") else data for name, data in found.items()}
+
+
 def _glm5_next(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
     """Kimi Linear's layers with a bound of decays, pooled index keys and residual streams."""
     layers, arch = config["num_hidden_layers"], writer.arch
@@ -1291,6 +1308,7 @@ CONVERTERS: Mapping[str, Convert] = {
     "falcon-h1": _falcon_h1,
     "mamba2": _mamba2,
     "kimi-linear": _kimi_linear,
+    "bailingmoe3": _bailing3,
     "glm5-next": _glm5_next,
     "nemotron_h": _nemotron_h,
     "nemotron_h_moe": _nemotron_h,

@@ -38,6 +38,7 @@ LEFT_OUT = {  # by transformers
     "step3p5": "Step3p5ForCausalLM",
 }
 SPELLED = {
+    "BailingMoeV3ForCausalLM": "BailingHybridForCausalLM",
     "PhiMoEForCausalLM": "PhimoeForCausalLM",
     "ExaoneMoEForCausalLM": "ExaoneMoeForCausalLM",
 }  # as published files have it
@@ -61,7 +62,8 @@ def rows_by_class() -> dict[str, list[str]]:
         named = {**LEFT_OUT, **MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}[row.model_type]
         found[str(named)].append(name)
     found |= {name: list(found[same]) for name, same in SPELLED.items()}
-    renamed = {name: "GlmForCausalLM" if gguf == "chatglm" else "LlamaForCausalLM" for name, gguf in RENAMED.items()}
+    same = {"chatglm": "GlmForCausalLM", "mimo2": "MiMoV2FlashForCausalLM"}
+    renamed = {name: same.get(gguf, "LlamaForCausalLM") for name, gguf in RENAMED.items()}
     for name, text in {**TOWERS, **renamed}.items():
         found[name] = list(found[text])
     return found

@@ -54,6 +54,7 @@ CASES = [
             if not {"kv_lora_rank", "laurel_rank"} & ROWS[name].config.keys()
         ],
         ("Kimi Linear", {"target_modules": r".*self_attn\.(q|k|v|o|f_a|f_b|b|g_a|g_b|kv_a)_proj(_with_mqa)?"}),
+        ("Ling 3.0", {"target_modules": r".*self_attn\.(forget_gate\.f|[qkvgbo]|kv_a)_proj(_with_mqa)?"}),
         ("GLM-5.3-Flash", {"target_modules": r".*self_attn\.([^.]*(?<!kv_b)_proj(_with_mqa)?|indexer\.w.*)"}),
         (
             "Gemma-3n own keys",

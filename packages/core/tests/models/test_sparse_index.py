@@ -32,6 +32,7 @@ from candle_vllm.core.fields import Fields
 from candle_vllm.core.kernels.latent_attention import reference
 from candle_vllm.core.memory import Room, plan_cache
 from candle_vllm.core.models import deepseek, sparse_index
+from candle_vllm.core.models.registry import family_from_hf
 from packages.core.tests.models.families import ROWS
 from packages.core.tests.models.peft_adapters import trained
 from packages.core.tests.models.tiny import (
@@ -45,6 +46,7 @@ from packages.core.tests.models.tiny import (
     some_tokens,
     step_logits,
     their_logits,
+    tiny_config,
     write_tiny,
 )
 from tests.common_run import few
@@ -97,6 +99,19 @@ def test_few_tokens_are_plain_latent_attention(folder: Path, tmp_path: Path) -> 
         assert torch.equal(logits(folder, tokens[:TOP], [TOP]), logits(plain, tokens[:TOP], [TOP]))
         assert torch.equal(logits(changed_top(folder), tokens, [40, 30]), logits(plain, tokens, [40, 30]))
     assert not torch.equal(recorded_logits(folder, tokens, [LENGTH]), recorded_logits(plain, tokens, [LENGTH]))
+
+
+def test_norms_of_a_x_k2_have_gates() -> None:
+    config = tiny_config("axk2", **ROWS["A.X K2"].config).to_dict() | {"architectures": ["AXK2ForCausalLM"]}
+    found: Any = family_from_hf(config, Path("config.json"))[1]
+    assert (found.gate_rank, found.mixture.groups, found.index_layers) == (8, 1, {0, 1})
+    for keys, said in (
+        ({"gated_norm": False}, "gated_norm is false"),
+        ({"gated_norm_rank": 1 << 13}, "gated_norm_rank is 8192; it must be at most 4096"),
+        ({"q_lora_rank": None}, "an indexer without q_lora_rank"),
+    ):
+        with pytest.raises((InvalidFileError, UnsupportedModelError), match=said):
+            family_from_hf(config | keys, Path("config.json"))
 
 
 # ---- the cache, and the engine ---------------------------------------------------------------------------------------

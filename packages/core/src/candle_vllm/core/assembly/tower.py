@@ -134,7 +134,7 @@ def _from_folder(opened: Opened, text_size: int, said: Mapping[str, Any] | None)
     values = read_json(files.config)
     family = tower_family(values)
     assert family is not None
-    fields, processor = Fields(values, files.config), _processor(files.folder)
+    fields, processor = Fields(values, files.config), _processor(files.folder, family.images)
     model = _described(family, said, lambda said: family.config_from_hf(fields, processor, text_size, said))
     return family, model, stored.with_tensors(family.prepared(stored.tensors, model)), files.config
 
@@ -241,11 +241,13 @@ def _breaks(tokenizer: Tokenizer) -> dict[int, int]:
     return found
 
 
-def _processor(folder: Path) -> Fields:
+def _processor(folder: Path, usual: Mapping[str, Any] | None) -> Fields:
     for name, key in ((_PROCESSOR, None), (_PROCESSORS, "image_processor")):
         if (folder / name).is_file():
             fields = Fields(read_json(folder / name), folder / name)
             return fields if key is None else fields.section(key)
+    if usual is not None:
+        return Fields(usual, folder / _PROCESSOR)
     raise InvalidFileError(
         f"{folder}: neither {_PROCESSOR} nor {_PROCESSORS} defines the preprocessing of images; to use the model "
         "without images, set max_images=0"

@@ -41,6 +41,7 @@ TOWERS: Mapping[str, Mapping[str, str]] = MappingProxyType(
         "AyaVisionForConditionalGeneration": {"cohere2": "Cohere2ForCausalLM", "cohere": "CohereForCausalLM"},
         "Cohere2VisionForConditionalGeneration": {"cohere2": "Cohere2ForCausalLM"},
         "DotsOCRForCausalLM": {"qwen2": "Qwen2ForCausalLM"},
+        "Exaone4_5_ForConditionalGeneration": dict.fromkeys(("exaone4", "exaone4_5_text"), "Exaone4ForCausalLM"),
         "Gemma3ForConditionalGeneration": {"gemma3_text": "Gemma3ForCausalLM"},
         "Gemma3nForConditionalGeneration": {"gemma3n_text": "Gemma3nForCausalLM"},
         "Gemma4ForConditionalGeneration": {"gemma4_text": "Gemma4ForCausalLM"},
@@ -60,6 +61,7 @@ TOWERS: Mapping[str, Mapping[str, str]] = MappingProxyType(
         "Glm4vMoeForConditionalGeneration": {"glm4v_moe_text": "Glm4MoeForCausalLM"},
         "Glm5NextForConditionalGeneration": {"glm5_next_text": "Glm5NextForCausalLM"},
         "GlmOcrForConditionalGeneration": {"glm_ocr_text": "Glm4ForCausalLM"},
+        "GOTQwenForCausalLM": {"qwen2": "Qwen2ForCausalLM"},  # the class of GOT-OCR 2.0's original repository
         "GotOcr2ForConditionalGeneration": {"qwen2": "Qwen2ForCausalLM"},
         "HunYuanVLForConditionalGeneration": {"hunyuan_vl_text": "HunYuanDenseV1ForCausalLM"},
         "Granite4VisionForConditionalGeneration": dict.fromkeys(
@@ -88,10 +90,9 @@ TOWERS: Mapping[str, Mapping[str, str]] = MappingProxyType(
 """For each multimodal architecture: model_type of `text_config` (the first is the default), and text architecture."""
 
 FLAT = frozenset({
-    "DeepseekOCR2ForCausalLM", "DeepseekOCRForCausalLM", "DotsOCRForCausalLM", "Glm5NextForConditionalGeneration",
-    "HunYuanVLForConditionalGeneration",
-    "PaddleOCRVLForConditionalGeneration", "Phi3VForCausalLM", "Qwen2VLForConditionalGeneration",
-    "Qwen2_5_VLForConditionalGeneration",
+    "DeepseekOCR2ForCausalLM", "DeepseekOCRForCausalLM", "DotsOCRForCausalLM", "GOTQwenForCausalLM",
+    "Glm5NextForConditionalGeneration", "HunYuanVLForConditionalGeneration", "PaddleOCRVLForConditionalGeneration",
+    "Phi3VForCausalLM", "Qwen2VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration",
 })  # fmt: skip
 """Architectures whose published configs have the text model's keys beside `vision_config`, without a `text_config`."""
 
@@ -157,9 +158,9 @@ _DEEP = ("deepstack_layer_map", "spatial_vision_layer", "spatial_target_layers")
 _CARRIED = ("dtype", "torch_dtype")  # keys of the whole model that also apply to the text model
 _TEXT = re.compile(r"(?:language_model\.(?=model\.|lm_head\.|output\.)|model\.(?:language_model|text_model)\.)(.*)")
 _PARTS = (
-    "vit|vision_(?:tower|model|embedder|embed_tokens|adapter|projection|encoder|tokenizer)|audio_to(?:wer|kenizer)|merger"
-    "|(?:(?:multi_modal|mm)_)?projector|(?:layerwise|spatial)_projectors|vit_large_projector|connector|visual|sam_model"
-    "|embed_(?:vision|audio)|mlp_AR|mlp1|qwen2_model"
+    "vit|vision_(?:tower(?:_high)?|model|embedder|embed_tokens|adapter|projection|encoder|tokenizer)|connector|visual"
+    "|(?:(?:multi_modal|mm)_)?projector(?:_vary)?|(?:layerwise|spatial)_projectors|vit_large_projector|sam_model|merger"
+    "|embed_(?:vision|audio)|audio_to(?:wer|kenizer)|mlp_AR|mlp1|qwen2_model"
 )
 _UNUSED = re.compile(r"[^.]*audio|visual\.vision_model\.(?:head|embeddings\.packing_position_embedding)\.")
 """Prefixes of tensors that are not loaded: audio towers, and two unused parts of PaddleOCR-VL's vision tower."""

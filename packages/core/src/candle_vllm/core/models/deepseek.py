@@ -126,7 +126,7 @@ def _half_split(first: int, config: DeepseekConfig) -> np.ndarray:
     return np.concatenate([np.arange(first), rotated[::2], rotated[1::2]])
 
 
-def _query_rows(stored: StoredTensor, config: DeepseekConfig) -> StoredTensor:
+def query_rows(stored: StoredTensor, config: DeepseekConfig) -> StoredTensor:
     """Rows of heads [nope | rope], in half-split rotary order even if they are stored in interleaved pairs."""
     if not config.interleaved_rotary or stored.shape[:1] != (config.num_heads * config.head_dim,):
         return stored  # the loader reports the wrong shape
@@ -135,8 +135,8 @@ def _query_rows(stored: StoredTensor, config: DeepseekConfig) -> StoredTensor:
 
 
 def _first_query_rows(stored: StoredTensor, config: DeepseekConfig) -> StoredTensor:
-    """As `_query_rows` if queries are projected from x; otherwise these rows do not rotate and stay as they are."""
-    return stored if config.q_rank else _query_rows(stored, config)
+    """As `query_rows` if queries are projected from x; otherwise these rows do not rotate and stay as they are."""
+    return stored if config.q_rank else query_rows(stored, config)
 
 
 def _key_rows(stored: StoredTensor, config: DeepseekConfig) -> StoredTensor:
@@ -195,7 +195,7 @@ WEIGHTS = [
     *_down("q", ("q_a_proj", "q_proj"), ("attn_q_a", "attn_q"), _first_query_rows),
     *_down("kv", ("kv_a_proj_with_mqa",), ("attn_kv_a_mqa",), _key_rows),
     WeightName(_TO + "q_norm:weight", _AT + "q_a_layernorm.weight", GG + "attn_q_a_norm.weight"),
-    WeightName(_TO + "q_up:weight", _AT + "q_b_proj.weight", GG + "attn_q_b.weight", _query_rows, _query_rows),
+    WeightName(_TO + "q_up:weight", _AT + "q_b_proj.weight", GG + "attn_q_b.weight", query_rows, query_rows),
     WeightName(_TO + "attend.norm:weight", _AT + "kv_a_layernorm.weight", GG + "attn_kv_a_norm.weight"),
     WeightName(
         _TO + "attend.keys:weight",

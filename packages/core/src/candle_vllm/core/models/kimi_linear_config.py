@@ -19,7 +19,7 @@ from candle_vllm.core.models.deepseek_config import DeepseekConfig
 from candle_vllm.core.models.qwen3_next_config import convolution_taps, decay_of_log
 from candle_vllm.core.quantization.tensors import StoredTensor
 
-_NAMES = {  # names of DeepSeek's config keys in these models
+NAMES = {  # names of DeepSeek's config keys in these models
     "max_position_embeddings": "model_max_length",
     "norm_topk_prob": "moe_renormalize",
     "n_group": "num_expert_group",
@@ -51,7 +51,7 @@ def config_from_hf(fields: Fields, model_type: str) -> KimiLinearConfig:
     """Read `config.json` of kimi_linear, in the published form or in that of transformers."""
     if not fields.get("mla_use_nope", bool, True):
         raise UnsupportedModelError(f"{fields.path}: mla_use_nope is false, which is not implemented")
-    own = {usual: fields.values[name] for usual, name in _NAMES.items() if name in fields}
+    own = {usual: fields.values[name] for usual, name in NAMES.items() if name in fields}
     usual = {"first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "routed_scaling_factor": 2.446}
     given = usual | dict(fields.values) | own
     config = deepseek_config.config_from_hf(Fields(given, fields.path), "deepseek_v3")
@@ -91,11 +91,19 @@ def _config(
     return KimiLinearConfig(**flags, delta=shapes, delta_layers=frozenset(n for n, has in enumerate(delta) if has))
 
 
-def gguf_keys(config: Any) -> dict[str, Any]:
-    """The GGUF metadata; layers with delta attention have 0 key-value heads."""
+def delta_keys(config: Any) -> dict[str, Any]:
+    """The GGUF metadata of delta attention, whose layers have 0 key-value heads."""
     heads = [0 if layer in config.delta_layers else 1 for layer in range(config.num_layers)]
-    own = {"attention.head_count_kv": heads, "kda.head_dim": config.delta.key_dim, "ssm.conv_kernel": config.delta.taps}
-    return deepseek_config.gguf_keys(config) | own
+    return {
+        "attention.head_count_kv": heads,
+        "kda.head_dim": config.delta.key_dim,
+        "ssm.conv_kernel": config.delta.taps,
+    }
+
+
+def gguf_keys(config: Any) -> dict[str, Any]:
+    """The GGUF metadata."""
+    return deepseek_config.gguf_keys(config) | delta_keys(config)
 
 
 # ---- views of tensors ------------------------------------------------------------------------------------------------

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""MiMo V2 Flash: Llama's layers (`llama.py`) with values shorter than keys, windows with sinks, and experts.
+"""MiMo V2, V2.5 and V2.6: Llama's layers (`llama.py`) with values shorter than keys, windows with sinks, and experts.
 
 Layers with a window have twice the key-value heads, sinks, and their own rotary base. Caches hold values padded to the
 size of keys: the missing elements repeat the first ones, and are dropped from attention's output. Experts are scored by
@@ -16,11 +16,8 @@ from candle_vllm.core.layers.moe import Mixture
 from candle_vllm.core.loading.config import gguf_windows, layer_windows, shared_from_gguf, shared_from_hf
 from candle_vllm.core.loading.rope import RopeConfig
 from candle_vllm.core.loading.tensors import Checkpoint
-from candle_vllm.core.loading.weights import WeightName
-from candle_vllm.core.models import llama
-from candle_vllm.core.models.attention_names import GG, HF, RepeatedValues, gguf_has_bias, local_keys, projections
+from candle_vllm.core.models.attention_names import gguf_has_bias, local_keys
 from candle_vllm.core.models.experts import (
-    expert_names,
     sigmoids_from_gguf,
     sigmoids_from_hf,
     size_keys,
@@ -29,9 +26,9 @@ from candle_vllm.core.models.experts import (
     without_next_tokens,
 )
 from candle_vllm.core.models.family import Architecture, Family
-from candle_vllm.core.models.glm4_moe import later_layers
 from candle_vllm.core.models.llama import Llama, LlamaConfig
 from candle_vllm.core.models.local_layers import by_layer, ropes_by_kind
+from candle_vllm.core.models.mimo_v2_names import WEIGHTS, ignored
 
 # ---- config ----------------------------------------------------------------------------------------------------------
 
@@ -41,6 +38,18 @@ def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
     fields.choice("hidden_act", "silu", "silu", "swish")
     if fields.get("add_full_attention_sink_bias", bool, False):
         raise UnsupportedModelError(f"{fields.path}: sinks in layers without a window are not implemented")
+    if not fields.get("add_swa_attention_sink_bias", bool, True):
+        raise UnsupportedModelError(f"{fields.path}: layers with a window and without sinks are not implemented")
+    layout = fields.choice("attention_projection_layout", "", "", "split", "fused_qkv")  # the tensors decide
+    fields.choice("scoring_func", "sigmoid", "sigmoid")
+    fields.choice("topk_method", "noaux_tc", "noaux_tc")
+    for key in ("type", "rope_type"):
+        fields.section("rope_scaling").choice(key, "default", "default")
+    for key in ("num_attention_heads", "head_dim", "v_head_dim"):
+        if (found := fields.count(f"swa_{key}", known := fields.count(key))) != known:
+            raise UnsupportedModelError(f"{fields.path}: swa_{key} is {found}; implemented: {key}, {known}")
+    if fields.get("n_shared_experts", int, 0):
+        raise UnsupportedModelError(f"{fields.path}: n_shared_experts is set; implemented: no shared experts")
     plain, eps = dict(fields.values) | {"rope_parameters": {}}, ("rms_norm_eps", "layernorm_epsilon")
     shared = shared_from_hf(Fields(plain, fields.path), model_type, eps=eps[eps[1] in fields])
     layers, full = shared["num_layers"], shared["num_kv_heads"]
@@ -63,10 +72,17 @@ def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
         "value_scale": fields.with_absent(attention_value_scale=0.707).get("attention_value_scale", float, 1.0),
         "sparse_layers": frozenset(n for n, kind in enumerate(kinds) if kind not in ("dense", 0)),
     }
+    rope, theta = fields.section("rope_parameters"), fields.get("rope_theta", float, 5e6)
     share = fields.get("partial_rotary_factor", float, 0.334)
-    bases = (fields.get("rope_theta", float, 5e6), share), (fields.get("swa_rope_theta", float, 1e4), share)
+    repeated = {"rope_type": "default", "rope_theta": theta, "partial_rotary_factor": share}
+    if all(key in repeated and value == repeated[key] for key, value in rope.values.items()):
+        fields = Fields({**fields.values, "rope_parameters": {}}, fields.path)
+    bases = (theta, share), (fields.get("swa_rope_theta", float, 1e4), share)
     own |= ropes_by_kind(fields, shared["head_dim"], windows, *bases)
-    return _mimo(shared | own, (full, fields.count("swa_num_key_value_heads", 2 * full)), mixture)
+    heads = full, fields.count("swa_num_key_value_heads", 2 * full)
+    if heads[0] > heads[1] and layout != "split":
+        raise UnsupportedModelError(f"{fields.path}: {heads} key-value heads need attention_projection_layout 'split'")
+    return _mimo(shared | own, heads, mixture)
 
 
 def _mimo(shared: dict[str, Any], heads: tuple[int, int], mixture: Mixture) -> LlamaConfig:
@@ -105,22 +121,7 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> LlamaConfig:
     return _mimo(shared | own, (min(kinds[0]), min(kinds[1])), sigmoids_from_gguf(fields))
 
 
-# ---- weight names ----------------------------------------------------------------------------------------------------
-
-_VALUES, _SINKS = "layers.{i}.attention.qkv:v.", "layers.{i}.attention.attend:sinks"
-WEIGHTS = [
-    *(line for line in llama.WEIGHTS if not line.target.startswith(_VALUES) and line.target != _SINKS),
-    *(line for line in projections({"v": RepeatedValues()}) if line.target.startswith(_VALUES)),
-    WeightName(_SINKS, (HF + "self_attn.sinks", HF + "self_attn.attention_sink_bias"), GG + "attn_sinks.weight"),
-    WeightName("layers.{i}.mlp.router:weight", HF + "mlp.gate.weight", GG + "ffn_gate_inp.weight"),
-    WeightName("layers.{i}.mlp.router:correction", HF + "mlp.gate.e_score_correction_bias", GG + "exp_probs_b.bias"),
-    *expert_names("mlp.experts", "gate_proj", "up_proj", "down_proj"),
-]
-
-
-def ignored(config: LlamaConfig) -> list[str]:
-    """Names that Llama ignores, and multi-token prediction layers."""
-    return [*llama.ignored(config), r"model\.mtp\..*", *later_layers(config.num_layers)]
+# ---- family ----------------------------------------------------------------------------------------------------------
 
 
 def gguf_keys(config: LlamaConfig) -> dict[str, Any]:
@@ -136,7 +137,7 @@ def gguf_keys(config: LlamaConfig) -> dict[str, Any]:
 
 
 FAMILY = Family(
-    hf={"MiMoV2FlashForCausalLM": "mimo_v2_flash"},
+    hf=dict.fromkeys(("MiMoV2FlashForCausalLM", "MiMoV2ForCausalLM"), "mimo_v2_flash"),
     gguf=("mimo2",),
     config_from_hf=config_from_hf,
     config_from_gguf=config_from_gguf,

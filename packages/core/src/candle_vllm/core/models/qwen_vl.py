@@ -68,13 +68,25 @@ class QwenTowerConfig(TowerConfig):
 
     Attributes:
         theta: rotary base.
+        kv_heads: heads of keys and values if they are fewer than those of queries (`exaone4_5_tower.py`); 0 otherwise.
     """
 
     theta: float = 10000.0
+    kv_heads: int = 0
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Heads of keys and values."""
+        return self.kv_heads or self.num_heads
+
+    @property
+    def head_dim(self) -> int:
+        """D."""
+        return self.hidden_size // self.num_heads
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if (size := self.hidden_size // self.num_heads) % 4 or size > _MOST_HEAD:
+        if (size := self.head_dim) % 4 or size > _MOST_HEAD:
             raise InvalidFileError(
                 f"vision encoder: head size {size} must be a multiple of 4, and at most {_MOST_HEAD}"
             )
@@ -98,7 +110,7 @@ def config_from_hf(
             "learned": math.isqrt(vision.count("num_position_embeddings", 2304, most=MOST_PATCHES)),
             "deep": _deep(vision.get("deepstack_visual_indexes", list, usual), layers, vision),
         }
-    elif named == "Qwen2_5_VLForConditionalGeneration":
+    elif named in ("Qwen2_5_VLForConditionalGeneration", "Exaone4_5_ForConditionalGeneration"):
         vision.choice("hidden_act", "silu", "silu")
         size = vision.count("hidden_size", 3584)
         own = {
@@ -249,11 +261,12 @@ class Block:
 
     def __init__(self, config: QwenTowerConfig, layer: int, tables: tuple[Value, Value], placement: Placement) -> None:
         size, inner, norm = config.hidden_size, config.intermediate_size, RMSNorm if config.gated else LayerNorm
-        self.heads = config.num_heads
+        self.heads, self.kv_heads = config.num_heads, config.num_kv_heads
+        kv_size = self.kv_heads * config.head_dim
         self.windowed = layer in config.windowed
         self.tables = tables
         self.attention_norm = norm(size, config.norm_eps, placement)
-        self.qkv = Linear(size, {"q": size, "k": size, "v": size}, placement, bias=True)
+        self.qkv = Linear(size, {"q": size, "k": kv_size, "v": kv_size}, placement, bias=True)
         self.output = Linear(size, size, placement, bias=True)
         self.mlp_norm = norm(size, config.norm_eps, placement)
         if config.gated:
@@ -263,8 +276,8 @@ class Block:
 
     def __call__(self, x: Value, step: TowerStep) -> Value:
         lengths = step.windows if self.windowed else step.lengths
-        turned = Turned(step.places, *self.tables)
-        x = x + self.output(whole_attention(self.qkv(self.attention_norm(x)), self.heads, lengths, turned))
+        turned, qkv = Turned(step.places, *self.tables), self.qkv(self.attention_norm(x))
+        x = x + self.output(whole_attention(qkv, self.heads, lengths, turned, kv_heads=self.kv_heads))
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -292,7 +305,7 @@ class QwenTower:
         self.config = config
         self.patches = Linear(config.patch_size, size, placement, bias=bool(config.learned))
         self.positions = GridPositions(config.learned, size, placement, linear) if config.learned else None
-        empty = np.zeros((config.most_patches, size // config.num_heads // 2), np.float32)
+        empty = np.zeros((config.most_patches, config.head_dim // 2), np.float32)
         self._tables = placement.constant(empty), placement.constant(empty.copy())  # filled by `place`
         self.layers: Sequence[Callable[[Value, TowerStep], Value]] = [
             Block(config, layer, self._tables, placement) for layer in range(config.num_layers)

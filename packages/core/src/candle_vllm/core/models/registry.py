@@ -36,6 +36,7 @@ FAMILIES = (
     "bert",
     "deepseek",
     "deepseek_v4",
+    "axk2",
     "deepseek_ocr",
     "gemma",
     "glm4",
@@ -71,6 +72,7 @@ FAMILIES = (
     "exaone",
     "exaone_moe",
     "bailing_moe",
+    "bailing_hybrid",
     "internlm2",
     "qwen",
     "nemotron_nas",
@@ -111,6 +113,7 @@ NOT_BUILT = frozenset(
     | {"KimiK3ForConditionalGeneration", "kimi-k3"}
     | {"Qwen4ExpForCausalLM", "Qwen4ExpForConditionalGeneration", "qwen4exp"}
     | {"RWKV7ForCausalLM", "rwkv7"}
+    | {"BailingMoeV2_5ForCausalLM"}
     | {"UnlimitedOcrForConditionalGeneration", "UnlimitedOCRForCausalLM"}
     | {"MiniMaxM3VLForCausalLM", "MiniMaxM3SparseForCausalLM", "MiniMaxM3SparseForConditionalGeneration", "minimax-m3"}
 )
@@ -158,7 +161,8 @@ TOWER_FAMILIES = (
     "llama4_tower", "glm4v_tower", "paddleocr_tower", "internvl_tower", "dots_ocr_tower", "clip_tower", "lfm2_vl_tower",
     "llava_onevision_tower", "llava_next_tower", "hunyuan_tower", "minicpmv_tower", "kimi_tower", "deepseek_ocr2_tower",
     "paligemma_tower", "minicpmv_canvas", "cohere2_vision_tower", "aya_vision_tower", "deepseek_ocr_tower",
-    "granite4_vision_tower", "phi3v_tower", "got_ocr2_tower", "glm5_next_tower",
+    "granite4_vision_tower", "phi3v_tower", "got_ocr2_tower", "got_tower", "glm5_next_tower",
+    "exaone4_5_tower",
 )  # fmt: skip
 """The files of this folder with a `TowerFamily` as `FAMILY`."""
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The indexer of sparse latent attention in DeepSeek V3.2 and GLM-5: its layer, its config, its weight names.
+"""The indexer of sparse latent attention in DeepSeek V3.2, A.X K2 and GLM-5: its layer, its config, its weight names.
 
 A token attends to the positions with the largest scores: sums of w ReLU(q k) over its index heads q with weights w, k
 the index key (`kernels/latent_attention`). The last `rope` elements of q and k rotate here, the first ones in
@@ -68,7 +68,7 @@ class Index:
 
 def from_hf(fields: Fields, model_type: str, layers: int, rope: int) -> dict[str, Any]:
     """The config's fields of the indexer and its layers; empty for a model without an indexer."""
-    if model_type not in ("deepseek_v32", "glm_moe_dsa"):
+    if model_type not in ("deepseek_v32", "glm_moe_dsa", "axk2"):
         return {}
     sizes = [fields.count(key) for key in ("index_n_heads", "index_head_dim", "index_topk")]
     pairs = model_type == "glm_moe_dsa"

@@ -340,6 +340,7 @@ class TowerFamily:
             enough.
         gguf: `clip.projector_type` of GGUF files.
         settings: keys of preprocessor_config.json that an operator may override.
+        images: settings of images for folders without a file of them; None if such folders are refused.
         config_from_hf: reads a config from config.json, preprocessor_config.json, the text model's hidden size, and the
             operator's values.
         config_from_gguf: the same from a GGUF file's metadata, the text model's hidden size, and the operator's values;
@@ -365,6 +366,7 @@ class TowerFamily:
     seen: tuple[str | None, ...] = ()
     gguf: tuple[str, ...] = ()
     settings: tuple[str, ...]
+    images: Mapping[str, Any] | None = None
     config_from_hf: Callable[[Fields, Fields, int, Mapping[str, Any]], TowerConfig]
     config_from_gguf: Callable[[Fields, int, Mapping[str, Any]], TowerConfig] | None = None
     completed: Callable[[Any, Mapping[str, StoredTensor]], TowerConfig] | None = None

@@ -4,7 +4,8 @@
 A weight is scale * element in fp32. Elements are e4m3 (without infinities) or e5m2; a matrix [N, K] has one scale,
 scales [N] or [N, 1], or scales [N / block, K / block] rounded up, with smaller blocks at the edges. Hugging Face calls
 scales of blocks `weight_scale_inv`, although the elements are multiplied by them; DeepSeek V4 calls them `scale`, and
-its experts are MXFP4 (`fp4.py`), a `weight` of bytes.
+its experts are MXFP4 (`fp4.py`), a `weight` of bytes. MiMo V2.6 and Ling 3.0 name MXFP4 by `store_dtype` and by
+`routed_experts_quant_method`.
 Source: Micikevicius et al., 2022, arXiv:2209.05433; DeepSeek-V3's `weight_dequant`, 2024, arXiv:2412.19437.
 """
 
@@ -78,6 +79,8 @@ def fp8_tensor(parts: LayerTensors, block: tuple[int, int] | None) -> QuantisedT
         wanted = (-(-rows // block[0]), -(-columns // block[1]))
         if scale.shape == wanted:
             return parts.tensor("FP8", (rows, columns), Fp8Source(weight, scale, block))
+        if scale.shape[1:] == wanted[1:] and (height := _height(rows, scale.shape[0], block[0])):
+            return parts.tensor("FP8", (rows, columns), Fp8Source(weight, scale, block, height))
         allowed = f"{list(wanted)} for blocks of {block[0]} x {block[1]}"
     elif scale.numel == 1:
         return parts.tensor("FP8", (rows, columns), Fp8Source(weight, scale, (rows, columns)))
@@ -86,6 +89,17 @@ def fp8_tensor(parts: LayerTensors, block: tuple[int, int] | None) -> QuantisedT
     else:
         allowed = f"one number or [{rows}, 1], where the config has no weight_block_size"
     raise parts.shape_error(scale, allowed, f"tensor {weight.name} has shape {[rows, columns]}")
+
+
+def _height(rows: int, scales: int, block: int) -> int | None:
+    """Rows of each of the equal parts of a matrix in which blocks begin anew, as in MiMo V2's projections.
+
+    Returns:
+        None unless exactly one number of parts, none smaller than a block, has so many rows of scales.
+    """
+    counts = (count for count in range(2, rows // block + 1) if rows % count == 0)
+    found = [rows // count for count in counts if count * -(-rows // count // block) == scales]
+    return found[0] if len(found) == 1 else None
 
 
 def fp8_experts(parts: LayerTensors, block: tuple[int, int] | None) -> QuantisedTensor:
@@ -112,6 +126,8 @@ def layers(config: Fields, stored: StoredTensors) -> Found:
     """Read the FP8 layers of a checkpoint; `modelopt` calls this too, without a config."""
     block = block_shape(config, "weight_block_size") if "weight_block_size" in config else None
     config.choice("fmt", "e4m3", "e4m3", "e5m2", "float8_e4m3fn", "float8_e5m2")
+    experts = config.choice("routed_experts_quant_method", "fp8", "fp8", "mxfp4")
+    mixed = "mxfp4" in (experts, config.get("store_dtype", str, ""))
     for name, tensor in stored.tensors.items():
         if name.endswith(".weight") and tensor.type_name in NUMBERS:
             parts = LayerTensors(stored.tensors, name.removesuffix(".weight"), stored.path)
@@ -119,9 +135,10 @@ def layers(config: Fields, stored: StoredTensors) -> Found:
         elif tensor.type_name in NUMBERS and name + "_scale_inv" in stored.tensors:
             parts = LayerTensors(stored.tensors, name, stored.path)
             yield parts, fp8_experts(parts, block)
-        elif name.endswith(".weight") and tensor.type_name == "I8":
+        elif name.endswith(".weight") and tensor.type_name in ("I8", *["U8"] * mixed):
             parts = LayerTensors(stored.tensors, name.removesuffix(".weight"), stored.path)
-            yield parts, mxfp4_tensor(parts, ".weight", ".scale")
+            ends = (end for end in (".weight_scale", ".weight_scale_inv") if parts.layer + end in stored.tensors)
+            yield parts, mxfp4_tensor(parts, ".weight", next(ends, ".scale"))
 
 
 def block_shape(fields: Fields, key: str) -> tuple[int, int]:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Load a tokenizer from a Hugging Face model folder (loading, before step 3 of a request can run).
 
-The vocabulary and its rules are in tokenizer.json, otherwise in Kimi's tiktoken.model or the first Qwen's
-qwen.tiktoken, otherwise in SentencePiece's tokenizer.model (sentencepiece.py), in BERT's vocab.txt, or in Qwen's
+The vocabulary and its rules are in tokenizer.json, otherwise in Kimi's tiktoken.model or in qwen.tiktoken of the first
+Qwen or GOT-OCR 2.0, otherwise in SentencePiece's tokenizer.model (sentencepiece.py), in BERT's vocab.txt, or in Qwen's
 vocab.json and merges.txt. tokenizer_config.json, special_tokens_map.json and added_tokens.json define the special
 tokens and the roles of tokens (docs/models.md: which file wins). The chat template is in the first of
 chat_template.jinja with additional_chat_templates/, chat_template.json and tokenizer_config.json.
@@ -36,6 +36,7 @@ MAX_SMALL_FILE = 32 << 20
 MAX_RANK = 1 << 22
 MAX_RANKED_BYTES = 512  # of a token in a tiktoken file; every split of each token is tried
 _MARKS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{number}|>" for number in range(205)))  # of Qwen
+_GOT = ("<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>", "<img>", "</img>", "<imgpad>")  # of GOT-OCR 2.0
 _TIKTOKEN = {"tiktoken.model": "TikTokenTokenizer", "qwen.tiktoken": "QWenTokenizer"}  # files and classes
 _NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _BERT = ("BertTokenizer", "DistilBertTokenizer")
@@ -152,12 +153,17 @@ def _from_tiktoken(path: Path, config: dict[str, Any]) -> Backend:
         if qwen:
             backend.normalizer = normalizers.NFC()
         reserved = (f"<|reserved_token_{index}|>" for index in range(first, first + 256))
-        for index, text in enumerate(_MARKS if qwen else reserved, first):
+        for index, text in enumerate((*_MARKS, *_GOT * _is_got(folder)) if qwen else reserved, first):
             token = configured.get(index, AddedToken(text, special=True, normalized=False))
             backend.add_tokens([token])
             if backend.token_to_id(token.content) != index:
                 raise InvalidFileError(f"{folder}: tokenizer_config.json gives token {index} the name of another token")
     return backend
+
+
+def _is_got(folder: Path) -> bool:
+    """Whether a folder is GOT-OCR 2.0's, whose tokenizer has further marks and whose template is its family's."""
+    return _read_json(folder / "config.json").get("model_type") == "GOT"
 
 
 def _from_words(path: Path, config: dict[str, Any]) -> tuple[Backend, dict[str, str]]:
@@ -415,7 +421,7 @@ def _chat_template(folder: Path, config: dict[str, Any]) -> str | dict[str, str]
     if len(named) > MAX_NAMED_TEMPLATES:
         raise InvalidFileError(f"{folder} has more than {MAX_NAMED_TEMPLATES} chat templates")
     if not named:
-        return CHATML if config.get("tokenizer_class") == "QWenTokenizer" else None
+        return CHATML if config.get("tokenizer_class") == "QWenTokenizer" and not _is_got(folder) else None
     return named["default"] if list(named) == ["default"] else named
 
 
