@@ -61,6 +61,7 @@ FAMILIES = (
     "jamba",
     "kimi_linear",
     "glm5_next",
+    "inkling",
     "olmo",
     "olmo2",
     "olmoe",

@@ -156,7 +156,8 @@ class _Value(Recorded):
         return _Value(self.recorder, self.buffer, self.column + first, width, head_dim, self.rows_from)
 
     def __add__(self, other: Recorded) -> Recorded:
-        assert isinstance(other, (_Pending, _Prepared)), "only a value that is not computed yet can be added"
+        if not isinstance(other, (_Pending, _Prepared)):
+            other = _LookedUp(self.recorder, buffer_of(other))
         assert (self.column, self.width) == (0, self.buffer.width)
         target = self.buffer
         if self.rows_from is not other.rows_from:
