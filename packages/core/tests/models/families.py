@@ -757,7 +757,7 @@ INKLING_DENSE = INKLING | {  # no window in any layer, no growth, other taps, an
     "log_scaling_n_floor": None,
     "n_shared_experts": 1,
     "rel_extent": 128,
-    "unpadded_vocab_size": 300,
+    "unpadded_vocab_size": 264,
 }
 
 DEEPSEEK_OCR = {

@@ -850,6 +850,7 @@ def _attend(
         rows_from=q.rows_from,
     )
     out = Buffer(recorder.memory(q.width), q.width, q.width)
-    record_attention(recorder, heads, cache, scores, tables, address_of(out.array))
+    relative = _place(None if scores.relative is None else scores.relative[0])
+    record_attention(recorder, heads, cache, scores, tables, address_of(out.array), relative)
     rows_from = StepNumber.LOGIT_ROWS if scores.narrows else q.rows_from
     return _Value(recorder, out, 0, q.width, dim, rows_from)
