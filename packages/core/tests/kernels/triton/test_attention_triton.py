@@ -156,6 +156,19 @@ def test_scores_fall_with_distance(device: torch.device, kind: str | None, optio
     check(step, decodes=0, slopes=slopes, **options)
 
 
+@pytest.mark.one_of_each
+@pytest.mark.parametrize("options", [{}, {"window": 30, "softcap": 2.0}])
+@pytest.mark.parametrize(("kind", "dtype"), [(None, torch.float32), (None, torch.float16), ("int8", torch.float16)])
+def test_relative_logits(device: torch.device, kind: str | None, dtype: torch.dtype, options: dict) -> None:
+    """Of distances within the profiles and beyond, in decodes of one split and of several, and in prompts."""
+    shape = {"heads": 6, "kv_heads": 2, "dim": 32, "dtype": dtype}
+    step = make_step(device, (200, 300, 1, 40, 60), (1, 1, 1, 40, 30), **shape)
+    step = step if kind is None else scaled(step, SCALED[kind])
+    relative = random(73, 6, 5, dtype=dtype, seed=1).to(device), random(5, 70, seed=2).to(device)
+    check(step, relative=relative, **options)
+    check(step, decodes=0, relative=relative, **options)
+
+
 def test_a_single_token_as_a_prompt(device: torch.device) -> None:
     """The other rows of its tile, behind the last token, have no key in their window."""
     check(make_step(device, (100,), (1,), heads=2, kv_heads=1, dim=16), decodes=0, window=5)

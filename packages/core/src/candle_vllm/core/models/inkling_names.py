@@ -49,7 +49,9 @@ def _shared(number: int, then: View = chain()) -> View:
     def view(stored: StoredTensor, config: Any) -> StoredTensor:
         common = config.mixture.experts - config.num_experts
         if stored.shape[:1] != (common,):
-            raise WeightsError(f"{stored.path}: tensor {stored.name} has shape {list(stored.shape)}, not {common} experts")
+            raise WeightsError(
+                f"{stored.path}: tensor {stored.name} has shape {list(stored.shape)}, not {common} experts"
+            )
         return then(entry(stored, number), config)
 
     return view
@@ -57,7 +59,9 @@ def _shared(number: int, then: View = chain()) -> View:
 
 def _line(target: str, hf: str, own: str, view: View | None = None) -> WeightName:
     """A line with a layer's name in transformers' modules and in published files."""
-    return WeightName(f"layers.{{i}}.{target}", (f"model.layers.{{i}}.{hf}", f"model.llm.layers.{{i}}.{own}"), None, view)
+    return WeightName(
+        f"layers.{{i}}.{target}", (f"model.layers.{{i}}.{hf}", f"model.llm.layers.{{i}}.{own}"), None, view
+    )
 
 
 _PLAIN = {
@@ -92,7 +96,11 @@ def _experts(part: str) -> list[WeightName]:
     """The lines of gate, up or down of routed and shared experts."""
     name, view, own, own_view = _STACKS[part]
     to, hf, llm = f"layers.{{i}}.mlp.experts:{part}.", "model.layers.{i}.mlp.", "model.llm.layers.{i}.mlp."
-    lines = [WeightName(f"{to}{{e}}.weight", (Seen(f"{hf}experts.{name}", view), Seen(f"{llm}experts.{own}", own_view)), None)]
+    lines = [
+        WeightName(
+            f"{to}{{e}}.weight", (Seen(f"{hf}experts.{name}", view), Seen(f"{llm}experts.{own}", own_view)), None
+        )
+    ]
     for number in range(MOST_SHARED):
         names = (
             Seen(f"{hf}shared_experts.{part}_proj", _shared(number)),

@@ -39,7 +39,8 @@ def paged_attention(
             assert of_heads.dtype == torch.float32
             assert of_heads.is_contiguous()
             assert of_heads.device == q.device
-    softcap = scores.get("softcap")
+    given, softcap = scores.pop("relative", None), scores.get("softcap")
+    relative = None if given is None else given[0].float() @ given[1]  # [T, H, X]
     assert scores["scale"] > 0
     assert scores.get("window") != 0
     assert softcap is None or softcap > 0
@@ -54,6 +55,7 @@ def paged_attention(
             rows.context_lens[:n],
             rows.block_tables[:n],
             **scores,
+            relative=None if relative is None else relative[:n],
             decoding=rows.decoding,
             lists=rows.lists,
         )
@@ -69,6 +71,7 @@ def paged_attention(
             rows.block_tables[first:],
             tokens - first,
             **scores,
+            relative=relative,
             decoding=rows.decoding,
         )
     return out

@@ -88,6 +88,7 @@ def attend_keys(
     EXTRA: tl.constexpr,
     CAP: tl.constexpr,
     WINDOW: tl.constexpr,
+    EXTENT: tl.constexpr,
     BLOCK_N: tl.constexpr,
     ENDS: tl.constexpr,  # some keys of the tile may be beyond the end
     MASKED: tl.constexpr,  # some rows may not attend to some keys of the tile
@@ -120,6 +121,7 @@ def attend_keys(
         bias,
         CAP,
         WINDOW,
+        EXTENT,
         MASKED,
     )
 
@@ -142,6 +144,7 @@ def prefill_kernel(
     value_scale,  # [1] fp32
     sinks,  # [H] fp32, read with SINKS
     slopes,  # [H] fp32, or None
+    relative,  # [T, H, EXTENT] fp32, relative logits, or None
     scale,
     cap,
     rows,
@@ -153,6 +156,7 @@ def prefill_kernel(
     DP: tl.constexpr,  # D rounded up to a power of two, at least 16, as products need
     S: tl.constexpr,
     WINDOW: tl.constexpr,  # 0 without a window
+    EXTENT: tl.constexpr,  # 0 without relative logits
     CAP: tl.constexpr,
     FP8: tl.constexpr,
     EXTRA: tl.constexpr,  # bytes of scales in a block
@@ -212,6 +216,9 @@ def prefill_kernel(
         bias = None
         if slopes is not None:
             bias = tl.load(slopes + heads, mask=lines < BLOCK_Q * G, other=0.0) * (1.4426950408889634 / factor)
+        if EXTENT:
+            there = (lines < BLOCK_Q * G) & (tokens < count)
+            bias = relative + tl.where(there, token_index * (K * G) + heads, 0) * EXTENT
 
         tops = tl.full([BLOCK_M], float("-inf"), tl.float32)
         sums = tl.zeros([BLOCK_M], tl.float32)
@@ -220,17 +227,17 @@ def prefill_kernel(
             for at in range(begin, unmasked, BLOCK_N):
                 tops, sums, values = attend_keys(
                     queries, tops, sums, values, key_cache, value_cache, table, at, last + 1, head, positions,
-                    factor, cap_in, cap, bias, K, D, DP, S, EXTRA, CAP, WINDOW, BLOCK_N, False, True
+                    factor, cap_in, cap, bias, K, D, DP, S, EXTRA, CAP, WINDOW, EXTENT, BLOCK_N, False, True
                 )  # fmt: skip
         for at in range(unmasked, whole, BLOCK_N):
             tops, sums, values = attend_keys(
                 queries, tops, sums, values, key_cache, value_cache, table, at, last + 1, head, positions, factor,
-                cap_in, cap, bias, K, D, DP, S, EXTRA, CAP, WINDOW, BLOCK_N, False, False
+                cap_in, cap, bias, K, D, DP, S, EXTRA, CAP, WINDOW, EXTENT, BLOCK_N, False, False
             )  # fmt: skip
         for at in range(whole, last + 1, BLOCK_N):
             tops, sums, values = attend_keys(
                 queries, tops, sums, values, key_cache, value_cache, table, at, last + 1, head, positions, factor,
-                cap_in, cap, bias, K, D, DP, S, EXTRA, CAP, WINDOW, BLOCK_N, True, True
+                cap_in, cap, bias, K, D, DP, S, EXTRA, CAP, WINDOW, EXTENT, BLOCK_N, True, True
             )  # fmt: skip
         if SINKS:
             sink = tl.load(sinks + heads, mask=lines < BLOCK_Q * G, other=0.0) * 1.4426950408889634
@@ -286,11 +293,12 @@ def prefill(
     cache_scales: tuple[torch.Tensor, torch.Tensor] | None = None,
     sinks: torch.Tensor | None = None,
     slopes: torch.Tensor | None = None,
+    relative: torch.Tensor | None = None,
     decoding: torch.Tensor | None,
 ) -> None:
     """Write `out` from row query_start[0] to query_start[-1] - 1, at most `tokens` rows. The caller checks arguments.
 
-    With `decoding`, begin at query_start[decoding[0]]: earlier rows are not changed.
+    `relative` are the relative logits [T, H, X] fp32. With `decoding`, begin at query_start[decoding[0]]: earlier rows are not changed.
     """
     rows = context_lens.shape[0]
     block_size, kv_heads, dim = *key_cache.shape[1:3], q.shape[2]
@@ -313,12 +321,14 @@ def prefill(
         cache_scales[1] if cache_scales else None,
         sinks,
         slopes,
+        relative,
         scale,
         softcap or 0.0,
         rows,
         q.stride(0),
         block_tables.stride(0),
         **_constants(shape, kv_heads, group, dim, block_size, window or 0, *flags, rows_scaled),
+        EXTENT=0 if relative is None else relative.shape[2],
         num_warps=shape.num_warps,
         num_stages=stages(shape.num_stages),
         **OPTIONS,

@@ -9,6 +9,9 @@ from packages.core.tests.kernels.triton.building import CAPABILITIES, WITH_TENSO
 from packages.core.tests.kernels.triton.forms.kv_write.triton import build_types
 
 
+POINTERS = ("key_scale", "value_scale", "sinks", "slopes", "relative")
+
+
 def _builds(
     dtype: str,
     dim: int,
@@ -20,6 +23,7 @@ def _builds(
     fp8: bool = False,
     sinks: bool = False,
     slopes: bool = False,
+    extent: int = 0,
     mixed: bool = False,
     rows: str = "",
 ) -> list[Build]:
@@ -28,7 +32,7 @@ def _builds(
     arguments |= {"query_start": "*i32", "context_lens": "*i32", "block_tables": "*i32", "scale": "fp32", "cap": "fp32"}
     arguments |= dict.fromkeys(("rows", "q_stride", "table_stride"), "i32")
     arguments |= {"decoding": "*i32"} if mixed else {}
-    pointers = ("key_scale", "value_scale") * fp8 + ("sinks",) * sinks + ("slopes",) * slopes
+    pointers = ("key_scale", "value_scale") * fp8 + ("sinks",) * sinks + ("slopes",) * slopes + ("relative",) * bool(extent)
     label = f"{dtype}-d{dim}-g{group}-s{block_size}" + "-window" * bool(window) + "-cap" * cap + "-fp8" * fp8
     label += f"-{rows}-rows" * bool(rows)
     builds = []
@@ -38,13 +42,14 @@ def _builds(
             prefill_kernel,
             arguments | dict.fromkeys(pointers, "*fp32"),
             _constants(shape, 8, group, dim, block_size, window, cap, fp8, sinks, bool(rows))
-            | {name: None for name in ("key_scale", "value_scale", "sinks", "slopes") if name not in pointers}
+            | {"EXTENT": extent}
+            | {name: None for name in POINTERS if name not in pointers}
             | ({} if mixed else {"decoding": None}),
             num_warps=shape.num_warps,
             num_stages=shape.num_stages,
             aligned=("q_stride",),
             unaligned=("query_start", "context_lens", "block_tables", "decoding"),
-            label=label + "-sinks" * sinks + "-slopes" * slopes + "-mixed" * mixed,
+            label=label + "-sinks" * sinks + "-slopes" * slopes + "-relative" * bool(extent) + "-mixed" * mixed,
             capabilities=(target,),
         )
         builds.append(build)
@@ -66,6 +71,8 @@ FORMS = (
     *_builds("bf16", 128, 4, 16, fp8=True),
     *_builds("bf16", 64, 8, 16, window=128, sinks=True),
     *_builds("bf16", 64, 1, 16, slopes=True),
+    *_builds("bf16", 128, 8, 16, extent=1024),
+    *_builds("bf16", 128, 4, 16, window=512, extent=512),
     *_builds("bf16", 128, 4, 16, rows="i8"),
     *_builds("bf16", 128, 4, 16, rows="fp8e4nv"),
     *_builds("fp16", 128, 4, 16, rows="u8"),
