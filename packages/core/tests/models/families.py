@@ -1043,6 +1043,7 @@ TOWERS: Mapping[str, str] = {
     "Gemma4UnifiedForConditionalGeneration": "Gemma4UnifiedForCausalLM",
     "Glm5NextForConditionalGeneration": "Glm5NextForCausalLM",
     "GotOcr2ForConditionalGeneration": "Qwen2ForCausalLM",
+    "InklingForConditionalGeneration": "InklingForCausalLM",
     "Llama4ForConditionalGeneration": "Llama4ForCausalLM",
     "Mistral3ForConditionalGeneration": "Ministral3ForCausalLM",
     "MuseGlimmerForConditionalGeneration": "MuseGlimmerForCausalLM",

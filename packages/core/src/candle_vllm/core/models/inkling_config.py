@@ -31,6 +31,15 @@ _USUAL = {  # defaults of transformers' config class, which published configs ma
     "route_scale": 8.0, "logits_mup_width_multiplier": 24.0, "rope_parameters": {},
 }
 # fmt: on
+_IMPLEMENTED = {  # keys of transformers and of published files, with the only value that is implemented
+    **dict.fromkeys(("shared_expert_sink", "use_embed_norm", "use_sconv", "use_gate_bias", "use_global_scale"), True),
+    **dict.fromkeys(("norm_after_topk", "inference_moe_w13_interleaved"), True),
+    "hidden_act": "silu",
+    "gate_activation": "sigmoid",
+    "q_bias": False,
+    "o_bias": False,
+    "final_logit_softcapping": 0.0,
+}  # fmt: skip
 _ALIASES = {  # transformers' `attribute_map`
     "embedding_multiplier": "logits_mup_width_multiplier",
     "sliding_window": "sliding_window_size",
@@ -97,7 +106,8 @@ def config_from_hf(fields: Fields, model_type: str) -> InklingConfig:
         if value is not None and (name := key.removeprefix(fields.prefix)) is not None
     }
     fields = Fields(values, fields.path, fields.prefix).with_absent(**_USUAL)
-    refuse_others(fields, {"shared_expert_sink": True, "hidden_act": "silu"})
+    same = {"v_head_dim": fields.count("head_dim"), "swa_v_head_dim": fields.count("swa_head_dim")}
+    refuse_others(fields, _IMPLEMENTED | same)
     shared = shared_from_hf(fields, model_type)
     layers, window = shared["num_layers"], fields.count("sliding_window_size")
     kinds = _kinds(fields, "layer_types", layers, ("hybrid", "hybrid_sliding"))

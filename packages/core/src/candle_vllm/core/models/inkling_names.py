@@ -43,7 +43,7 @@ def _of_experts(stored: StoredTensor, config: InklingConfig, count: int, fill: A
     return computed(stored, (every,), lambda values: fill(values, every - count).astype(np.float32), "F32")
 
 
-def _shared(number: int, then: View = chain()) -> View:
+def _shared(number: int, then: View) -> View:
     """View of one of the shared experts' matrices [S, R, C]."""
 
     def view(stored: StoredTensor, config: Any) -> StoredTensor:
@@ -103,7 +103,7 @@ def _experts(part: str) -> list[WeightName]:
     ]
     for number in range(MOST_SHARED):
         names = (
-            Seen(f"{hf}shared_experts.{part}_proj", _shared(number)),
+            Seen(f"{hf}shared_experts.{part}_proj", _shared(number, chain())),
             Seen(f"{llm}shared_experts.shared_{own}", _shared(number, own_view)),
         )
         lines.append(WeightName(f"{to}shared{number}.weight", names, None))
@@ -135,6 +135,6 @@ WEIGHTS = [
 
 
 def ignored(config: InklingConfig) -> list[str]:
-    """Names of tensors that are not loaded: layers for multi-token prediction."""
+    """Names of tensors that are not loaded: layers for multi-token prediction, and the embeddings of audio."""
     del config
-    return [r"(model\.)?mtp\..*"]
+    return [r"(model\.)?(mtp|audio)\..*"]

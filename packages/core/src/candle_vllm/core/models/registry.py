@@ -159,7 +159,7 @@ TOWER_FAMILIES = (
     "llama4_tower", "glm4v_tower", "paddleocr_tower", "internvl_tower", "dots_ocr_tower", "clip_tower", "lfm2_vl_tower",
     "llava_onevision_tower", "llava_next_tower", "hunyuan_tower", "minicpmv_tower", "kimi_tower", "deepseek_ocr2_tower",
     "paligemma_tower", "minicpmv_canvas", "cohere2_vision_tower", "aya_vision_tower", "deepseek_ocr_tower",
-    "granite4_vision_tower", "phi3v_tower", "got_ocr2_tower", "glm5_next_tower",
+    "granite4_vision_tower", "phi3v_tower", "got_ocr2_tower", "glm5_next_tower", "inkling_tower",
 )  # fmt: skip
 """The files of this folder with a `TowerFamily` as `FAMILY`."""
 

@@ -32,7 +32,9 @@ def _builds(
     arguments |= {"query_start": "*i32", "context_lens": "*i32", "block_tables": "*i32", "scale": "fp32", "cap": "fp32"}
     arguments |= dict.fromkeys(("rows", "q_stride", "table_stride"), "i32")
     arguments |= {"decoding": "*i32"} if mixed else {}
-    pointers = ("key_scale", "value_scale") * fp8 + ("sinks",) * sinks + ("slopes",) * slopes + ("relative",) * bool(extent)
+    pointers = (
+        ("key_scale", "value_scale") * fp8 + ("sinks",) * sinks + ("slopes",) * slopes + ("relative",) * bool(extent)
+    )
     label = f"{dtype}-d{dim}-g{group}-s{block_size}" + "-window" * bool(window) + "-cap" * cap + "-fp8" * fp8
     label += f"-{rows}-rows" * bool(rows)
     builds = []
