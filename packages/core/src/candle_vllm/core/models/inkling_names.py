@@ -6,7 +6,6 @@ Published files have the rows of gate and up alternately.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import numpy as np
@@ -17,8 +16,6 @@ from candle_vllm.core.loading.weights import Seen, WeightName
 from candle_vllm.core.models.inkling_config import MOST_SHARED, InklingConfig
 from candle_vllm.core.quantization.tensors import StoredTensor
 
-_ALWAYS = 1e30  # correction bias of shared experts
-
 
 def _tokens(stored: StoredTensor, config: Any) -> StoredTensor:
     """The rows of tokens with logits."""
@@ -26,8 +23,12 @@ def _tokens(stored: StoredTensor, config: Any) -> StoredTensor:
 
 
 def _for_all(stored: StoredTensor, config: Any) -> StoredTensor:
-    """The correction bias of the routed experts, followed by that of the shared ones."""
-    return _of_experts(stored, config, config.num_experts, lambda values, more: np.append(values, [_ALWAYS] * more))
+    """The correction bias of the routed experts, and a larger one with which the shared experts are always chosen."""
+
+    def fill(values: np.ndarray, more: int) -> np.ndarray:
+        return np.append(values, [2 * np.abs(values).max(initial=1) + 1] * more)  # scores are at most 1
+
+    return _of_experts(stored, config, config.num_experts, fill)
 
 
 def _repeated(stored: StoredTensor, config: Any) -> StoredTensor:

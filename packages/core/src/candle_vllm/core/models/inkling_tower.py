@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -92,11 +93,8 @@ class Band(TileRows):
         assert isinstance(config, InklingTowerConfig)
         cells, side = config.count(tile), config.cell_pixels
         around = (-normalisation.scale - np.array(normalisation.mean)) / np.array(normalisation.std)
-        canvas = np.empty((side, cells * side, 3), np.float32)
-        canvas[:] = around
-        canvas[: tile.shape[0], : tile.shape[1]] = np.take_along_axis(
-            normalisation.table, tile.reshape(-1, 3).astype(np.int64), 0
-        ).reshape(tile.shape)
+        canvas = np.broadcast_to(around.astype(np.float32), (side, cells * side, 3)).copy()
+        canvas[: tile.shape[0], : tile.shape[1]] = normalisation.table[tile, np.arange(3)]
         parts = canvas.reshape(config.cell, config.patch, cells, config.cell, config.patch, 3)
         patches = parts.transpose(2, 0, 3, 1, 4, 5).reshape(cells, config.cell**2, -1)[:, config.nested]
         yield np.arange(len(self.places)), patches.reshape(len(self.places), -1)
@@ -159,9 +157,8 @@ class InklingTowerConfig(TowerConfig):
 def planned(patch: int, layers: int, text_size: int) -> tuple[int, tuple[Fold, ...]]:
     """Return the pixels of the first layer's side, and the layers of an encoder of squares of `patch` pixels.
 
-    The sizes between layers are those of the products of `patch`'s prime factors, largest first, then both frames,
-    whose logarithms are nearest to equal steps; as `plan_out_scales` of transformers, in ascending order if two choices
-    are equally near.
+    Squares grow by the prime factors of `patch`, the largest first, then frames are joined. Layers end at those of
+    these sizes whose logarithms are nearest to equal steps. Source: transformers' `plan_out_scales`.
     """
     factors, rest = list[int](), patch
     for prime in range(2, patch + 1):
@@ -180,7 +177,7 @@ def planned(patch: int, layers: int, text_size: int) -> tuple[int, tuple[Fold, .
         choices = itertools.combinations(range(len(scales)), layers + 1)
         chosen = list(min(choices, key=lambda each: float(costs[range(layers + 1), list(each)].sum())))
     chosen[0], chosen[-1] = 0, len(scales) - 1
-    folds = list[Fold]()
+    folds: list[Fold] = []
     for number, (a, b) in enumerate(itertools.pairwise(chosen)):
         side, frames = scales[b][1] // scales[a][1], scales[b][0] // scales[a][0]
         outputs = text_size if number == layers - 1 else widths[b]
@@ -205,28 +202,15 @@ def config_from_hf(
     if factor is not None and not 0 < factor <= MOST_SIDE:
         raise InvalidFileError(f"{processor.path}: rescale_image_frac is {factor}; it must be above 0")
     longest = processor.with_absent(rescale_image_max_upscaled_long_edge=2048)
+    longest = longest.get("rescale_image_max_upscaled_long_edge", int, None)
     pixels = area_rule(Fields({**processor.values, "size": {}}, processor.path), side, most=1 << 40).pixels
-    rule = BandRule(
-        cell=side, factor=factor, longest=longest.get("rescale_image_max_upscaled_long_edge", int, None), **pixels
-    )
     first, folds = planned(side, layers, text_size)
-    cells = MOST_SIDE // side + 1
-    last = folds[-1]
-    return InklingTowerConfig(
-        hidden_size=last.inputs // last.rows // (_FRAMES if last.frames else 1),
-        intermediate_size=0,
-        num_layers=layers - 1,
-        num_heads=1,
-        norm_eps=_EPS,
-        activation="gelu",
-        patch=first,
-        side=cells * side // first,
-        cell=side // first,
-        most_patches=cells * (side // first) ** 2,
-        text_size=text_size,
-        rule=rule,
-        folds=folds,
-    )
+    cell, cells, last = side // first, MOST_SIDE // side + 1, folds[-1]
+    sizes: dict[str, Any] = {"side": cells * cell, "cell": cell, "patch": first, "most_patches": cells * cell**2}
+    sizes |= {"num_layers": layers - 1, "num_heads": 1, "intermediate_size": 0, "text_size": text_size}
+    sizes["hidden_size"] = last.inputs // last.rows // (_FRAMES if last.frames else 1)
+    rule = BandRule(cell=side, factor=factor, longest=longest, **pixels)
+    return InklingTowerConfig(**sizes, norm_eps=_EPS, activation="gelu", rule=rule, folds=folds)
 
 
 # ---- model -----------------------------------------------------------------------------------------------------------
@@ -287,24 +271,23 @@ class InklingTower:
 
 
 def prepared(tensors: Mapping[str, StoredTensor], config: InklingTowerConfig) -> Mapping[str, StoredTensor]:
-    """Return the tensors by transformers' names, with those of the last layer under the name "last"."""
-    found, last = dict[str, StoredTensor](), len(config.folds) - 1
-    for name, tensor in tensors.items():
-        name = name.replace("vision_tower.", "visual.").replace("encoder_layers.", "layers.")
-        for old, new in (("linear_", ".projection"), ("norm_", ".layer_norm")):
-            if name.startswith(f"visual.layers.{old}"):
-                number, _, end = name.removeprefix(f"visual.layers.{old}").partition(".")
-                name = f"visual.layers.{number}{new}.{end}"
-        name = name.replace(f"visual.layers.{last}.", "visual.last.").replace("visual.final_norm.", "visual.last_norm.")
-        found[name] = tensor
-    return found
+    """Return the tensors by published names, with the last matrix under the name "visual.last.weight"."""
+    last = f"layers.linear_{len(config.folds) - 1}."
+
+    def renamed(name: str) -> str:
+        name = name.replace("vision_tower.encoder_", "visual.").replace("vision_tower.", "visual.")
+        name = re.sub(r"layers\.(\d+)\.projection\.", r"layers.linear_\1.", name)
+        name = re.sub(r"layers\.(\d+)\.layer_norm\.", r"layers.norm_\1.", name)
+        return name.replace(last, "last.")
+
+    return {renamed(name): tensor for name, tensor in tensors.items()}
 
 
 WEIGHTS = [
-    WeightName("layers.{i}.projection:weight", "visual.layers.{i}.projection.weight", None),
-    WeightName("layers.{i}.norm:weight", "visual.layers.{i}.layer_norm.weight", None),
-    WeightName("last.projection:weight", "visual.last.projection.weight", None),
-    WeightName("last.norm:weight", "visual.last_norm.weight", None),
+    WeightName("layers.{i}.projection:weight", "visual.layers.linear_{i}.weight", None),
+    WeightName("layers.{i}.norm:weight", "visual.layers.norm_{i}.weight", None),
+    WeightName("last.projection:weight", "visual.last.weight", None),
+    WeightName("last.norm:weight", "visual.final_norm.weight", None),
 ]
 MARK = "<|unused_200054|>"
 

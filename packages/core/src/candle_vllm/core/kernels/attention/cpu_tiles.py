@@ -364,9 +364,9 @@ def fall_with_distance(e: Emitter, scores: Int, tiles: Int, slope: Int, distance
 def add_relative(
     e: Emitter, scores: Int, tiles: Int, states: Int, profiles: Int, count: Int, size: Int, distance: Int
 ) -> None:
-    """Add relative logits to a row's scores: `count` states at `states`, profiles [count, size] as in `AttendArguments`.
+    """Add relative logits to a row's scores; `count` states are at `states`, profiles [count, size] at `profiles`.
 
-    `distance` is the first key's distance; keys out of the profiles' range read the zeros at their ends.
+    `distance` is the first key's distance. Keys at other distances than the profiles have read the zeros at their ends.
     """
     b, last = e.b, e.b.sub(size, e.int64(LANES))
     first = b.sub(b.sub(last, e.int64(1)), distance)

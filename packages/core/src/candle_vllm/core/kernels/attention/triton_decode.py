@@ -315,7 +315,8 @@ def decode(
 ) -> None:
     """Compute attention for one token per sequence: token r of q belongs to sequence r. The caller checks arguments.
 
-    `relative` are the relative logits [R, H, X] fp32. Writes `out`; with `decoding`, only its first decoding[0] rows. `lists` is `DeviceRows.lists`.
+    Writes `out`; with `decoding`, only its first decoding[0] rows. `lists` is `DeviceRows.lists`; `relative` are the
+    relative logits [R, H, X] fp32.
     """
     heads, dim = q.shape[1:]
     block_size, kv_heads = key_cache.shape[1:3]

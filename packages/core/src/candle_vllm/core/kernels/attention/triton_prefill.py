@@ -298,7 +298,8 @@ def prefill(
 ) -> None:
     """Write `out` from row query_start[0] to query_start[-1] - 1, at most `tokens` rows. The caller checks arguments.
 
-    `relative` are the relative logits [T, H, X] fp32. With `decoding`, begin at query_start[decoding[0]]: earlier rows are not changed.
+    With `decoding`, begin at query_start[decoding[0]]: earlier rows are not changed. `relative` are the relative logits
+    [T, H, X] fp32.
     """
     rows = context_lens.shape[0]
     block_size, kv_heads, dim = *key_cache.shape[1:3], q.shape[2]

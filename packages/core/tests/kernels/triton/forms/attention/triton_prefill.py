@@ -8,7 +8,6 @@ from candle_vllm.core.kernels.triton_build import next_power_of_2
 from packages.core.tests.kernels.triton.building import CAPABILITIES, WITH_TENSOR_CORES, Build
 from packages.core.tests.kernels.triton.forms.kv_write.triton import build_types
 
-
 POINTERS = ("key_scale", "value_scale", "sinks", "slopes", "relative")
 
 
