@@ -341,7 +341,7 @@ class Step:
         )
         window = model.window or None
         scale = 1 / math.log2(math.e)
-        options = {"scale": scale, "window": window, "softcap": model.softcap, "sinks": model.sinks}
+        options: dict[str, Any] = {"scale": scale, "window": window, "softcap": model.softcap, "sinks": model.sinks}
         options |= {"slopes": model.slopes, "relative": self.relative(model)}
         return attention_reference.paged_attention(q.float(), keys.float(), values.float(), rows, **options)
 

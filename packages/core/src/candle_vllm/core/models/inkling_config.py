@@ -154,7 +154,7 @@ def config_from_hf(fields: Fields, model_type: str) -> InklingConfig:
             "vocab_size": tokens,
             "intermediate_size": intermediate,
             "num_kv_heads": min(kv_heads),
-            "head_dim": max(dims),
+            "head_dim": max(*dims, shared["head_dim"]),
             "tie_embeddings": False,
             "sliding_windows": windows,
         },

@@ -2,10 +2,9 @@
 """The vision encoder of Inkling, which has no attention: patches of an image are folded and projected one by one.
 
 Each layer joins squares of neighbouring vectors, projects them, and normalises the result; GELU follows in all but the
-last layer. A square of 40 x 40 pixels becomes one embedding. Two equal frames of an image are joined by the last fold.
-An image keeps its size, unless its preprocessing has a factor, and is padded at the right and at the bottom with the
-pixel value -1. As squares do not depend on each other, each row of squares is a tile. Source: transformers'
-`InklingVisionModel` and `InklingImageProcessor`. Shapes: T patches, C cells.
+last layer. A square of 40 x 40 pixels becomes one embedding; an image has two equal frames, which a layer joins. Images
+are padded at the right and at the bottom with the pixel value -1. As squares do not depend on each other, each row of
+them is a tile. Source: transformers' `InklingVisionModel`, `InklingImageProcessor`. Shapes: T patches, C cells.
 """
 
 from __future__ import annotations
@@ -73,7 +72,7 @@ class BandRule(Rule, frozen=True, kw_only=True, tag=True):
     def tiles(self, picture: Picture) -> list[NDArray[np.uint8]]:
         """See `Rule`."""
         sides, pixels = self.sides(picture.height, picture.width), picture.pixels
-        pixels = pixels if sides == pixels.shape[:2] else resized(pixels, *sides, self.resample)
+        pixels = pixels if self.factor is None else resized(pixels, *sides, self.resample)
         return [pixels[top : top + self.cell] for top in range(0, sides[0], self.cell)]
 
 
@@ -92,7 +91,7 @@ class Band(TileRows):
         config, normalisation, tile = self.config, self.config.rule.normalisation, self.tile
         assert isinstance(config, InklingTowerConfig)
         cells, side = config.count(tile), config.cell_pixels
-        around = (-normalisation.scale - np.array(normalisation.mean)) / np.array(normalisation.std)
+        around = (-normalisation.scale - np.array(normalisation.mean)) / np.array(normalisation.std)  # value -1
         canvas = np.broadcast_to(around.astype(np.float32), (side, cells * side, 3)).copy()
         canvas[: tile.shape[0], : tile.shape[1]] = normalisation.table[tile, np.arange(3)]
         parts = canvas.reshape(config.cell, config.patch, cells, config.cell, config.patch, 3)
@@ -104,10 +103,7 @@ class Band(TileRows):
 
 
 class Fold(NamedTuple):
-    """A layer: rows that are joined, whether frames are joined after that, and elements before and after the product.
-
-    The first layer reads patches, which are joined already.
-    """
+    """A layer: rows that are joined (not by the first layer), whether frames are joined, elements before and after."""
 
     rows: int
     frames: bool
@@ -270,9 +266,9 @@ class InklingTower:
 # ---- weight names ----------------------------------------------------------------------------------------------------
 
 
-def prepared(tensors: Mapping[str, StoredTensor], config: InklingTowerConfig) -> Mapping[str, StoredTensor]:
+def prepared(tensors: Mapping[str, StoredTensor], config: TowerConfig) -> Mapping[str, StoredTensor]:
     """Return the tensors by published names, with the last matrix under the name "visual.last.weight"."""
-    last = f"layers.linear_{len(config.folds) - 1}."
+    last = f"layers.linear_{config.num_layers}."
 
     def renamed(name: str) -> str:
         name = name.replace("vision_tower.encoder_", "visual.").replace("vision_tower.", "visual.")

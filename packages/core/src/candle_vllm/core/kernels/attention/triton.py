@@ -10,7 +10,7 @@ split is some consecutive tiles of a sequence, and an item is one split of one K
 
 from __future__ import annotations
 
-from typing import Unpack
+from typing import Any, Unpack
 
 import torch
 
@@ -39,7 +39,8 @@ def paged_attention(
             assert of_heads.dtype == torch.float32
             assert of_heads.is_contiguous()
             assert of_heads.device == q.device
-    given, softcap = scores.pop("relative", None), scores.get("softcap")
+    softcap, options = scores.get("softcap"), dict[str, Any](scores)
+    given = options.pop("relative", None)
     relative = None if given is None else given[0].float() @ given[1]  # [T, H, X]
     assert scores["scale"] > 0
     assert scores.get("window") != 0
@@ -54,7 +55,7 @@ def paged_attention(
             out[:n],
             rows.context_lens[:n],
             rows.block_tables[:n],
-            **scores,
+            **options,
             relative=None if relative is None else relative[:n],
             decoding=rows.decoding,
             lists=rows.lists,
@@ -70,7 +71,7 @@ def paged_attention(
             rows.context_lens[first:],
             rows.block_tables[first:],
             tokens - first,
-            **scores,
+            **options,
             relative=relative,
             decoding=rows.decoding,
         )
