@@ -269,6 +269,7 @@ def test_what_does_not_fit_names_a_flag(
         ({"attention_sinks": True}, "does not support attention sinks"),
         ({"attention_softcap": 50.0}, "has no soft cap"),
         ({"slopes": (0.5,)}, "ALiBi"),
+        ({"relative_logits": True}, "relative logits"),
     ],
 )
 def test_what_a_model_asks_of_attention_is_told_to_the_backend(
@@ -278,6 +279,16 @@ def test_what_a_model_asks_of_attention_is_told_to_the_backend(
     asking = dataclasses.replace(loaded, placement=half, config=dataclasses.replace(loaded.config, **change))
     with pytest.raises(ConfigError, match=message):
         build(asking, attention_backend="torch_flash")
+
+
+def test_relative_logits_are_not_reproducible(
+    loaded: LoadedModel, memory: Memory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = dataclasses.replace(loaded.decoder.config, relative_logits=True)
+    monkeypatch.setattr(loaded.decoder, "config", config)
+    with pytest.raises(ConfigError, match="torch multiplies the relative logits") as caught:
+        build(loaded, deterministic=True)
+    assert caught.value.setting == "deterministic"
 
 
 def test_memory_that_runs_out_in_the_largest_step(

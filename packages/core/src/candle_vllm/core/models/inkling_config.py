@@ -76,11 +76,6 @@ class InklingConfig(LlamaConfig):
             raise InvalidFileError(f"heads of {max(self.head_dims)} elements are not possible; at most 1024 are")
 
     @property
-    def relative_logits(self) -> bool:
-        """Whether attention has relative logits."""
-        return True
-
-    @property
     def delta_layers(self) -> frozenset[int]:
         """Layers whose states need all tokens on each rank: all layers."""
         return frozenset(range(self.num_layers))
@@ -167,6 +162,7 @@ def config_from_hf(fields: Fields, model_type: str) -> InklingConfig:
         mixture=mixture,
         num_experts=routed,
         sparse_layers=frozenset(layer for layer, kind in enumerate(mlps) if kind == "sparse"),
+        relative_logits=True,
         relative_size=fields.count("d_rel"),
         extents=tuple(fields.count("rel_extent") if each is None else each for each in windows),
         taps=convolution_taps(fields, "conv_kernel_size"),
