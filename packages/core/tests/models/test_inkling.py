@@ -196,7 +196,7 @@ def test_embeddings_are_those_of_transformers(eager: bool, kind: str, folder: Pa
     with torch.inference_mode():
         for pixels in their_pixels(PICTURES, KINDS[kind]["patch_size"]):
             wanted.append(theirs.model.get_image_features(pixels).pooler_output[:, 0].numpy())
-    require_same_embeddings(folder, PAD, PICTURES, wanted, eager=eager, most=2000)
+    require_same_embeddings(folder, PAD, PICTURES, wanted, eager=eager, most=8)
 
 
 @combined(

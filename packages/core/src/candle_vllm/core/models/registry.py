@@ -112,6 +112,7 @@ NOT_BUILT = frozenset(
     | {"KimiK3ForConditionalGeneration", "kimi-k3"}
     | {"Qwen4ExpForCausalLM", "Qwen4ExpForConditionalGeneration", "qwen4exp"}
     | {"RWKV7ForCausalLM", "rwkv7"}
+    | {"Inkling2ForCausalLM", "Inkling2ForConditionalGeneration"}
     | {"UnlimitedOcrForConditionalGeneration", "UnlimitedOCRForCausalLM"}
     | {"MiniMaxM3VLForCausalLM", "MiniMaxM3SparseForCausalLM", "MiniMaxM3SparseForConditionalGeneration", "minimax-m3"}
 )

@@ -158,9 +158,9 @@ def _fall(scores: int, chunk, positions: int, row: int) -> None:
         slope = slopes + 4 * ((first + row) % group)
         fall_with_distance(scores + row * SCORE_STRIDE, count, slope, int64_at(positions)[row] - start)
     states, stride, profiles, number, size = relative
-    if states != 0:
+    distance = int64_at(positions)[row] - start
+    if states != 0 and distance - LANES * count < size - 2 * LANES:  # otherwise all keys are beyond the profiles
         states += 4 * ((first + row) // group * stride + (first + row) % group * number)
-        distance = int64_at(positions)[row] - start
         add_relative(scores + row * SCORE_STRIDE, count, states, profiles, number, size, distance)
 
 

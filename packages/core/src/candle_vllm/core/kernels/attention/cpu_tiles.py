@@ -376,10 +376,13 @@ def add_relative(
         place = b.select(b.icmp_signed("<", place, e.int64(0)), e.int64(0), place)
         place = b.select(b.icmp_signed(">", place, last), last, place)
         row = b.add(profiles, b.shl(place, e.int64(2)))
-        with e.each(count) as number:
+
+        def add(number: Any, total: list[Any], row: Any = row) -> list[Any]:
             state = e.splat(e.load(b.add(states, b.shl(number, e.int64(2))), F32))
             profile = e.load(b.add(row, b.shl(b.mul(number, size), e.int64(2))), vector(F32))
-            e.store(at, e.fma(state, profile, e.load(at, vector(F32))))
+            return [e.fma(state, profile, total[0])]
+
+        e.store(at, *e.loop(count, [e.load(at, vector(F32))], add))
 
 
 @emitted
