@@ -281,16 +281,6 @@ def test_what_a_model_asks_of_attention_is_told_to_the_backend(
         build(asking, attention_backend="torch_flash")
 
 
-def test_relative_logits_are_not_reproducible(
-    loaded: LoadedModel, memory: Memory, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = dataclasses.replace(loaded.decoder.config, relative_logits=True)
-    monkeypatch.setattr(loaded.decoder, "config", config)
-    with pytest.raises(ConfigError, match="torch multiplies the relative logits") as caught:
-        build(loaded, deterministic=True)
-    assert caught.value.setting == "deterministic"
-
-
 def test_memory_that_runs_out_in_the_largest_step(
     loaded: LoadedModel, memory: Memory, monkeypatch: pytest.MonkeyPatch
 ) -> None:

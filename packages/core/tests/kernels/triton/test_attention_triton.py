@@ -16,6 +16,7 @@ from candle_vllm.core.kernels.attention.backend import AttentionNeeds, Backend
 from candle_vllm.core.kernels.attention.backends import choose
 from candle_vllm.core.kernels.attention.rows import AttentionRows, DeviceRows
 from candle_vllm.core.kernels.attention.triton import paged_attention
+from candle_vllm.core.kernels.attention.triton_relative import relative_logits
 from candle_vllm.core.kernels.kv_write.scaled_rows import SCALE, codes_and_scales, write_rows
 from tests.common_run import few
 
@@ -167,6 +168,8 @@ def test_relative_logits(device: torch.device, kind: str | None, dtype: torch.dt
     relative = random(73, 6, 5, dtype=dtype, seed=1).to(device), random(5, 70, seed=2).to(device)
     check(step, relative=relative, **options)
     check(step, decodes=0, relative=relative, **options)
+    some = relative_logits(relative[0][40:43], relative[1])
+    assert torch.equal(some, relative_logits(*relative)[40:43]), "they depend on their own token alone"
 
 
 def test_a_single_token_as_a_prompt(device: torch.device) -> None:

@@ -163,7 +163,7 @@ def config_from_hf(fields: Fields, model_type: str) -> InklingConfig:
         num_experts=routed,
         sparse_layers=frozenset(layer for layer, kind in enumerate(mlps) if kind == "sparse"),
         relative_logits=True,
-        relative_size=fields.count("d_rel"),
+        relative_size=fields.count("d_rel", most=256),
         extents=tuple(fields.count("rel_extent") if each is None else each for each in windows),
         taps=convolution_taps(fields, "conv_kernel_size"),
         growth=None if floor is None else (floor, fields.get("log_scaling_alpha", float)),

@@ -161,9 +161,6 @@ def _refuse_unsupported(config: EngineConfig, loaded: LoadedModel) -> None:
           for name in ("key_cache_dtype", "value_cache_dtype")),
         ("deterministic", config.deterministic and loaded.decoder.config.index is not None,
          f"deterministic: on a GPU, the indexer of {loaded.name} depends on the prompt's chunks; leave it out"),
-        ("deterministic", config.deterministic and loaded.decoder.config.relative_logits,
-         f"deterministic: on a GPU torch multiplies the relative logits of {loaded.name}, and its sums depend on the "
-         "rest of the step: leave it out"),
         ("deterministic", config.deterministic and loaded.vision is not None and loaded.vision.parts.whole,
          f"deterministic: tokens of an image attend to each other in {loaded.name}, and their sums on a GPU depend on "
          "the rest of the step: set max_images=0, or leave 'deterministic' out"),

@@ -17,6 +17,7 @@ import torch
 from candle_vllm.core.kernels.attention.rows import DeviceRows, ScoreOptions
 from candle_vllm.core.kernels.attention.triton_decode import decode
 from candle_vllm.core.kernels.attention.triton_prefill import prefill
+from candle_vllm.core.kernels.attention.triton_relative import relative_logits
 from candle_vllm.core.kernels.kv_write.scaled_rows import has_row_scales
 from candle_vllm.core.kernels.kv_write.triton import check_scaled
 
@@ -41,7 +42,7 @@ def paged_attention(
             assert of_heads.device == q.device
     softcap, options = scores.get("softcap"), dict[str, Any](scores)
     given = options.pop("relative", None)
-    relative = None if given is None else given[0].float() @ given[1]  # [T, H, X]
+    relative = None if given is None else relative_logits(*given)
     assert scores["scale"] > 0
     assert scores.get("window") != 0
     assert softcap is None or softcap > 0

@@ -135,8 +135,10 @@ def decode_kernel(
         bias = None
         if slopes is not None:
             bias = tl.load(slopes + head * G + lines, mask=lines < G, other=0.0) * (1.4426950408889634 / factor)
+        logits = relative
         if EXTENT:
-            bias = relative + (row.to(tl.int64) * (K * G) + head * G + tl.minimum(lines, G - 1)) * EXTENT
+            logits = relative + row.to(tl.int64) * (K * G * EXTENT)
+            bias = (head * G + tl.minimum(lines, G - 1)) * EXTENT
 
         tops = tl.full([GP], float("-inf"), tl.float32)
         sums = tl.zeros([GP], tl.float32)
@@ -166,6 +168,7 @@ def decode_kernel(
                     cap_in,
                     cap,
                     bias,
+                    logits,
                     CAP,
                     WINDOW,
                     EXTENT,
@@ -196,6 +199,7 @@ def decode_kernel(
                     cap_in,
                     cap,
                     bias,
+                    logits,
                     CAP,
                     WINDOW,
                     EXTENT,

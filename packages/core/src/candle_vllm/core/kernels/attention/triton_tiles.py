@@ -153,7 +153,8 @@ def weigh_tile(
     factor,  # > 0: scores times `factor` are exponents of 2
     cap_in,  # with CAP: the score is cap_out * tanh(cap_in * q k)
     cap_out,
-    bias,  # [M] fp32, subtracted from a score for each position of distance; with EXTENT pointers to logits; or None
+    bias,  # [M] fp32, subtracted from a score for each position of distance; with EXTENT int32, see `logits`; or None
+    logits,  # with EXTENT: pointer to relative logits, in which `bias` are the rows' first elements
     CAP: tl.constexpr,
     WINDOW: tl.constexpr,
     EXTENT: tl.constexpr,  # distances with relative logits; 0 without them
@@ -171,8 +172,10 @@ def weigh_tile(
     if bias is not None:
         distance = positions[:, None] - (first + tl.arange(0, k.shape[0]))[None, :]
         if EXTENT:
-            logits = tl.load(bias[:, None] + distance, mask=(distance >= 0) & (distance < EXTENT), other=0.0)
-            scores += logits * (1.4426950408889634 / factor)
+            there = (distance >= 0) & (distance < EXTENT)
+            scores += tl.load(logits + (bias[:, None] + distance), mask=there, other=0.0) * (
+                1.4426950408889634 / factor
+            )
         else:
             scores -= bias[:, None] * distance.to(tl.float32)
     if MASKED:
@@ -213,6 +216,7 @@ def attend_tile(
     cap_in,
     cap_out,
     bias,
+    logits,
     CAP: tl.constexpr,
     WINDOW: tl.constexpr,
     EXTENT: tl.constexpr,
@@ -220,6 +224,6 @@ def attend_tile(
 ):
     """Update the softmax state of M queries with one tile's keys and values; see `weigh_tile`."""
     tops, sums, weights, keep = weigh_tile(
-        q, tops, sums, k, k_scales, positions, first, factor, cap_in, cap_out, bias, CAP, WINDOW, EXTENT, MASKED
+        q, tops, sums, k, k_scales, positions, first, factor, cap_in, cap_out, bias, logits, CAP, WINDOW, EXTENT, MASKED
     )
     return tops, sums, add_values(weights, v, v_scales, values, keep)

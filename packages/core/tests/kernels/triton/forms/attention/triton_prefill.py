@@ -38,7 +38,7 @@ def _builds(
     label += f"-{rows}-rows" * bool(rows)
     builds = []
     for target in build_types(cache, WITH_TENSOR_CORES if dim > 256 else CAPABILITIES):
-        shape = tiles(next_power_of_2(dim), 4 if dtype == "fp32" else 2, group, target)
+        shape = tiles(next_power_of_2(dim), 4 if dtype == "fp32" else 2, group, target, relative=bool(extent))
         build = Build(
             prefill_kernel,
             arguments | dict.fromkeys(pointers, "*fp32"),
@@ -74,6 +74,10 @@ FORMS = (
     *_builds("bf16", 64, 1, 16, slopes=True),
     *_builds("bf16", 128, 8, 16, extent=1024),
     *_builds("bf16", 128, 4, 16, window=512, extent=512),
+    *_builds("bf16", 256, 4, 16, extent=1024),
+    *_builds("bf16", 64, 4, 16, extent=1024),
+    *_builds("fp32", 128, 8, 16, extent=1024),
+    *_builds("bf16", 128, 8, 16, extent=1024, rows="i8"),
     *_builds("bf16", 128, 4, 16, rows="i8"),
     *_builds("bf16", 128, 4, 16, rows="fp8e4nv"),
     *_builds("fp16", 128, 4, 16, rows="u8"),
