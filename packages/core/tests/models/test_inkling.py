@@ -53,7 +53,7 @@ KINDS = {
     "pixels": {"patch_size": 6, "n_layers": 6},  # the first layer reads pixels, and two layers read both frames
     "one layer": {"patch_size": 8, "n_layers": 1},
 }
-PUBLISHED: dict[str, Any] = {  # as published, without the keys of audio
+PUBLISHED: dict[str, Any] = {  # with the keys of published files, but those of audio
     "architectures": ["InklingForConditionalGeneration"],
     "model_type": "inkling_mm_model",
     "text_config": {

@@ -95,12 +95,9 @@ class InklingConfig(LlamaConfig):
 
 def config_from_hf(fields: Fields, model_type: str) -> InklingConfig:
     """Read `config.json` of inkling_text."""
-    values = {
-        fields.prefix + _ALIASES.get(name, name): value
-        for key, value in fields.values.items()
-        if value is not None and (name := key.removeprefix(fields.prefix)) is not None
-    }
-    fields = Fields(values, fields.path, fields.prefix).with_absent(**_USUAL)
+    aliases = {fields.prefix + alias: fields.prefix + name for alias, name in _ALIASES.items()}
+    values = {aliases.get(key, key): value for key, value in fields.values.items()}
+    fields = Fields(values, fields.path, fields.prefix).with_defaults(**_USUAL)
     same = {"v_head_dim": fields.count("head_dim"), "swa_v_head_dim": fields.count("swa_head_dim")}
     refuse_others(fields, _IMPLEMENTED | same)
     shared = shared_from_hf(fields, model_type)
@@ -108,7 +105,7 @@ def config_from_hf(fields: Fields, model_type: str) -> InklingConfig:
     kinds = _kinds(fields, "layer_types", layers, ("hybrid", "hybrid_sliding"))
     if kinds is None:
         usual = [layer for layer in range(layers) if (layer + 1) % 6]
-        local = fields.get("local_layer_ids", list, usual)
+        local = {each for each in fields.get("local_layer_ids", list, usual) if type(each) is int}
         kinds = ["hybrid_sliding" if layer in local else "hybrid" for layer in range(layers)]
     windows = tuple(window if kind == "hybrid_sliding" else None for kind in kinds)
     dense = fields.get("dense_mlp_idx", int, 0)
