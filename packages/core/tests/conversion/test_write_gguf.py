@@ -84,6 +84,7 @@ LLAMA_CPP = (
     "Ling 3.0 free decays",
 )  # refused for its sake: see `test_gguf_families.py`
 UNKNOWN = (  # to llama.cpp, and DeepSeek V4, whose GGUF files are not read
+    *("Inkling", "Inkling full layers"),
     *("OLMo Hybrid", "OLMo Hybrid turned", "GPT-Neo", "GPT-J", "OPT", "OPT-350m"),
     *("DeepSeek-V4", "DeepSeek-V4 other sizes", "A.X K2", "A.X K2 groups"),
 )

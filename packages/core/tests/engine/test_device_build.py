@@ -269,6 +269,7 @@ def test_what_does_not_fit_names_a_flag(
         ({"attention_sinks": True}, "does not support attention sinks"),
         ({"attention_softcap": 50.0}, "has no soft cap"),
         ({"slopes": (0.5,)}, "ALiBi"),
+        ({"relative_logits": True}, "relative logits"),
     ],
 )
 def test_what_a_model_asks_of_attention_is_told_to_the_backend(

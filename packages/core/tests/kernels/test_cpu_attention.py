@@ -40,7 +40,7 @@ from candle_vllm.core.kernels.attention.cpu_record import LOG2E, AttendArguments
 from candle_vllm.core.kernels.attention.cpu_tiles import emit_exp2
 from candle_vllm.core.kernels.attention.rows import AttentionRows
 from candle_vllm.core.kernels.cpu_runtime.emit import F32, Emitter, Int, emitted, vector
-from candle_vllm.core.kernels.cpu_runtime.level import Isa, host_isa
+from candle_vllm.core.kernels.cpu_runtime.level import LANES, Isa, host_isa
 from candle_vllm.core.kernels.cpu_runtime.operation import address_of, plan_row
 from candle_vllm.core.kernels.cpu_runtime.recorder import MeasuredKeys
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
@@ -144,6 +144,7 @@ class Model:
     softcap: float | None = None
     sinks: torch.Tensor | None = None
     slopes: torch.Tensor | None = None
+    profiles: torch.Tensor | None = None
     rotary: int = -1
     isa: Isa = dataclasses.field(default_factory=host_isa)
     threads: int = 1
@@ -256,6 +257,8 @@ class Step:
         k_column = model.heads * model.dim
         sinks = None if model.sinks is None else model.sinks * LOG2E
         slopes = None if model.slopes is None else model.slopes * LOG2E
+        states, profiles = self.relative(model) or (torch.zeros(0), torch.zeros(0, 0))
+        mirrored = torch.nn.functional.pad(profiles.flip(1) * LOG2E, (LANES, LANES))
         write = WriteArguments(
             qkv=qkv.data_ptr(),
             stride=stride,
@@ -299,6 +302,11 @@ class Step:
             sinks=0 if sinks is None else sinks.data_ptr(),
             ahead=0 if self.ahead is None else address_of(self.ahead),
             slopes=0 if slopes is None else slopes.data_ptr(),
+            relative=0 if model.profiles is None else states.data_ptr(),
+            relative_stride=0 if model.profiles is None else states.stride(0),
+            profiles=mirrored.data_ptr(),
+            profile_count=len(profiles),
+            profile_size=mirrored.shape[1],
         )
         operations = attend_operation(model.dim, model.isa, *model.kinds), merge_operation(model.dim, model.kinds[1])
         both = [(each, attend) for each in operations]
@@ -311,6 +319,14 @@ class Step:
         assert memory[scratch - address_of(memory)] == 0
         assert (memory[scratch - address_of(memory) + size :] == 0xFF).all()
         return out, model.plain_queries(q)
+
+    def relative(self, model: Model) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Relative logits: states [T, H, P] that depend on the token alone, among other columns, and the profiles."""
+        if model.profiles is None:
+            return None
+        count = len(model.profiles)
+        states = torch.cat(self.qkv)[:, : model.heads * count + 5].clone()
+        return states[:, 5:].unflatten(1, (model.heads, count)), model.profiles
 
     def wanted(self, model: Model, q: torch.Tensor) -> torch.Tensor:
         """The reference's result for these queries and what the cache now holds."""
@@ -325,8 +341,8 @@ class Step:
         )
         window = model.window or None
         scale = 1 / math.log2(math.e)
-        options = {"scale": scale, "window": window, "softcap": model.softcap, "sinks": model.sinks}
-        options |= {"slopes": model.slopes}
+        options: dict[str, Any] = {"scale": scale, "window": window, "softcap": model.softcap, "sinks": model.sinks}
+        options |= {"slopes": model.slopes, "relative": self.relative(model)}
         return attention_reference.paged_attention(q.float(), keys.float(), values.float(), rows, **options)
 
 
@@ -414,6 +430,16 @@ def test_scores_fall_with_distance(teams: dict[int, ThreadTeam], isa: Isa, softc
     """By a slope of each head, of rows in any place of a tile, split among threads and not."""
     model = Model(slopes=SLOPES, softcap=softcap, heads=6, kv_heads=2, isa=isa)
     check(model, teams[2], [700, 41, 90], [1, 41, 30])
+
+
+@pytest.mark.parametrize("extent", [1, 16, 37, 900])
+@pytest.mark.parametrize("isa", few([Isa.GENERIC, host_isa() & ~Isa.AMX, host_isa()], host_isa()))
+def test_relative_logits(teams: dict[int, ThreadTeam], isa: Isa, extent: int) -> None:
+    """Distances within the profiles and beyond, before a window's first key, and after a row's own position."""
+    profiles = torch.randn(3, extent, generator=torch.Generator().manual_seed(extent))
+    for window, softcap in ((0, None), (50, 5.0)):
+        model = Model(profiles=profiles, heads=6, kv_heads=2, isa=isa, window=window, softcap=softcap)
+        check(model, teams[2], [700, 41, 90], [1, 41, 30])
 
 
 def test_a_sink_beyond_every_score_takes_all(teams: dict[int, ThreadTeam]) -> None:
@@ -629,6 +655,7 @@ def test_quantised_windows_caps_and_sinks(teams: dict[int, ThreadTeam], keys: Ca
     model = Model(heads=6, kv_heads=2, kinds=(keys, values), window=50, softcap=5.0, sinks=sinks)
     check(model, teams[2], [700, 41, 90], [1, 41, 30])
     check(dataclasses.replace(model, slopes=SLOPES), teams[2], [700, 41, 90], [1, 41, 30])
+    check(dataclasses.replace(model, profiles=torch.eye(2, 20)), teams[2], [700, 41, 90], [1, 41, 30])
 
 
 @pytest.mark.parametrize("isa", few([host_isa(), *READERS], host_isa()))

@@ -243,6 +243,22 @@ def test_scores_fall_with_the_distance_of_query_and_key() -> None:
             assert error(got[token, head], scores.softmax(0) @ values[: position + 1, head // 2]) < 1e-5
 
 
+def test_relative_logits_are_mixed_from_profiles_over_the_distance() -> None:
+    heads, kv_heads, dim, context = 4, 2, 8, 21
+    key_cache, value_cache = random(3, 8, kv_heads, dim), random(3, 8, kv_heads, dim, seed=1)
+    q, states, profiles = random(5, heads, dim, seed=2), random(5, heads, 3, seed=3), random(3, 12, seed=4)
+    rows = AttentionRows((0, 5), (context,), torch.tensor([[2, 0, 1]]))
+    got = paged_attention(q, key_cache, value_cache, rows, scale=0.3, relative=(states, profiles))
+    keys, values = (cache[[2, 0, 1]].flatten(0, 1).double() for cache in (key_cache, value_cache))
+    for token in range(5):
+        position = context - 5 + token
+        for head in range(heads):
+            scores = keys[: position + 1, head // 2] @ q[token, head].double() * 0.3
+            for key in range(max(0, position - 11), position + 1):
+                scores[key] += float(states[token, head] @ profiles[:, position - key])
+            assert error(got[token, head], scores.softmax(0) @ values[: position + 1, head // 2]) < 1e-5
+
+
 @pytest.mark.parametrize("softcap", [None, 0.5])
 def test_sinks_take_their_share_of_every_softmax(softcap: float | None) -> None:
     heads, kv_heads, dim, context = 4, 2, 8, 21

@@ -47,6 +47,7 @@ def step(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, 
         {"sinks": torch.arange(-3.0, 3.0)},
         {"window": 9, "softcap": 2.0},
         {"slopes": torch.tensor([0.0, 0.5, 0.1, 1.0, 0.01, 0.3])},
+        {"relative": (torch.linspace(-2, 3, 4 * HEADS * sum(QUERIES)).view(-1, HEADS, 4), torch.eye(4, 30))},
     ],
     ids=str,
 )

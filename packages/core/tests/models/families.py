@@ -748,6 +748,36 @@ STARCODER2 = {"hidden_size": 128, "sliding_window": 16, "use_bias": False, "tie_
 HUNYUAN = {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "alpha": 50.0, "factor": 1.0}}
 HUNYUAN_MOE = {"head_dim": 32, "num_experts": 6, "moe_topk": 3}
 
+INKLING = {  # windows of 16 tokens with other heads; profiles shorter than the prompt; scores grow from token 30 on
+    "num_hidden_layers": 3,
+    "head_dim": 32,
+    "swa_num_attention_heads": 4,
+    "swa_num_key_value_heads": 1,
+    "swa_head_dim": 16,
+    "sliding_window_size": 16,
+    "d_rel": 8,
+    "rel_extent": 40,
+    "log_scaling_n_floor": 30,
+    "log_scaling_alpha": 0.5,
+    "layer_types": ["hybrid_sliding", "hybrid", "hybrid_sliding"],
+    "mlp_layer_types": ["dense", "sparse", "sparse"],
+    "moe_intermediate_size": 32,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "n_shared_experts": 2,
+    "route_scale": 1.7,
+    "logits_mup_width_multiplier": 3.0,
+}
+INKLING_DENSE = INKLING | {  # no window in any layer, no growth, other taps, and a head of fewer tokens
+    "layer_types": ["hybrid"] * 3,
+    "mlp_layer_types": ["dense", "sparse", "dense"],
+    "conv_kernel_size": 3,
+    "log_scaling_n_floor": None,
+    "n_shared_experts": 1,
+    "rel_extent": 128,
+    "unpadded_vocab_size": 264,
+}
+
 DEEPSEEK_OCR = {
     "num_key_value_heads": 4, "n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32,
     "n_shared_experts": 2, "mlp_layer_types": ["dense", "sparse"], "routed_scaling_factor": 1.5,
@@ -932,6 +962,8 @@ ROWS: Mapping[str, Row] = {
         undecided=0.1,
         common=False,
     ),
+    "Inkling": Row("inkling_text", INKLING, undecided=0.1, common=False),
+    "Inkling full layers": Row("inkling_text", INKLING_DENSE, undecided=0.1, common=False),
     "Kimi Linear": Row("kimi_linear", KIMI_LINEAR, "kimi-linear", undecided=0.1),
     "Nemotron-H biases": Row("nemotron_h", NEMOTRON_H | NEMOTRON_BIASES, common=False),
     "OLMo": Row("olmo", {"hidden_size": 128}, "olmo", common=False),
@@ -1040,6 +1072,7 @@ TOWERS: Mapping[str, str] = {
     "Gemma4UnifiedForConditionalGeneration": "Gemma4UnifiedForCausalLM",
     "Glm5NextForConditionalGeneration": "Glm5NextForCausalLM",
     "GotOcr2ForConditionalGeneration": "Qwen2ForCausalLM",
+    "InklingForConditionalGeneration": "InklingForCausalLM",
     "Llama4ForConditionalGeneration": "Llama4ForCausalLM",
     "Mistral3ForConditionalGeneration": "Ministral3ForCausalLM",
     "MuseGlimmerForConditionalGeneration": "MuseGlimmerForCausalLM",

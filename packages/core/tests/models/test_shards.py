@@ -155,7 +155,7 @@ def test_rows_of_gguf_are_cut_in_their_order(name: str, tmp_path: Path) -> None:
 MIXTURES = ["Mixtral", "Qwen2-MoE", "Qwen3-MoE", "GLM-4-MoE", "gpt-oss", "DeepSeek-V2", "DeepSeek-V3", "LFM2-MoE"]
 
 
-OF_STATES = ("Qwen3.5-MoE", "Nemotron 3 latent experts", "Kimi Linear", "GLM-5.3-Flash", "Ling 3.0")
+OF_STATES = ("Qwen3.5-MoE", "Nemotron 3 latent experts", "Kimi Linear", "GLM-5.3-Flash", "Ling 3.0", "Inkling")
 OFTEN = [("gpt-oss", 2), ("Qwen2-MoE", 3)]
 CASES = [(name, size) for name in (*MIXTURES, *OF_STATES) for size in (2, 3) if size == 2 or name in UNEVEN]
 

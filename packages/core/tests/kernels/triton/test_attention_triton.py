@@ -16,6 +16,7 @@ from candle_vllm.core.kernels.attention.backend import AttentionNeeds, Backend
 from candle_vllm.core.kernels.attention.backends import choose
 from candle_vllm.core.kernels.attention.rows import AttentionRows, DeviceRows
 from candle_vllm.core.kernels.attention.triton import paged_attention
+from candle_vllm.core.kernels.attention.triton_relative import relative_logits
 from candle_vllm.core.kernels.kv_write.scaled_rows import SCALE, codes_and_scales, write_rows
 from tests.common_run import few
 
@@ -154,6 +155,21 @@ def test_scores_fall_with_distance(device: torch.device, kind: str | None, optio
     slopes = torch.tensor([0.5, 0.0, 0.03, 0.7, 0.001, 0.2], device=device)
     check(step, slopes=slopes, **options)
     check(step, decodes=0, slopes=slopes, **options)
+
+
+@pytest.mark.one_of_each
+@pytest.mark.parametrize("options", [{}, {"window": 30, "softcap": 2.0}])
+@pytest.mark.parametrize(("kind", "dtype"), [(None, torch.float32), (None, torch.float16), ("int8", torch.float16)])
+def test_relative_logits(device: torch.device, kind: str | None, dtype: torch.dtype, options: dict) -> None:
+    """Of distances within the profiles and beyond, in decodes of one split and of several, and in prompts."""
+    shape = {"heads": 6, "kv_heads": 2, "dim": 32, "dtype": dtype}
+    step = make_step(device, (200, 300, 1, 40, 60), (1, 1, 1, 40, 30), **shape)
+    step = step if kind is None else scaled(step, SCALED[kind])
+    relative = random(73, 6, 5, dtype=dtype, seed=1).to(device), random(5, 70, seed=2).to(device)
+    check(step, relative=relative, **options)
+    check(step, decodes=0, relative=relative, **options)
+    some = relative_logits(relative[0][40:43], relative[1])
+    assert torch.equal(some, relative_logits(*relative)[40:43]), "they depend on their own token alone"
 
 
 def test_a_single_token_as_a_prompt(device: torch.device) -> None:

@@ -67,9 +67,10 @@ class Recorded(ABC):
 
     @abstractmethod
     def __add__(self, other: Recorded) -> Recorded:
-        """Return the sum with `other`, not computed yet: a product, the experts' sum, looked-up rows or a norm.
+        """Return the sum with `other`: a product, the experts' sum, looked-up rows or a norm, or a computed value.
 
-        The sum overwrites this value, unless neither is computed yet, or only `other` consists of just the wanted rows.
+        A product and the like are added while they are computed. The sum overwrites this value, unless neither is
+        computed yet, or only `other` consists of just the wanted rows.
         """
 
     @abstractmethod

@@ -126,6 +126,7 @@ class StepInput:
 class PagedAttention:
     """QK norm, RoPE, KV-cache write and attention: q [T, H, D], k and v [T, K, D] -> [T, H, D].
 
+    `relative` is the relative logits' r [T, H, P] and profiles [P, X] (`kernels/attention`); None without them.
     A layer that reads the cache of another layer (`SharedKVSpec`) is called without k and v, and writes nothing.
 
     Args:
@@ -176,11 +177,19 @@ class PagedAttention:
         self.cache_scales = k, v = placement.empty(1), placement.empty(1)
         k[0], v[0] = keys, values
 
-    def __call__(self, q: Value, k: Value | None, v: Value | None, step: StepInput) -> Value:
+    def __call__(
+        self,
+        q: Value,
+        k: Value | None,
+        v: Value | None,
+        step: StepInput,
+        relative: tuple[Value, Value] | None = None,
+    ) -> Value:
         assert k is not None or (self.k_norm is None and not self.norms_behind)
         cache = step.caches[self.layer]
         scores = {"scale": self.scale, "window": self.window, "softcap": self.softcap, "sinks": self.sinks}
         scores |= {} if self.slopes is None else {"slopes": self.slopes}
+        scores |= {} if relative is None else {"relative": relative}
         norms, scales = None, step.cache_scales and (self.cache_scales or step.cache_scales)
         rotary = self.rotary
         if self.norms_behind and rotary is not None and k is not None:

@@ -57,6 +57,7 @@ class ModelConfig:
         attention_softcap: soft cap of attention scores in every layer; None without a cap.
         attention_sinks: whether heads have sinks, see `kernels/attention`.
         slopes: ALiBi slope of each head: slope times distance is subtracted from a score; empty without ALiBi.
+        relative_logits: whether scores have relative logits, see `kernels/attention`.
         num_experts: number of experts of a layer; 0 for a model without experts.
         interleaved_rotary: q and k rows are stored in interleaved pairs, and are reordered to half-split order.
         has_head: the model generates text; otherwise it has no output layer, and computes embeddings or scores.
@@ -84,6 +85,7 @@ class ModelConfig:
     attention_softcap: float | None = None
     attention_sinks: bool = False
     slopes: tuple[float, ...] = ()
+    relative_logits: bool = False
     num_experts: int = 0
     interleaved_rotary: bool = False
     has_head: bool = True

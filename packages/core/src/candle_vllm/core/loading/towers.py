@@ -46,6 +46,7 @@ TOWERS: Mapping[str, Mapping[str, str]] = MappingProxyType(
         "Gemma3nForConditionalGeneration": {"gemma3n_text": "Gemma3nForCausalLM"},
         "Gemma4ForConditionalGeneration": {"gemma4_text": "Gemma4ForCausalLM"},
         "Gemma4UnifiedForConditionalGeneration": {"gemma4_unified_text": "Gemma4UnifiedForCausalLM"},
+        "InklingForConditionalGeneration": dict.fromkeys(("inkling_text", "inkling_model"), "InklingForCausalLM"),
         "InternVLChatModel": _INTERNVL,  # the class of the original repositories
         "InternVLForConditionalGeneration": _INTERNVL,
         "KimiK25ForConditionalGeneration": _KIMI,

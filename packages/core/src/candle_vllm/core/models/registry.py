@@ -62,6 +62,7 @@ FAMILIES = (
     "jamba",
     "kimi_linear",
     "glm5_next",
+    "inkling",
     "olmo",
     "olmo2",
     "olmoe",
@@ -114,6 +115,7 @@ NOT_BUILT = frozenset(
     | {"Qwen4ExpForCausalLM", "Qwen4ExpForConditionalGeneration", "qwen4exp"}
     | {"RWKV7ForCausalLM", "rwkv7"}
     | {"BailingMoeV2_5ForCausalLM"}
+    | {"Inkling2ForCausalLM", "Inkling2ForConditionalGeneration"}
     | {"UnlimitedOcrForConditionalGeneration", "UnlimitedOCRForCausalLM"}
     | {"MiniMaxM3VLForCausalLM", "MiniMaxM3SparseForCausalLM", "MiniMaxM3SparseForConditionalGeneration", "minimax-m3"}
 )
@@ -162,7 +164,7 @@ TOWER_FAMILIES = (
     "llava_onevision_tower", "llava_next_tower", "hunyuan_tower", "minicpmv_tower", "kimi_tower", "deepseek_ocr2_tower",
     "paligemma_tower", "minicpmv_canvas", "cohere2_vision_tower", "aya_vision_tower", "deepseek_ocr_tower",
     "granite4_vision_tower", "phi3v_tower", "got_ocr2_tower", "got_tower", "glm5_next_tower",
-    "exaone4_5_tower",
+    "exaone4_5_tower", "inkling_tower",
 )  # fmt: skip
 """The files of this folder with a `TowerFamily` as `FAMILY`."""
 

@@ -119,7 +119,7 @@ REASONING_FORMATS: tuple[ReasoningFormat, ...] = (
         "<|content_thinking|>",
         "<|end_message|>",
         flow=Blocks(),
-        model_types=words("inkling_mm_model inkling_model"),
+        model_types=words("inkling_mm_model inkling_model inkling_text"),
     ),
     ReasoningFormat(
         "muse", "to=self<|message|>", "<|eom|>", flow=MUSE, aliases=("muse_glimmer",), model_types=("muse_glimmer",)

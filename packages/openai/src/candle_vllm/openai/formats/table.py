@@ -281,7 +281,7 @@ TOOL_FORMATS: tuple[ToolFormat, ...] = (
         bodies=(shapes.invokes("</dots_function_call>"), JsonCalls(closers=("</dots_function_call>",))),
     ),
     ToolFormat("openai", flow=Harmony(), aliases=("gpt_oss", "harmony"), model_types=("gpt_oss",)),
-    ToolFormat("inkling", flow=Blocks(), model_types=shapes.words("inkling_mm_model inkling_model")),
+    ToolFormat("inkling", flow=Blocks(), model_types=shapes.words("inkling_mm_model inkling_model inkling_text")),
     ToolFormat("muse", flow=shapes.MUSE, aliases=("muse_glimmer",), model_types=("muse_glimmer",)),
     ToolFormat(
         "solar",

@@ -237,7 +237,7 @@ def _needs(config: EngineConfig, loaded: LoadedModel) -> AttentionNeeds:
         chunks=getattr(model, "chunked", False),
         soft_caps=model.attention_softcap is not None,
         sinks=model.attention_sinks,
-        slopes=bool(model.slopes),
+        slopes=bool(model.slopes) or model.relative_logits,
         cache_dtype=config.kv_cache_dtype,
         deterministic=config.deterministic,
     )

@@ -8,8 +8,10 @@ the tokens to sequences, and sequences to blocks. The token at position p attend
 only to p - w + 1..p; with a window -w (chunked attention), to floor(p / w) * w..p. With a soft cap c, a score s becomes
 c * tanh(s / c) before it is masked. With sinks [H] fp32, the softmax of each head has one more score, the head's sink:
 it is not capped, is never masked, and has no value. With slopes [H] fp32 (ALiBi), a head's slope times the distance of
-query and key is subtracted from a score after the soft cap. With `rows.ahead`, which GPU kernels ignore, a token of an
-image or a prefix also attends to later ones of it. Scores and sums are fp32. The result y [T, H, D] has q's dtype.
+query and key is subtracted from a score after the soft cap. With relative logits (r [T, H, P], profiles [P, X] fp32) a
+score gets the sum over j of r[t, h, j] * profiles[j, d] after the soft cap, if the distance d of query and key is from
+0 to X - 1. With `rows.ahead`, which GPU kernels ignore, a token of an image or a prefix also attends to later ones of
+it. Scores and sums are fp32. The result y [T, H, D] has q's dtype.
 
 A float8_e4m3fn cache, as `kernels/kv_write` writes it, needs `cache_scales`: two tensors [1] float32, the factor of all
 keys and that of all values. A cache with a scale for each key and value is [B, S, K, D + 4] and has no
@@ -22,7 +24,8 @@ of y from query_start[R] on are then undefined, and sequences without context am
 `rows.decoding`, the number of decoding sequences is on the device too, so one captured launch works for every mix of
 decodes and prompts; padding sequences without tokens write nothing.
 Sources: Vaswani et al., 2017, arXiv:1706.03762; Kwon et al., 2023, arXiv:2309.06180 (pages); Gemma Team, 2024,
-arXiv:2408.00118 (soft cap); OpenAI, 2025, arXiv:2508.10925 (sinks); Press et al., 2021, arXiv:2108.12409 (ALiBi).
+arXiv:2408.00118 (soft cap); OpenAI, 2025, arXiv:2508.10925 (sinks); Press et al., 2021, arXiv:2108.12409 (ALiBi);
+transformers' `InklingRelativeLogits`.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ class AttentionNeeds:
         chunks: whether any layer has chunked attention.
         soft_caps: whether a layer caps its scores.
         sinks: whether a layer's heads have sinks.
-        slopes: whether a layer's scores decrease with distance (ALiBi).
+        slopes: whether a layer's scores change with distance (ALiBi, relative logits).
         cache_dtype: type of keys and values, a value of `EngineConfig.kv_cache_dtype`.
         deterministic: whether a result must not depend on the rest of the step, nor on the chunks of a prompt.
     """
@@ -85,7 +85,7 @@ def flash_refusal(needs: AttentionNeeds) -> str | None:
     if needs.sinks:
         return "FlashAttention does not support attention sinks"
     if needs.slopes or needs.chunks:
-        return "FlashAttention is not used with ALiBi or chunked attention"
+        return "FlashAttention is not used with ALiBi, relative logits or chunked attention"
     if needs.cache_dtype != "auto":
         return f"FlashAttention does not read a cache of {needs.cache_dtype} with queries of another type"
     if torch.version.hip is not None:

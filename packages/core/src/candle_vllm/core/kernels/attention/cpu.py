@@ -61,6 +61,7 @@ from candle_vllm.core.kernels.attention.cpu_squares import (
     value_squares,
 )
 from candle_vllm.core.kernels.attention.cpu_tiles import (
+    add_relative,
     add_sink,
     cap_scores,
     clear_partial,
@@ -151,11 +152,16 @@ def _gather_queries(
 
 @njit(inline="always")
 def _fall(scores: int, chunk, positions: int, row: int) -> None:
-    """With ALiBi, subtract the head's slope times the keys' distances from the scores of row `row`."""
-    start, _, count, _, slopes, group, first = chunk
+    """Change the scores of row `row` by the keys' distances, with ALiBi or relative logits."""
+    start, _, count, _, slopes, group, first, relative = chunk
     if slopes != 0:
         slope = slopes + 4 * ((first + row) % group)
         fall_with_distance(scores + row * SCORE_STRIDE, count, slope, int64_at(positions)[row] - start)
+    states, stride, profiles, number, size = relative
+    distance = int64_at(positions)[row] - start
+    if states != 0 and distance - LANES * count < size - 2 * LANES:  # otherwise all keys are beyond the profiles
+        states += 4 * ((first + row) // group * stride + (first + row) % group * number)
+        add_relative(scores + row * SCORE_STRIDE, count, states, profiles, number, size, distance)
 
 
 @njit(inline="always")
@@ -164,7 +170,9 @@ def _attend_rows(memory, chunk, to, size, rows, stride, cap, dim, keys_as, value
 
     `memory` is six addresses: queries, positions, list of tiles, list of tiles to prefetch, scores and probabilities.
     `chunk` is its first position, its numbers of keys and of tiles, the window, the address of the slopes of the KV
-    head's query heads (0 without ALiBi), the number of these heads, and the index of the first row in the sequence.
+    head's query heads (0 without ALiBi), the number of these heads, the index of the first row in the sequence, and the
+    relative logits: address and row stride of the states of the sequence and the KV head (0 without them), address of
+    the profiles, their number and size.
     """
     queries, positions, tiles, coming, scores, probabilities = memory
     start, keys, count, window = chunk[:4]
@@ -264,6 +272,10 @@ def make_attend(head_dim: int, isa: int, keys_as: int, values_as: int) -> Callab
                 rest //= runs
                 head = first_head + rest % own_heads
                 slopes = given.slopes + 4 * head * group if given.slopes != 0 else 0
+                states_at = given.relative
+                if states_at != 0:
+                    states_at += 4 * (token * given.relative_stride + head * group * given.profile_count)
+                relative = states_at, given.relative_stride, given.profiles, given.profile_count, given.profile_size
                 tile = rest // own_heads
                 first = tile * ROW_TILE
                 rows = min(ROW_TILE, all_rows - first)
@@ -336,7 +348,7 @@ def make_attend(head_dim: int, isa: int, keys_as: int, values_as: int) -> Callab
                             target = to + i * row_bytes
                         ask = coming if asked and i == 0 else tiles
                         memory = queries + i * row_query, positions + 8 * i, tiles, ask, scores, probabilities
-                        seen_keys = start, keys, count, window, slopes, group, first + i
+                        seen_keys = start, keys, count, window, slopes, group, first + i, relative
                         attend_block(
                             memory,
                             seen_keys,

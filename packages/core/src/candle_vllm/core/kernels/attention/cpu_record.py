@@ -18,7 +18,7 @@ from candle_vllm.core.kernels.attention.cpu_cache import (
     stretch_step,
 )
 from candle_vllm.core.kernels.attention.rows import WindowedCache
-from candle_vllm.core.kernels.cpu_runtime.level import Isa
+from candle_vllm.core.kernels.cpu_runtime.level import LANES, Isa
 from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of, operation
 from candle_vllm.core.kernels.cpu_runtime.recorder import MeasuredKeys
 from candle_vllm.core.kernels.kv_write import WriteArguments, measure_operation, rotate_and_write_operation
@@ -26,6 +26,7 @@ from candle_vllm.core.kernels.kv_write import WriteArguments, measure_operation,
 if TYPE_CHECKING:
     from candle_vllm.core.kernels.attention.rows import PagedCache
     from candle_vllm.core.kernels.cpu_runtime.recorder import Recorder
+    from candle_vllm.core.kernels.recorded import Recorded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Scores:
     narrows: bool = False
     causal: bool = False
     slopes: NDArray[np.float32] | None = None
+    relative: tuple[Recorded, NDArray[np.float32]] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +74,7 @@ def record_attention(
     scores: Scores,
     tables: tuple[NDArray[np.float32], NDArray[np.float32]] | None,
     out: int,
+    relative: tuple[int, int] = (0, 0),
 ) -> None:
     """Record rotation of q and k, the write of k and v to the cache, attention, and the merge of partial results.
 
@@ -79,6 +82,7 @@ def record_attention(
         cache: the layer's cache, in the layout of `cpu_cache.py`.
         tables: cos and sin, a row for each position and a column for each rotated pair; None without rotation.
         out: address of the result, contiguous float32 [T, H, D]; T is the number of tokens that are computed.
+        relative: address and row stride in floats of `scores.relative[0]`.
     """
     queries = recorder.memory(qkv.heads * qkv.head_dim, np.int16)
     _record_write(recorder, qkv, cache, scores, tables, address_of(queries))
@@ -92,6 +96,10 @@ def record_attention(
         words = qkv.heads * dim // 2
         recorder.pick_rows((address_of(every), words), words, (address_of(queries), words))
     keys, values = cache.kinds or PLAIN
+    profiles = np.zeros((0, 0), np.float32) if scores.relative is None else scores.relative[1]
+    assert scores.relative is None or not (scores.narrows or narrow)
+    # from the longest distance to 0, so that the profiles of following keys follow; zeros are beyond both ends
+    mirrored = np.pad(profiles[:, ::-1] * np.float32(LOG2E), ((0, 0), (LANES, LANES)))
     size = scratch_bytes(
         max_tokens=limits.tokens,
         max_seqs=limits.sequences,
@@ -122,6 +130,11 @@ def record_attention(
         ahead=address_of(arrays.ahead) if limits.ahead and not (scores.causal or scores.narrows or narrow) else 0,
         head_gap=head_gap(cache.keys.strides, limits.block_size, dim, keys),
         ranks=recorder.ranks if limits.ranks is not None and limits.ranks.divides(kv_heads) else 0,
+        relative=relative[0],
+        relative_stride=relative[1],
+        profiles=recorder.keep(mirrored),
+        profile_count=len(mirrored),
+        profile_size=mirrored.shape[1],
     )
     recorder.add(attend_operation(dim, recorder.isa, keys, values), attended)
     recorder.add(merge_operation(dim, values), attended)
@@ -200,6 +213,10 @@ class AttendArguments(NamedTuple):
         head_gap: see `cpu_cache.head_gap`.
         ranks: see `rank_of`; 0 if the heads are not divided among ranks.
         slopes: address of float32 [H], each head's ALiBi slope times log2(e); 0 without ALiBi.
+        relative, relative_stride: address and row stride in floats of float32 [T, H * P]; 0 without relative logits.
+        profiles: address of float32 [P, profile_size]: the profiles times log2(e), the longest distance first, between
+            `LANES` zeros.
+        profile_count: P.
     """
 
     q: int
@@ -223,6 +240,11 @@ class AttendArguments(NamedTuple):
     head_gap: int = 0
     ranks: int = 0
     slopes: int = 0
+    relative: int = 0
+    relative_stride: int = 0
+    profiles: int = 0
+    profile_count: int = 0
+    profile_size: int = 0
 
 
 def attend_operation(head_dim: int, isa: Isa, keys: CacheKind, values: CacheKind) -> int:

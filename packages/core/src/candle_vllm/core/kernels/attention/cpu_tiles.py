@@ -361,6 +361,31 @@ def fall_with_distance(e: Emitter, scores: Int, tiles: Int, slope: Int, distance
 
 
 @emitted
+def add_relative(
+    e: Emitter, scores: Int, tiles: Int, states: Int, profiles: Int, count: Int, size: Int, distance: Int
+) -> None:
+    """Add relative logits to a row's scores; `count` states are at `states`, profiles [count, size] at `profiles`.
+
+    `distance` is the first key's distance. Keys at other distances than the profiles have read the zeros at their ends.
+    """
+    b, last = e.b, e.b.sub(size, e.int64(LANES))
+    first = b.sub(b.sub(last, e.int64(1)), distance)
+    with e.each(tiles) as tile:
+        at = b.add(scores, b.shl(tile, e.int64(6)))
+        place = b.add(first, b.shl(tile, e.int64(4)))
+        place = b.select(b.icmp_signed("<", place, e.int64(0)), e.int64(0), place)
+        place = b.select(b.icmp_signed(">", place, last), last, place)
+        row = b.add(profiles, b.shl(place, e.int64(2)))
+
+        def add(number: Any, total: list[Any], row: Any = row) -> list[Any]:
+            state = e.splat(e.load(b.add(states, b.shl(number, e.int64(2))), F32))
+            profile = e.load(b.add(row, b.shl(b.mul(number, size), e.int64(2))), vector(F32))
+            return [e.fma(state, profile, total[0])]
+
+        e.store(at, *e.loop(count, [e.load(at, vector(F32))], add))
+
+
+@emitted
 def clear_partial(e: Emitter, partial: Int, dim: int) -> None:
     """Initialise a partial result that has no keys yet."""
     end = state_at(dim)

@@ -27,6 +27,7 @@ def paged_attention(
     cache_scales: tuple[torch.Tensor, torch.Tensor] | None = None,
     sinks: torch.Tensor | None = None,
     slopes: torch.Tensor | None = None,
+    relative: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """See the contract in `kernels/attention`."""
     out = torch.empty_like(q)
@@ -45,8 +46,9 @@ def paged_attention(
         for first in range(start, end, _QUERIES):
             last = min(first + _QUERIES, end)
             ahead = None if rows.ahead is None else rows.ahead[first:last, None]
+            mine = None if relative is None else (relative[0][first:last], relative[1])
             out[first:last] = _attend(
-                q[first:last], k, v, context - (end - first), scale, window, softcap, sinks, slopes, ahead
+                q[first:last], k, v, context - (end - first), scale, window, softcap, sinks, slopes, mine, ahead
             )
     return out
 
@@ -54,6 +56,13 @@ def paged_attention(
 def first_seen(position: Any, window: int) -> Any:
     """Return the first position that a token at `position` attends to; a result below 0 means position 0."""
     return position // -window * -window if window < 0 else position - window + 1
+
+
+def relative_logits(states: torch.Tensor, profiles: torch.Tensor, distance: torch.Tensor) -> torch.Tensor:
+    """Return the relative logits [Q, H, C] fp32 of states [Q, H, P] for distances [Q, C] of queries and keys."""
+    made, last = states.float() @ profiles, profiles.shape[1] - 1
+    places = distance.clamp(0, last)[:, None].expand(-1, made.shape[1], -1)
+    return made.gather(-1, places).masked_fill_(((distance < 0) | (distance > last))[:, None], 0)
 
 
 def blocks_of(cache: torch.Tensor, tables: torch.Tensor, dim: int) -> torch.Tensor:
@@ -73,6 +82,7 @@ def _attend(
     softcap: float | None,
     sinks: torch.Tensor | None,
     slopes: torch.Tensor | None,
+    relative: tuple[torch.Tensor, torch.Tensor] | None,
     ahead: torch.Tensor | None,
 ) -> torch.Tensor:
     """Compute attention [Q, H, D] of q [Q, H, D] at `position`, `position` + 1, ...; k, v [K, C, D]; ahead [Q, 1]."""
@@ -87,6 +97,8 @@ def _attend(
     if slopes is not None:
         lost = slopes.float().view(kv_heads, -1, 1, 1) * (at - seen)  # [K, G, Q, C]
         scores.sub_(lost.flatten(1, 2))
+    if relative is not None:
+        scores.add_(relative_logits(*relative, at - seen).transpose(0, 1).reshape(scores.shape))
     hidden = seen > (at if ahead is None else at + ahead)
     if window is not None:
         hidden |= seen < first_seen(at, window)

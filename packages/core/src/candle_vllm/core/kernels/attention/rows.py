@@ -22,6 +22,7 @@ class ScoreOptions(TypedDict, total=False):
     cache_scales: tuple[torch.Tensor, torch.Tensor] | None
     sinks: torch.Tensor | None
     slopes: torch.Tensor | None
+    relative: tuple[torch.Tensor, torch.Tensor] | None
 
 
 class _Arrays(NamedTuple):

@@ -28,13 +28,18 @@ def paged_attention(
     """See the contract in `kernels/attention`."""
     starts, counts = rows.query_start, [end - start for start, end in itertools.pairwise(rows.query_start)]
     single = [row for row, count in enumerate(counts) if count == 1 and rows.context_lens[row]]
-    plain = all(options.get(each) is None for each in ("softcap", "cache_scales", "sinks", "slopes"))
+    plain = all(options.get(each) is None for each in ("softcap", "cache_scales", "sinks", "slopes", "relative"))
     if counts == [1] and single and plain and rows.ahead is None:
         return _attend_one(q, (key_cache, value_cache), rows, options["scale"], options.get("window"))
     if len(single) < 2:
         return reference.paged_attention(q, key_cache, value_cache, rows, **options)
     size, kv_heads, dim = *key_cache.shape[1:3], q.shape[2]
     out = torch.zeros_like(q)  # padding rows, which have no context, get zeros
+    relative = options.pop("relative", None)
+
+    def picked(tokens: Any) -> Any:
+        return None if relative is None else (relative[0][tokens], relative[1])
+
     single.sort(key=lambda row: rows.context_lens[row])  # sequences of similar lengths need little padding
     while single:
         blocks = -(-rows.context_lens[single[-1]] // size)
@@ -43,10 +48,11 @@ def paged_attention(
         tokens = torch.tensor([starts[row] for row in together], device=q.device)
         contexts = torch.tensor([rows.context_lens[row] for row in together], device=q.device)
         tables = rows.block_tables[torch.tensor(together, device=q.device), :blocks]
-        out[tokens] = _attend(q[tokens], key_cache, value_cache, tables, contexts, **options)
+        out[tokens] = _attend(q[tokens], key_cache, value_cache, tables, contexts, relative=picked(tokens), **options)
     for row, count in enumerate(counts):
         if count > 1:
             tokens, alone = slice(starts[row], starts[row + 1]), _row(rows, row)
+            options["relative"] = picked(tokens)
             out[tokens] = reference.paged_attention(q[tokens], key_cache, value_cache, alone, **options)
     return out
 
@@ -82,6 +88,7 @@ def _attend(
     cache_scales: tuple[torch.Tensor, torch.Tensor] | None = None,
     sinks: torch.Tensor | None = None,
     slopes: torch.Tensor | None = None,
+    relative: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Compute attention [R, H, D] of q [R, H, D], a token for each sequence; tables [R, blocks], contexts [R]."""
     count, heads, dim = q.shape
@@ -102,6 +109,8 @@ def _attend(
         scores.div_(softcap).tanh_().mul_(softcap)
     if slopes is not None:
         scores.sub_(slopes.float().view(kv_heads, -1, 1) * (contexts[:, None] - 1 - at)[:, None, None])
+    if relative is not None:
+        scores.add_(reference.relative_logits(*relative, contexts[:, None] - 1 - at).view(scores.shape))
     scores.masked_fill_(hidden[:, None, None], float("-inf"))
     if sinks is None:
         weights = scores.softmax(-1)

@@ -10,13 +10,14 @@ split is some consecutive tiles of a sequence, and an item is one split of one K
 
 from __future__ import annotations
 
-from typing import Unpack
+from typing import Any, Unpack
 
 import torch
 
 from candle_vllm.core.kernels.attention.rows import DeviceRows, ScoreOptions
 from candle_vllm.core.kernels.attention.triton_decode import decode
 from candle_vllm.core.kernels.attention.triton_prefill import prefill
+from candle_vllm.core.kernels.attention.triton_relative import relative_logits
 from candle_vllm.core.kernels.kv_write.scaled_rows import has_row_scales
 from candle_vllm.core.kernels.kv_write.triton import check_scaled
 
@@ -39,7 +40,9 @@ def paged_attention(
             assert of_heads.dtype == torch.float32
             assert of_heads.is_contiguous()
             assert of_heads.device == q.device
-    softcap = scores.get("softcap")
+    softcap, options = scores.get("softcap"), dict[str, Any](scores)
+    given = options.pop("relative", None)
+    relative = None if given is None else relative_logits(*given)
     assert scores["scale"] > 0
     assert scores.get("window") != 0
     assert softcap is None or softcap > 0
@@ -53,7 +56,8 @@ def paged_attention(
             out[:n],
             rows.context_lens[:n],
             rows.block_tables[:n],
-            **scores,
+            **options,
+            relative=None if relative is None else relative[:n],
             decoding=rows.decoding,
             lists=rows.lists,
         )
@@ -68,7 +72,8 @@ def paged_attention(
             rows.context_lens[first:],
             rows.block_tables[first:],
             tokens - first,
-            **scores,
+            **options,
+            relative=relative,
             decoding=rows.decoding,
         )
     return out

@@ -68,6 +68,7 @@ def decode_kernel(
     value_scale,  # [1] fp32
     sinks,  # [H] fp32, read with SINKS
     slopes,  # [H] fp32, or None
+    relative,  # [R, H, EXTENT] fp32, relative logits, or None
     scale,
     cap,
     first,
@@ -81,6 +82,7 @@ def decode_kernel(
     DP: tl.constexpr,  # D rounded up to a power of two, at least 16, as products need
     S: tl.constexpr,
     WINDOW: tl.constexpr,  # 0 without a window
+    EXTENT: tl.constexpr,  # 0 without relative logits
     CAP: tl.constexpr,
     FP8: tl.constexpr,
     EXTRA: tl.constexpr,  # bytes of scales in a block
@@ -133,6 +135,10 @@ def decode_kernel(
         bias = None
         if slopes is not None:
             bias = tl.load(slopes + head * G + lines, mask=lines < G, other=0.0) * (1.4426950408889634 / factor)
+        logits = relative
+        if EXTENT:
+            logits = relative + row.to(tl.int64) * (K * G * EXTENT)
+            bias = (head * G + tl.minimum(lines, G - 1)) * EXTENT
 
         tops = tl.full([GP], float("-inf"), tl.float32)
         sums = tl.zeros([GP], tl.float32)
@@ -151,7 +157,22 @@ def decode_kernel(
                     k_scales = load_scales(key_cache, slots, at, end, head, K, D, S, key_unit(stored), True)
                     v_scales = load_scales(value_cache, slots, at, end, head, K, D, S, value_unit(stored), True)
                 tops, sums, weights, keep = weigh_tile(
-                    queries, tops, sums, k, k_scales, positions, at, factor, cap_in, cap, bias, CAP, WINDOW, True
+                    queries,
+                    tops,
+                    sums,
+                    k,
+                    k_scales,
+                    positions,
+                    at,
+                    factor,
+                    cap_in,
+                    cap,
+                    bias,
+                    logits,
+                    CAP,
+                    WINDOW,
+                    EXTENT,
+                    True,
                 )
                 low, high = unpack_pairs(pairs, stored, queries.dtype)
                 even = add_values(weights, low, v_scales, even, keep)
@@ -178,8 +199,10 @@ def decode_kernel(
                     cap_in,
                     cap,
                     bias,
+                    logits,
                     CAP,
                     WINDOW,
+                    EXTENT,
                     True,
                 )
         values = values * out_factor
@@ -290,12 +313,14 @@ def decode(
     cache_scales: tuple[torch.Tensor, torch.Tensor] | None = None,
     sinks: torch.Tensor | None = None,
     slopes: torch.Tensor | None = None,
+    relative: torch.Tensor | None = None,
     decoding: torch.Tensor | None,
     lists: dict[tuple[int, ...], torch.Tensor],
 ) -> None:
     """Compute attention for one token per sequence: token r of q belongs to sequence r. The caller checks arguments.
 
-    Writes `out`; with `decoding`, only its first decoding[0] rows. `lists` is `DeviceRows.lists`.
+    Writes `out`; with `decoding`, only its first decoding[0] rows. `lists` is `DeviceRows.lists`; `relative` are the
+    relative logits [R, H, X] fp32.
     """
     heads, dim = q.shape[1:]
     block_size, kv_heads = key_cache.shape[1:3]
@@ -308,6 +333,7 @@ def decode(
     states = torch.empty(rows, shape.splits, heads, 2, dtype=torch.float32, device=q.device)
     flags = (softcap is not None, sinks is not None)
     constants = _constants(shape, kv_heads, heads // kv_heads, dim, block_size, window or 0, *flags)
+    constants["EXTENT"] = 0 if relative is None else relative.shape[2]
     merging = _merge_constants(constants)
     items = list_items(lists, context_lens, decoding, merging) if triton_items.ITEM_LIST else None
     for start in range(0, q.shape[0], most):
@@ -328,6 +354,7 @@ def decode(
             cache_scales[1] if cache_scales else None,
             sinks,
             slopes,
+            None if relative is None else relative[start:],
             scale,
             softcap or 0.0,
             start,

@@ -81,6 +81,7 @@ def attend_keys(
     cap_in,
     cap,
     bias,
+    logits,
     K: tl.constexpr,
     D: tl.constexpr,
     DP: tl.constexpr,
@@ -88,6 +89,7 @@ def attend_keys(
     EXTRA: tl.constexpr,
     CAP: tl.constexpr,
     WINDOW: tl.constexpr,
+    EXTENT: tl.constexpr,
     BLOCK_N: tl.constexpr,
     ENDS: tl.constexpr,  # some keys of the tile may be beyond the end
     MASKED: tl.constexpr,  # some rows may not attend to some keys of the tile
@@ -118,8 +120,10 @@ def attend_keys(
         cap_in,
         cap,
         bias,
+        logits,
         CAP,
         WINDOW,
+        EXTENT,
         MASKED,
     )
 
@@ -142,6 +146,7 @@ def prefill_kernel(
     value_scale,  # [1] fp32
     sinks,  # [H] fp32, read with SINKS
     slopes,  # [H] fp32, or None
+    relative,  # [T, H, EXTENT] fp32, relative logits, or None
     scale,
     cap,
     rows,
@@ -153,6 +158,7 @@ def prefill_kernel(
     DP: tl.constexpr,  # D rounded up to a power of two, at least 16, as products need
     S: tl.constexpr,
     WINDOW: tl.constexpr,  # 0 without a window
+    EXTENT: tl.constexpr,  # 0 without relative logits
     CAP: tl.constexpr,
     FP8: tl.constexpr,
     EXTRA: tl.constexpr,  # bytes of scales in a block
@@ -212,6 +218,11 @@ def prefill_kernel(
         bias = None
         if slopes is not None:
             bias = tl.load(slopes + heads, mask=lines < BLOCK_Q * G, other=0.0) * (1.4426950408889634 / factor)
+        logits = relative
+        if EXTENT:
+            logits = relative + (start + tile * BLOCK_Q).to(tl.int64) * (K * G * EXTENT)
+            there = (lines < BLOCK_Q * G) & (tokens < count)
+            bias = tl.where(there, lines // G * (K * G) + heads, 0) * EXTENT
 
         tops = tl.full([BLOCK_M], float("-inf"), tl.float32)
         sums = tl.zeros([BLOCK_M], tl.float32)
@@ -220,17 +231,17 @@ def prefill_kernel(
             for at in range(begin, unmasked, BLOCK_N):
                 tops, sums, values = attend_keys(
                     queries, tops, sums, values, key_cache, value_cache, table, at, last + 1, head, positions,
-                    factor, cap_in, cap, bias, K, D, DP, S, EXTRA, CAP, WINDOW, BLOCK_N, False, True
+                    factor, cap_in, cap, bias, logits, K, D, DP, S, EXTRA, CAP, WINDOW, EXTENT, BLOCK_N, False, True
                 )  # fmt: skip
         for at in range(unmasked, whole, BLOCK_N):
             tops, sums, values = attend_keys(
                 queries, tops, sums, values, key_cache, value_cache, table, at, last + 1, head, positions, factor,
-                cap_in, cap, bias, K, D, DP, S, EXTRA, CAP, WINDOW, BLOCK_N, False, False
+                cap_in, cap, bias, logits, K, D, DP, S, EXTRA, CAP, WINDOW, EXTENT, BLOCK_N, False, False
             )  # fmt: skip
         for at in range(whole, last + 1, BLOCK_N):
             tops, sums, values = attend_keys(
                 queries, tops, sums, values, key_cache, value_cache, table, at, last + 1, head, positions, factor,
-                cap_in, cap, bias, K, D, DP, S, EXTRA, CAP, WINDOW, BLOCK_N, True, True
+                cap_in, cap, bias, logits, K, D, DP, S, EXTRA, CAP, WINDOW, EXTENT, BLOCK_N, True, True
             )  # fmt: skip
         if SINKS:
             sink = tl.load(sinks + heads, mask=lines < BLOCK_Q * G, other=0.0) * 1.4426950408889634
@@ -251,15 +262,17 @@ class Tiles:
     num_stages: int
 
 
-def tiles(padded_dim: int, bytes_per_number: int, group: int, capability: int) -> Tiles:
-    """Choose by the shape of a head and the GPU alone, never by the batch.
+def tiles(padded_dim: int, bytes_per_number: int, group: int, capability: int, *, relative: bool = False) -> Tiles:
+    """Choose by the shape of a head, the GPU and whether there are relative logits alone, never by the batch.
 
     Not measured yet: the largest tiles that do not spill registers and, except on Hopper and data-centre Blackwell, fit
     in 99 KiB of shared memory. Of five pipeline stages, two or three load tiles; the others read the block table.
     """
     if bytes_per_number == 4 or capability < TENSOR_CORES:
-        warps = 4 if padded_dim > 128 and bytes_per_number != 4 else 8
+        warps = 4 if (padded_dim > 128 or relative) and bytes_per_number != 4 else 8
         return Tiles(max(16, next_power_of_2(group)), 16, warps, 2)
+    if relative and padded_dim <= 256:  # the addresses of logits need registers
+        return Tiles(max(64, next_power_of_2(group)), 32, 8, 4)
     if padded_dim <= 64:
         return Tiles(128, 64, 8, 5)
     if padded_dim > 256:
@@ -286,17 +299,20 @@ def prefill(
     cache_scales: tuple[torch.Tensor, torch.Tensor] | None = None,
     sinks: torch.Tensor | None = None,
     slopes: torch.Tensor | None = None,
+    relative: torch.Tensor | None = None,
     decoding: torch.Tensor | None,
 ) -> None:
     """Write `out` from row query_start[0] to query_start[-1] - 1, at most `tokens` rows. The caller checks arguments.
 
-    With `decoding`, begin at query_start[decoding[0]]: earlier rows are not changed.
+    With `decoding`, begin at query_start[decoding[0]]: earlier rows are not changed. `relative` are the relative logits
+    [T, H, X] fp32.
     """
     rows = context_lens.shape[0]
     block_size, kv_heads, dim = *key_cache.shape[1:3], q.shape[2]
     rows_scaled = has_row_scales(key_cache, dim)
     group = q.shape[1] // kv_heads
-    shape = tiles(next_power_of_2(dim), q.element_size(), group, capability(q.device))
+    sizes = next_power_of_2(dim), q.element_size(), group, capability(q.device)
+    shape = tiles(*sizes, relative=relative is not None)
     assert group <= shape.rows
     count = tokens // (shape.rows // group) + rows
     flags = (softcap is not None, cache_scales is not None, sinks is not None)
@@ -313,12 +329,14 @@ def prefill(
         cache_scales[1] if cache_scales else None,
         sinks,
         slopes,
+        relative,
         scale,
         softcap or 0.0,
         rows,
         q.stride(0),
         block_tables.stride(0),
         **_constants(shape, kv_heads, group, dim, block_size, window or 0, *flags, rows_scaled),
+        EXTENT=0 if relative is None else relative.shape[2],
         num_warps=shape.num_warps,
         num_stages=stages(shape.num_stages),
         **OPTIONS,

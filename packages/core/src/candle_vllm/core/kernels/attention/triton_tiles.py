@@ -153,9 +153,11 @@ def weigh_tile(
     factor,  # > 0: scores times `factor` are exponents of 2
     cap_in,  # with CAP: the score is cap_out * tanh(cap_in * q k)
     cap_out,
-    bias,  # [M] fp32, subtracted from a score for each position of distance, or None
+    bias,  # [M] fp32, subtracted from a score for each position of distance; with EXTENT int32, see `logits`; or None
+    logits,  # with EXTENT: pointer to relative logits, in which `bias` are the rows' first elements
     CAP: tl.constexpr,
     WINDOW: tl.constexpr,
+    EXTENT: tl.constexpr,  # distances with relative logits; 0 without them
     MASKED: tl.constexpr,
 ):
     """Update the softmax state of M queries with the keys of one tile.
@@ -169,7 +171,13 @@ def weigh_tile(
         scores = cap_out * (1.0 - 2.0 / (tl.exp2(scores * (cap_in * 2.8853900817779268)) + 1.0))
     if bias is not None:
         distance = positions[:, None] - (first + tl.arange(0, k.shape[0]))[None, :]
-        scores -= bias[:, None] * distance.to(tl.float32)
+        if EXTENT:
+            there = (distance >= 0) & (distance < EXTENT)
+            scores += tl.load(logits + (bias[:, None] + distance), mask=there, other=0.0) * (
+                1.4426950408889634 / factor
+            )
+        else:
+            scores -= bias[:, None] * distance.to(tl.float32)
     if MASKED:
         keys = first + tl.arange(0, k.shape[0])
         seen = keys[None, :] <= positions[:, None]
@@ -208,12 +216,14 @@ def attend_tile(
     cap_in,
     cap_out,
     bias,
+    logits,
     CAP: tl.constexpr,
     WINDOW: tl.constexpr,
+    EXTENT: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     """Update the softmax state of M queries with one tile's keys and values; see `weigh_tile`."""
     tops, sums, weights, keep = weigh_tile(
-        q, tops, sums, k, k_scales, positions, first, factor, cap_in, cap_out, bias, CAP, WINDOW, MASKED
+        q, tops, sums, k, k_scales, positions, first, factor, cap_in, cap_out, bias, logits, CAP, WINDOW, EXTENT, MASKED
     )
     return tops, sums, add_values(weights, v, v_scales, values, keep)

@@ -156,7 +156,9 @@ class _Value(Recorded):
         return _Value(self.recorder, self.buffer, self.column + first, width, head_dim, self.rows_from)
 
     def __add__(self, other: Recorded) -> Recorded:
-        assert isinstance(other, (_Pending, _Prepared)), "only a value that is not computed yet can be added"
+        if not isinstance(other, (_Pending, _Prepared)):
+            assert other.rows_from is StepNumber.TOKENS
+            other = _LookedUp(self.recorder, buffer_of(other))
         assert (self.column, self.width) == (0, self.buffer.width)
         target = self.buffer
         if self.rows_from is not other.rows_from:
@@ -849,6 +851,7 @@ def _attend(
         rows_from=q.rows_from,
     )
     out = Buffer(recorder.memory(q.width), q.width, q.width)
-    record_attention(recorder, heads, cache, scores, tables, address_of(out.array))
+    relative = _place(None if scores.relative is None else scores.relative[0])
+    record_attention(recorder, heads, cache, scores, tables, address_of(out.array), relative)
     rows_from = StepNumber.LOGIT_ROWS if scores.narrows else q.rows_from
     return _Value(recorder, out, 0, q.width, dim, rows_from)

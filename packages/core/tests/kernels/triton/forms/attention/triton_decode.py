@@ -29,6 +29,7 @@ def _builds(
     fp8: bool = False,
     sinks: bool = False,
     slopes: bool = False,
+    extent: int = 0,
     mixed: bool = False,
     listed: bool = False,
     turing: bool = False,
@@ -48,6 +49,7 @@ def _builds(
     label += (
         "-sinks" * sinks + "-slopes" * slopes + "-mixed" * mixed + "-listed" * listed + f"-{rows}-rows" * bool(rows)
     )
+    label += "-relative" * bool(extent)
     none = dict.fromkeys(("sinks",) * (not sinks) + ("decoding",) * (not mixed))
     targets = (75,) if turing else build_types(cache, WITH_TENSOR_CORES)
     return (
@@ -57,16 +59,19 @@ def _builds(
             | sink
             | (dict.fromkeys(scales, "*fp32") if fp8 else {})
             | ({"items": "*i32"} if listed else {})
-            | ({"slopes": "*fp32"} if slopes else {}),
+            | ({"slopes": "*fp32"} if slopes else {})
+            | ({"relative": "*fp32"} if extent else {}),
             {
                 **constants,
+                "EXTENT": extent,
                 "FP8": fp8,
                 "EXTRA": SCALE * block_size * kv_heads * bool(rows),
                 **none,
                 **({} if fp8 else dict.fromkeys(scales)),
             }
             | ({} if listed else {"items": None})
-            | ({} if slopes else {"slopes": None}),
+            | ({} if slopes else {"slopes": None})
+            | ({} if extent else {"relative": None}),
             num_warps=shape.num_warps,
             num_stages=shape.num_stages,
             aligned=("q_stride",),
@@ -105,6 +110,8 @@ FORMS = (
     *_builds("fp32", 128, 8, 4, 16, fp8=True)[:1],
     *_builds("bf16", 64, 8, 8, 16, window=128, sinks=True),
     *_builds("bf16", 64, 16, 1, 16, slopes=True)[:1],
+    *_builds("bf16", 128, 8, 8, 16, extent=1024)[:1],
+    *_builds("bf16", 128, 16, 4, 16, window=512, extent=512)[:1],
     *_builds("bf16", 128, 8, 4, 16, rows="i8")[:1],
     *_builds("bf16", 128, 8, 4, 16, rows="fp8e4nv")[:1],
     *_builds("bf16", 128, 8, 4, 16, rows="u8")[:1],
