@@ -102,6 +102,12 @@ class ToolFinished(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     shown: tuple[Part, ...] = ()
 
 
+class ResultsShortened(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The prompt was too long, so results of this run were cut; the model sees at most `characters` of each."""
+
+    characters: int
+
+
 class ConversationFinished(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """The last event; `messages` are the messages in OpenAI's format that were added to the transcript."""
 
@@ -111,5 +117,6 @@ class ConversationFinished(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 Event = (
     TurnStarted | ReasoningDelta | TextDelta | CallStarted | CallArgumentsDelta | TurnMeasured | TurnFinished
-    | ApprovalRequested | ToolStarted | ToolProgressed | ToolFinished | ConversationFinished
+    | ApprovalRequested | ToolStarted | ToolProgressed | ToolFinished | ResultsShortened
+    | ConversationFinished
 )  # fmt: skip

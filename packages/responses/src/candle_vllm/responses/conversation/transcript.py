@@ -10,9 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from candle_vllm.openai.task import Message, Part, TextPart
-from candle_vllm.responses.tools.tool import ToolCall, ToolResult
+from msgspec.structs import replace
 
+from candle_vllm.openai.task import Message, Part, TextPart
+from candle_vllm.responses.tools.tool import ToolCall, ToolResult, cut
+
+_SHORTEST = 200  # characters to which a result may be cut if the prompt is too long
 LOST = "The call was cut off before its result was known. It may have done some or all of its work."
 
 
@@ -72,6 +75,19 @@ class Transcript:
         assert result.call.id in {call.id for call in self.open_calls}, "the call is not open"
         self._results[result.call.id] = parts or (TextPart(result.text),)
 
+    def shorten(self) -> int:
+        """Cut texts of results to half of the longest one's length, and return it; return 0 if all are short."""
+        parts = (part for message in self.added if message.role == "tool" for part in message.parts)
+        most = max((len(part.text) for part in parts if isinstance(part, TextPart)), default=0) // 2
+        if most < _SHORTEST:
+            return 0
+        self._messages = tuple(
+            replace(message, parts=_cut(message.parts, most)) if message.role == "tool" else message
+            for message in self._messages
+        )
+        self._results = {call_id: _cut(parts, most) for call_id, parts in self._results.items()}
+        return most
+
     def lost_calls(self) -> tuple[ToolCall, ...]:
         """Return the calls that have begun and have no result."""
         return tuple(call for call in self.open_calls if call.id in self._begun)
@@ -80,3 +96,7 @@ class Transcript:
         """Add a result that reports the loss to each call that has begun and has no result."""
         for call in self.lost_calls():
             self._results[call.id] = (TextPart(LOST),)
+
+
+def _cut(parts: tuple[Part, ...], most: int) -> tuple[Part, ...]:
+    return tuple(TextPart(cut(part.text, most)) if isinstance(part, TextPart) else part for part in parts)

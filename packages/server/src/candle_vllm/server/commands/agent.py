@@ -242,6 +242,8 @@ class AgentDisplay:
             result = event.result
             how = "" if result.status == "completed" else f" {result.status.replace('_', ' ')}:"
             note(f"<- {result.call.name}{how} {short(result.text)}")
+        elif isinstance(event, events.ResultsShortened):
+            note(f"   the context is too small: the model sees at most {event.characters} characters of each result")
         elif isinstance(event, events.ConversationFinished):
             self._end_line()
             if not event.result.completed:
