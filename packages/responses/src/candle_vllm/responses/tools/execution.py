@@ -8,6 +8,7 @@ without a model.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import difflib
 import json
 import logging
@@ -126,11 +127,12 @@ async def _outcome(checked: Checked, report: Report, given: float | None) -> tup
     name = checked.definition.name
     try:
         output = await checked.tool.run(checked.arguments, report)
-    except tool.ToolError as error:
-        return error.status, _failure(tool.cut(str(error) or "The tool failed.", _MAX_MESSAGE))
     except (KeyboardInterrupt, asyncio.CancelledError):
         raise
     except BaseException as error:  # a tool's SystemExit must not end the program
+        if isinstance(error, tool.ToolError):
+            with contextlib.suppress(Exception):  # its `__str__` may fail
+                return error.status, _failure(tool.cut(str(error) or "The tool failed.", _MAX_MESSAGE))
         logger.warning("the tool %s failed", name, exc_info=error)
         return "failed", _failure(f"The tool failed ({type(error).__name__:.100}).")
     try:
