@@ -26,13 +26,17 @@ Settings may also come from the environment (CANDLE_VLLM_PORT=2000), from .env a
 Whole numbers may end in k, m, g (powers of 1000) or K, M, G (powers of 1024).
 """
 
-SHORT: Mapping[str, str] = {"-m": "--m", "-p": "--p"}
-"""Short flags of other programs. Some of them use -p for a prompt, so it is the port only for `serve` and `config`."""
+SHORT: Mapping[str, str] = {"-m": "--m", "-p": "--p", "-h": "--help"}
+"""Short flags, which argparse would also find at the beginning of a text. -p is the port only for `serve` and `config`,
+because other programs use it for a prompt."""
+
+_DASH = "; a text that begins with - comes last, after --"
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise UsageError(message.removeprefix("argument "))
+        more = _DASH if message.endswith((": PROMPT", ": REQUEST")) else ""
+        raise UsageError(message.removeprefix("argument ") + more)
 
 
 def split_command(argv: Sequence[str]) -> tuple[str, list[str]]:
@@ -129,7 +133,7 @@ def build_parser(command: str) -> argparse.ArgumentParser:
     general = parser.add_argument_group("commands" if command == "serve" else "general")
     if command == "serve":
         general.description = "\n".join(f"{name:20}  {each.summary}" for name, each in COMMANDS.items())
-    general.add_argument("-h", "--help", action="help", help="show this help and exit")
+    general.add_argument("--help", action="help", help="show this help and exit; also -h")
     general.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     if takes.names_model:
         parser.add_argument("name", metavar="MODEL", help="organisation/name:Q4_K_M, or a short name of `list --known`")
@@ -236,4 +240,5 @@ def _unknown(command: str, text: str) -> str:
     if commands := flag_commands().get(flag):
         return f"{flag} does not apply to `candle-vllm {command}`, only to `candle-vllm {', '.join(commands)}`"
     known = [name for option in (*takes.settings, *takes.options) for name in (*option.flags, *option.constants)]
-    return f"unknown flag {flag[:60]}{nearest(flag, ['--help', '--version', *known])}; see candle-vllm --help"
+    more = _DASH if takes.text else ""
+    return f"unknown flag {flag[:60]}{nearest(flag, ['--help', '--version', *known])}; see candle-vllm --help{more}"
