@@ -36,8 +36,10 @@ class CompletionLogprobsWriter:
         """Return the entries of the next tokens."""
         offsets = []
         for entry in entries:
-            offsets.append(self._offset)
-            self._offset += len(self._decoder.decode(entry.chosen.bytes))
+            first = self._decoder.decode(entry.chosen.bytes[:1])
+            replaced = max(len(first) - (not self.begun), 0)  # incomplete characters of the tokens before
+            offsets.append(self._offset + replaced)
+            self._offset += len(first) + len(self._decoder.decode(entry.chosen.bytes[1:]))
         return CompletionLogprobs(
             tokens=tuple(self._name(entry.chosen) for entry in entries),
             token_logprobs=tuple(_finite(entry.chosen.logprob) for entry in entries),
