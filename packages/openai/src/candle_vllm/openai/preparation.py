@@ -35,9 +35,7 @@ from candle_vllm.openai.protocol.templating import check_variables
 from candle_vllm.openai.remarks import remark
 from candle_vllm.openai.requests import sampling_params
 from candle_vllm.openai.serving import WorkerThreads, check_length
-from candle_vllm.openai.task import (
-    MEDIA_MARK, Call, ImagePart, Message, Task, TextPart, images_of, template_messages, text_of,
-)  # fmt: skip
+from candle_vllm.openai.task import MEDIA_MARK, Call, ImagePart, Message, Task, TextPart, images_of, template_messages
 
 MAX_PIXELS = 1 << 28  # pixels of all images of a request: a few bytes can encode an image of the maximum size
 _GROUP, _MOST_SPLIT = 16, 4  # tools whose schemas are tried together; refused groups whose tools are tried one by one
@@ -455,7 +453,8 @@ class TaskPreparation:
             return self._engine.tokenize(text, add_special_tokens=add_special_tokens)
         self._check_known(task.before, "context")
         beginning = self._engine.chat_conventions.token_names.get("bos_token")
-        if beginning and text.count(beginning) - sum(text_of(one).count(beginning) for one in task.messages) == 1:
+        parts = (part for message in task.messages for part in message.parts if isinstance(part, TextPart))
+        if beginning and text.count(beginning) == 1 + sum(part.text.count(beginning) for part in parts):
             text = text.removeprefix(beginning)
         return [*task.before, *self._engine.tokenize(text, add_special_tokens=False)]
 
