@@ -86,10 +86,12 @@ def to_dict(value: msgspec.Struct) -> dict[str, Any]:
 
 def decode_json(body: bytes | str, name: str = "The body") -> Any:
     """Decode the JSON value in `body`; raises `InvalidBodyError`; most of its messages begin with `name`."""
-    text = _decode_utf8(body, name) if isinstance(body, bytes) else body
-    _check_size(text, name)
     try:
+        text = body.decode("utf-8") if isinstance(body, bytes) else body
+        _check_size(text, name)
         value = json.loads(text, object_pairs_hook=_object, parse_constant=_constant)
+    except UnicodeDecodeError as error:
+        raise InvalidBodyError(f"{name} is not valid UTF-8: byte {error.start} ({error.reason}).") from None
     except json.JSONDecodeError as error:
         raise InvalidBodyError(
             f"{name} is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}."
@@ -103,13 +105,6 @@ def decode_json(body: bytes | str, name: str = "The body") -> Any:
     if "\\ud" in text or "\\uD" in text:
         _check_surrogates(value, name)
     return value
-
-
-def _decode_utf8(body: bytes, name: str) -> str:
-    try:
-        return body.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InvalidBodyError(f"{name} is not valid UTF-8: byte {error.start} ({error.reason}).") from None
 
 
 def _check_size(text: str, name: str) -> None:
