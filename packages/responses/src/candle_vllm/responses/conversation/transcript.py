@@ -33,15 +33,13 @@ class Transcript:
         self._ids = set(call_ids)
         self.images = images
         self._messages: tuple[Message, ...] = ()
-        self._results: dict[str, tuple[Part, ...]] = {}
+        self._results: dict[str, Message] = {}
         self._begun: set[str] = set()
 
     @property
     def added(self) -> tuple[Message, ...]:
         """New messages: turns, and results in the order of the calls."""
-        answered = (call.id for call in self._calls if call.id in self._results)
-        results = (Message(role="tool", parts=self._results[call_id], call_id=call_id) for call_id in answered)
-        return (*self._messages, *results)
+        return (*self._messages, *(self._results[call.id] for call in self._calls if call.id in self._results))
 
     @property
     def grew(self) -> bool:
@@ -73,7 +71,8 @@ class Transcript:
     def add_result(self, result: ToolResult, parts: tuple[Part, ...] = ()) -> None:
         """Add the result of an open call, in any order; non-empty `parts` replace its text for the model."""
         assert result.call.id in {call.id for call in self.open_calls}, "the call is not open"
-        self._results[result.call.id] = parts or (TextPart(result.text),)
+        call_id = result.call.id
+        self._results[call_id] = Message(role="tool", parts=parts or (TextPart(result.text),), call_id=call_id)
 
     def shorten(self) -> int:
         """Cut texts of results to half of the longest one's length, and return it; return 0 if all are short."""
@@ -81,11 +80,8 @@ class Transcript:
         most = max((len(part.text) for part in parts if isinstance(part, TextPart)), default=0) // 2
         if most < _SHORTEST:
             return 0
-        self._messages = tuple(
-            replace(message, parts=_cut(message.parts, most)) if message.role == "tool" else message
-            for message in self._messages
-        )
-        self._results = {call_id: _cut(parts, most) for call_id, parts in self._results.items()}
+        self._messages = tuple(_cut(message, most) for message in self._messages)
+        self._results = {call_id: _cut(message, most) for call_id, message in self._results.items()}
         return most
 
     def lost_calls(self) -> tuple[ToolCall, ...]:
@@ -95,8 +91,11 @@ class Transcript:
     def settle(self) -> None:
         """Add a result that reports the loss to each call that has begun and has no result."""
         for call in self.lost_calls():
-            self._results[call.id] = (TextPart(LOST),)
+            self._results[call.id] = Message(role="tool", parts=(TextPart(LOST),), call_id=call.id)
 
 
-def _cut(parts: tuple[Part, ...], most: int) -> tuple[Part, ...]:
-    return tuple(TextPart(cut(part.text, most)) if isinstance(part, TextPart) else part for part in parts)
+def _cut(message: Message, most: int) -> Message:
+    if message.role != "tool":
+        return message
+    parts = (TextPart(cut(part.text, most)) if isinstance(part, TextPart) else part for part in message.parts)
+    return replace(message, parts=tuple(parts))
