@@ -228,6 +228,9 @@ class RankListener:
             )
         return ""
 
+    def _missing(self) -> list[int]:
+        return [rank for rank in self._ranks if len(self._found.get(rank, (b"", {}))[1]) < 2]
+
     def everyone(self) -> dict[int, Joined]:
         """Wait until all ranks have joined; stop listening, and return them.
 
@@ -237,7 +240,7 @@ class RankListener:
         """
         until = time.monotonic() + JOINING
         with self._changed:
-            while missing := [rank for rank in self._ranks if len(self._found.get(rank, (b"", {}))[1]) < 2]:
+            while missing := self._missing():
                 if self._closed:
                     raise EngineDeadError("the engine was closed, or a rank ended, before all ranks had joined")
                 if time.monotonic() > until:
