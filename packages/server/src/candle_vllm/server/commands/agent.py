@@ -80,7 +80,7 @@ async def _carry_out(
     session: ResponsesSession, messages: list[dict[str, str]], options: ConversationOptions, approve: tuple[str, ...],
     as_json: bool
 ) -> int:  # fmt: skip
-    if sys.platform != "win32":
+    if sys.platform != "win32" and threading.current_thread() is threading.main_thread():
         for number in (signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) is signal.SIG_DFL:  # `nohup` ignores SIGHUP
                 asyncio.get_running_loop().add_signal_handler(number, cast(Any, asyncio.current_task()).cancel)
