@@ -26,9 +26,8 @@ Settings may also come from the environment (CANDLE_VLLM_PORT=2000), from .env a
 Whole numbers may end in k, m, g (powers of 1000) or K, M, G (powers of 1024).
 """
 
-SHORT: Mapping[str, str] = {"-m": "--m", "-p": "--p", "-h": "--help"}
-"""Short flags, which argparse would also find at the beginning of a text. -p is the port only for `serve` and `config`,
-because other programs use it for a prompt."""
+SHORT: Mapping[str, str] = {"-m": "--m", "-p": "--p"}
+"""Short flags of other programs. Some of them use -p for a prompt, so it is the port only for `serve` and `config`."""
 
 _DASH = "; a text that begins with - comes last, after --"
 
@@ -207,7 +206,8 @@ def _in_full(command: str, argv: Sequence[str]) -> list[str]:
         if text == "--mcp-args" and found[place + 1].startswith("-") and _is_argument(found[place + 1]):
             found[place : place + 2] = [f"{text}={found[place + 1]}"]
             break
-    return [*found, *argv[end:]]
+    # argparse would find a flag -h also at the beginning of a text
+    return [*("--help" if text == "-h" else text for text in found), *argv[end:]]
 
 
 def _is_argument(text: str) -> bool:
