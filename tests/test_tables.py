@@ -6,9 +6,8 @@ from __future__ import annotations
 import re
 
 import pytest
-from deploy.site.tables import CONFIG, PAGES, PROGRAMS, ROOT, TABLES, filled, with_settings
+from deploy.site.tables import CONFIG, PAGES, PROGRAMS, ROOT, TABLES, filled, flags_of, with_settings
 
-from candle_vllm.core.foreign_names import flags_of
 from candle_vllm.server.settings.command_line import SHORT, flag_commands, parse
 from candle_vllm.server.settings.foreign_flags import ANY, foreign_flags
 from candle_vllm.server.settings.options import UsageError

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from candle_vllm.core.foreign_names import flags_of, foreign_tables
+from candle_vllm.core.foreign_names import foreign_tables
 from candle_vllm.openai.protocol.fields import COMPLETION_REFUSED_FIELDS, REFUSED_FIELDS, Refusal
 from candle_vllm.server.app import OPERATIONS
 from candle_vllm.server.observing import series
@@ -91,6 +91,11 @@ def _default(option: Option) -> str:
     if option.usual == option.unset:
         return option.unset or "–"
     return f"`{str(option.usual).lower() if isinstance(option.usual, bool) else option.usual}`"
+
+
+def flags_of(program: str) -> Sequence[str]:
+    """Return the flags of a program, in the forms that users write."""
+    return next(row[1].split() for row in foreign_tables()["Flags by program"] if row[0] == program)
 
 
 def _flags(program: str) -> str:

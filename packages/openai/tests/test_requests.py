@@ -476,6 +476,10 @@ def test_names_of_other_servers() -> None:
     assert [chat(**{name: 7}).seed for name in ("random_seed", "sampling_seed")] == [7, 7]
     assert chat(repeat_penalty=1.3, repetition_penalty=1.3).repetition_penalty == 1.3
     assert refusal(chat, repeat_penalty=1.3, repetition_penalty=1.2)[0] == "repeat_penalty"
+    for name in ("repeat_penalty", "n_predict", "typ_p"):
+        assert refusal(chat, **{name: -5})[0] == name
+        assert refusal(chat, **{name: 1}, temperature=-5)[0] == "temperature"
+    assert refusal(chat, repeat_penalty=None, repetition_penalty=-5)[0] == "repetition_penalty"
     assert refusal(chat, top_a=0.5) == ("top_a", "top_a is not supported: this sampler is not implemented")
     breakers = chat(dry_sequence_breakers='"\\n", ":", "\\"", "*"').dry_sequence_breakers
     assert breakers == ["\n", ":", '"', "*"]

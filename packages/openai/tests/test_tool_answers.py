@@ -105,6 +105,20 @@ async def test_a_cut_call_is_length_and_is_not_closed() -> None:
     assert ended.choices[0].message.tool_calls[0].function.arguments == '{"city": "x"}'
 
 
+@pytest.mark.one_of_each(74)
+@pytest.mark.parametrize("sample", BEGUN, ids=lambda sample: sample.tools)
+async def test_a_forced_call_that_is_cut_shows_no_mark(sample: Sample) -> None:
+    if sample.content or not sample.calls:
+        return
+    text = f"<think>{sample.text}" if sample.prefilled else sample.text
+    made = adapter([text], tool_parser=sample.tools, reasoning_parser=sample.reasoning)
+    for end in range(1, len(text), 11):
+        fields = {"tool_choice": "required", "max_tokens": end}
+        answer, stream = await whole(made, **fields), await chunks(made, **fields)
+        assert not answer.choices[0].message.content, text[:end]
+        assert not added_up(stream)[0], text[:end]
+
+
 async def test_no_tools_no_calls() -> None:
     made = adapter([CALL])
     for fields in ({"tool_choice": "none"}, {"tools": []}):

@@ -10,11 +10,13 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from typing import Any
 
 _NUMBER, _TEXT = {"type": "integer"}, {"type": "string"}
 TOOLS: dict[str, tuple[str, dict[str, Any]]] = {
     "double": ("Doubles a number.", {"n": _NUMBER}),
+    "hang": ("Sleeps, and does not notice that its standard input ends.", {}),
     "die": ("Ends the program.", {}),
     "write_file": ("Writes a file.", {"path": _TEXT, "content": _TEXT}),
 }
@@ -24,6 +26,8 @@ def call(name: str, arguments: dict[str, Any]) -> str:
     """Return the result text of a tool."""
     if name == "die":
         os._exit(1)
+    if name == "hang":
+        time.sleep(60)
     if name == "write_file":
         with open(arguments["path"], "w") as file:
             file.write(arguments["content"])

@@ -348,6 +348,18 @@ def test_ctrl_c_while_a_question_is_open(folder: Path) -> None:
     assert terminal.end() == 130
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_who_ends_it_ends_its_servers(folder: Path, number: int) -> None:
+    write_config(folder, "hang")
+    terminal = Terminal(folder, (*AGENT, "--yes"), call_text("numbers__hang"))
+    terminal.wait_for("-> numbers__hang")
+    terminal.process.send_signal(number)
+    assert terminal.end() == 143
+    assert "Traceback" not in terminal.shown
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((folder / "pid").read_text()), 0)
+
+
 def test_ctrl_c_in_an_answer(folder: Path) -> None:
     terminal = Terminal(folder, AGENT, "abc" * 1000, pause=0.01)
     terminal.wait_for("abcabc")

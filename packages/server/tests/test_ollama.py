@@ -100,9 +100,10 @@ def test_a_context_is_followed_by_whole_turns(start: Callable[..., Any], beginni
     running = start(PacedEngine("Good day!"))
     running.engine.chat_conventions = ChatConventions(token_names={"bos_token": beginning})
     with client_of(running) as client:
-        client.generate("scripted", "Two", context=[1, 2, 3])
-    prompt = running.engine.requests[0].prompt_token_ids
-    assert running.engine.detokenize(prompt[3:], False).startswith(left)
+        for text in ("Two", f"Two {beginning}"):
+            client.generate("scripted", text, context=[1, 2, 3])
+            prompt = running.engine.requests[-1].prompt_token_ids
+            assert running.engine.detokenize(prompt[3:], False).startswith(left)
 
 
 def test_tools_are_called_and_answered(start: Callable[..., Any]) -> None:

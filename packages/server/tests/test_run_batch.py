@@ -350,6 +350,13 @@ def test_what_is_no_request_is_named(line: Any, code: str, name: str | None) -> 
     assert (caught.value.code, caught.value.custom_id) == (code, name)
 
 
+def test_a_number_beyond_all_floats_has_its_field_named() -> None:
+    line = json.dumps(request("a", temperature=-7.5)).replace("-7.5", "1e400")
+    with pytest.raises(LineError, match=r"^temperature has a number that is too large\.$") as caught:
+        read_line(line.encode())
+    assert (caught.value.code, caught.value.custom_id) == ("invalid_request", "a")
+
+
 def test_requests_of_clients_go_first() -> None:
     def priority(**body: Any) -> Any:
         return json.loads(read_line(json.dumps(request("a", **body)).encode()).body)["priority"]

@@ -131,6 +131,17 @@ def test_what_can_never_have_room_beside_pinned_ones_is_refused() -> None:
     store.close()
 
 
+def test_an_adapter_of_unknown_size_is_tried_beside_a_large_pinned_one() -> None:
+    store = AdapterStore(Loads(sizes={"a": 60, "b": 40, "c": 41}), most_bytes=100)
+    store.add(use("a"), PATIENCE)
+    store.pin("a", PATIENCE)
+    store.release(leased(store, store.find(use("b"))))
+    with pytest.raises(AdapterError, match="'c' cannot be used: pinned adapters use all the memory for adapters"):
+        store.add(use("c"), PATIENCE)
+    assert _held(store)[2] <= 100
+    store.close()
+
+
 def test_a_mix_that_fits_is_loaded_whatever_size_was_expected_and_any_other_is_refused() -> None:
     store = AdapterStore(Loads(sizes={"a": 90, "b": 10, "c": 60}), most=3, most_bytes=100)
 

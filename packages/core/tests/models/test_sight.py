@@ -42,7 +42,7 @@ from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
 from candle_vllm.core.memory import Room
 from candle_vllm.core.models.siglip import FAMILY
 from candle_vllm.core.remote import RemoteEngine
-from candle_vllm.core.vision.preprocessing import tile_rule
+from candle_vllm.core.vision.preprocessing import Normalisation, StretchRule, tile_rule
 from candle_vllm.core.vision.prompts import VisionDescription, VisionInput
 from packages.core.tests.models.sight import answers, finished, nbytes, prompt_error
 from packages.core.tests.toy_gguf import write_toy_gguf
@@ -469,3 +469,10 @@ def test_what_stands_for_a_picture_is_not_written_down_where_it_does_not_fit() -
         PromptTooLongError, match="at least 16777217 tokens; this model's maximum context length is 128"
     ):
         vision.look([1], [PICTURES[1]], most_tokens=128)
+
+
+def test_tiles_of_too_many_pixels_are_refused() -> None:
+    rule = StretchRule(tile=4096, most_parts=64, resample=2, normalisation=Normalisation(1.0, (0,) * 3, (1,) * 3))
+    vision = VisionInput(VisionDescription(family="gemma", rule=rule, mark=1, asks=1, cell=4096), words=lambda _: [1])
+    with pytest.raises(InvalidParameterError, match="image: its tiles would have 1090519040 pixels, by"):
+        vision.look([1], [np.zeros((64, 1, 3), np.uint8)])

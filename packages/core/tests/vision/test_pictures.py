@@ -80,8 +80,9 @@ def test_one_level_of_grey_may_be_transparent(bits: int, data: bytes) -> None:
     assert levels[:2] == [0, 255]
     assert levels[2] == {1: 0, 2: 170, 4: 119, 8: 128}[bits]
     short = png(3, 1, b"\0" + data, before=chunk(b"tRNS", b"\1"), bits=bits, colours=0)
-    with pytest.raises(InvalidParameterError, match="damaged"):
-        decode_picture(short)
+    for bad in (short, greys.replace(b"tRNS\0\1", b"tRNS\0\0")):
+        with pytest.raises(InvalidParameterError, match="damaged"):
+            decode_picture(bad)
 
 
 def test_sixteen_bits_become_their_upper_eight() -> None:

@@ -200,6 +200,21 @@ async def test_tools_of_servers_run_here() -> None:
     assert roles == ["user", "assistant", "tool", "assistant", "user"]
 
 
+@pytest.mark.parametrize("limits", [{}, {"max_output_tokens": 3000}, {"truncation": "auto"}])
+async def test_a_result_that_is_too_long_for_the_context_is_shortened(
+    limits: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def run(*_: object) -> ToolOutput:
+        return ToolOutput.of_text("noon " + "z" * 9000)
+
+    monkeypatch.setattr(Clock, "run", run)
+    scripted = engine(lambda prompt: "It is noon." if "tool\nnoon" in prompt else call("s__time"))
+    _, made = await streamed(responder(scripted, servers=Servers(Clock())), {"input": "?", "tools": [SERVER], **limits})
+    assert (made["status"], made["output"][-1]["content"][0]["text"]) == ("completed", "It is noon.")
+    shown = scripted.template_calls[-1].messages[-1]["content"]
+    assert shown == "noon " + "z" * (2251 - 49) + "\n[cut: the whole output has 9005 characters]"
+
+
 async def test_a_server_that_cannot_be_reached_is_told() -> None:
     made = await responder(engine(), servers=Servers(error="nobody answers")).create({"input": "Hi", "tools": [SERVER]})
     listed, said = msgspec.to_builtins(made.output)

@@ -34,7 +34,7 @@ def adapter_of(*texts: str, **options: Any) -> OpenAIAdapter:
 
 
 def engine_of(*texts: str, **options: Any) -> ScriptedEngine:
-    return ScriptedEngine(turns(*texts), max_model_len=200_000, **options)
+    return ScriptedEngine(turns(*texts), **{"max_model_len": 200_000, **options})
 
 
 class Bench:

@@ -20,6 +20,7 @@ from candle_vllm.core.errors import (
     ConfigError,
     EngineOverloadedError,
     InvalidParameterError,
+    PromptTooLongError,
     RequestError,
 )
 from candle_vllm.openai import UnsupportedParameterError, parse_chat_request
@@ -212,6 +213,9 @@ def envelope(**fields: Any) -> bytes:
     [
         (400, envelope(message="bad", param="top_p", code="invalid_value"), ModelServerRequestError, "400: bad"),
         (422, b'{"detail": [{"msg": "no"}]}', ModelServerRequestError, '[{"msg": "no"}]'),
+        (413, envelope(message="no", code="context_length_exceeded"), PromptTooLongError, "413: no"),
+        (413, envelope(message="no", type="exceed_context_size_error"), PromptTooLongError, "413: no"),
+        (413, b'{"message": "the maximum context length is 9"}', PromptTooLongError, "length is 9"),
         (401, envelope(message=f"wrong key {KEY}"), ModelServerError, "wrong key *** (check the API key: --api-key)"),
         (404, b"<html>nothing", ModelServerError, "check the model's name"),
         (429, envelope(message="slow down"), ModelServerBusyError, "slow down"),

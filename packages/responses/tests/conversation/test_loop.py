@@ -14,10 +14,12 @@ import pytest
 from candle_vllm.core.errors import CandleVllmError, InvalidParameterError, PromptTooLongError, RequestAbortedError
 from candle_vllm.responses.conversation import turn_calls
 from candle_vllm.responses.conversation.chat_form import ChatTranscript
+from candle_vllm.responses.conversation.chat_model import InProcessModel
 from candle_vllm.responses.conversation.events import (
     ApprovalRequested,
     CallArgumentsDelta,
     CallStarted,
+    ResultsShortened,
     TextDelta,
     ToolFinished,
     ToolProgressed,
@@ -27,7 +29,14 @@ from candle_vllm.responses.conversation.events import (
 )
 from candle_vllm.responses.tools.approval import Approval
 from candle_vllm.responses.tools.tool import ToolCall, ToolDefinition, ToolOutput, ToolProgress
-from packages.responses.tests.conversation.conversation_fakes import Bench, Gate, call_text, other_tasks, user
+from packages.responses.tests.conversation.conversation_fakes import (
+    Bench,
+    Gate,
+    adapter_of,
+    call_text,
+    other_tasks,
+    user,
+)
 from tests.waiting import skip, until
 
 
@@ -533,6 +542,21 @@ class TestEnds:
     async def test_a_conversation_that_is_too_long(self) -> None:
         with pytest.raises(PromptTooLongError):
             await Bench("x").run("y" * 300_000)
+
+    @pytest.mark.parametrize("fields", [{}, {"max_tokens": 3900}])
+    async def test_results_are_shortened_to_what_fits(self, fields: dict[str, Any]) -> None:
+        def read() -> str:
+            """Reads."""
+            return "z" * 50_000
+
+        texts = (call_text("read") * 2, call_text("clock"), "Done.")
+        model = InProcessModel(adapter_of(*texts, max_model_len=4096))
+        bench = Bench(tools=[read, clock], model=model, request=fields)
+        assert (await bench.run()).final_message == "Done."
+        assert [one.characters for one in bench.of(ResultsShortened)] == [25_000, 12_500, 6250, 3125, 1562]
+        contents = [message["content"] for message in bench.added if message["role"] == "tool"]
+        cut = "z" * 1517 + "\n[cut: the whole output has 50000 characters]"
+        assert contents == [cut, cut, "noon"]
 
     async def test_a_policy_that_fails_reaches_the_caller(self) -> None:
         async def fail(*_: Any) -> Approval:

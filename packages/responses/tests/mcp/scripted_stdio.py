@@ -43,6 +43,8 @@ class Server:
         self.write(json.dumps({"jsonrpc": "2.0", **message}))
 
     def write(self, line: str) -> None:
+        if MODE == "batch":
+            line = f'[{line}, {{"jsonrpc": "2.0", "method": "notifications/message", "params": {{"data": "\u00e9"}}}}]'
         sys.stdout.write(line + "\n")
         sys.stdout.flush()
 

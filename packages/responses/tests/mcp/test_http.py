@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import logging
 from urllib.parse import parse_qs
 
 import httpx2
 import pytest
+from mcp.client.auth.exceptions import OAuthTokenError
 
 from candle_vllm.responses.mcp.http import http_auth
+from candle_vllm.responses.mcp.peer import Peer
 from candle_vllm.responses.mcp.server_config import McpServerConfig
 from candle_vllm.responses.mcp.server_values import OAuthClient
 from tests.waiting import PATIENCE
@@ -155,3 +158,22 @@ async def test_an_expired_token_is_refreshed_or_replaced(refreshes: bool) -> Non
     kinds = [each for each in servers.asked if each in ("client_credentials", "refresh_token")]
     first = ["client_credentials", "refresh_token"] + ([] if refreshes else ["client_credentials"])
     assert kinds == [*first, "client_credentials"]
+
+
+@pytest.mark.parametrize("status", [200, 400])
+async def test_no_log_and_no_sentence_has_a_token(status: int, caplog: pytest.LogCaptureFixture) -> None:
+    servers = Servers()
+
+    def answer(request: httpx2.Request) -> httpx2.Response:
+        if request.url.path == "/token":
+            return httpx2.Response(status, json={"access_token": ["hush"]})
+        return servers(request)
+
+    with caplog.at_level(logging.DEBUG), pytest.raises(OAuthTokenError) as caught:
+        async with httpx2.AsyncClient(transport=httpx2.MockTransport(answer), auth=auth_of()) as sender:
+            await sender.post(URL)
+    assert "OAuth flow error" in caplog.text
+    sentence = Peer(McpServerConfig(name="test", url=URL)).sentence(caught.value)
+    start = {200: "Invalid token response: ", 400: "Token exchange failed (400)"}[status]
+    assert sentence.startswith(f"OAuthTokenError: {start}")
+    assert "hush" not in caplog.text + (sentence if status == 200 else "")

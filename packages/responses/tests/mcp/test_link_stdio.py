@@ -66,6 +66,12 @@ async def test_a_link_can_be_started_again(scripted: Scripted) -> None:
         await link.aclose()
 
 
+async def test_batches_of_messages(scripted: Scripted) -> None:
+    async with McpLink(scripted("batch")) as link:
+        assert said(await link.call("echo", {"text": "é"}, timeout=5)) == "é"
+        assert not [line for line in link.log_lines() if "not a message" in line]
+
+
 async def test_every_kind_of_content(scripted: Scripted) -> None:
     async with McpLink(scripted("content")) as link:
         output = await link.call("echo", {})

@@ -186,6 +186,11 @@ async def test_a_flood_of_structured_output() -> None:
     assert "are allowed: ask for less" in (await done(doing(work), call())).text
 
 
+class Mute(ToolError):
+    def __str__(self) -> str:
+        raise LookupError("no words")
+
+
 @pytest.mark.parametrize(
     ("error", "status", "text"),
     [
@@ -202,6 +207,7 @@ async def test_a_flood_of_structured_output() -> None:
         (GeneratorExit(), "failed", "The tool failed (GeneratorExit)."),
         (BaseException("odd"), "failed", "The tool failed (BaseException)."),
         (BaseExceptionGroup("many", [SystemExit()]), "failed", "The tool failed (BaseExceptionGroup)."),
+        (Mute(), "failed", "The tool failed (Mute)."),
         (asyncio.CancelledError(), "failed", "The tool failed: it cancelled itself."),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",

@@ -23,8 +23,3 @@ def foreign_tables() -> Mapping[str, Sequence[Row]]:
         elif line.startswith("|"):
             rows.append([cell.strip() for cell in line.strip("|").split("|")])
     return tables
-
-
-def flags_of(program: str) -> Sequence[str]:
-    """Return the flags of a program, in the forms that users write."""
-    return next(row[1].split() for row in foreign_tables()["Flags by program"] if row[0] == program)

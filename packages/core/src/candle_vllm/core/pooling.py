@@ -110,11 +110,6 @@ class PoolingPlan:
     activate: bool = True
 
     @property
-    def needs_every_position(self) -> bool:
-        """Whether hidden states of earlier positions are needed, so that no prefix may come from the prefix cache."""
-        return self.method.positions != "last"
-
-    @property
     def reads_states(self) -> bool:
         """Whether the hidden state of each position is read, and not only their sum."""
         return self.by_token or self.method.weights is not None

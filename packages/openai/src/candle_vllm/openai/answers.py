@@ -41,6 +41,7 @@ class AnswerPlan:
     Attributes:
         bound: layout of the model's output; None if the text needs no parsing.
         tools, held, lazy, most_calls, in_reasoning, behind_reasoning: as in `OutputParser`.
+        forced: whether the answer has only reasoning and calls; where it is cut, its last text is the begun call's.
         show_reasoning: whether the reasoning is part of the answer.
         show_special_tokens: whether the names of special tokens are part of the answer's text.
         special_tokens: whether the engine's text contains the names of special tokens.
@@ -50,6 +51,7 @@ class AnswerPlan:
     tools: Mapping[str, Mapping[str, Any]] | None = None
     held: bool = False
     lazy: bool = False
+    forced: bool = False
     most_calls: int | None = None
     in_reasoning: bool = False
     behind_reasoning: bool = False
@@ -130,7 +132,10 @@ class ChoiceReader:
         if output.finish_reason is not None:
             if self._special is not None:
                 parsed += parser.feed(self._special.finish())
-            parsed += parser.finish(output.finish_reason is FinishReason.STOP and output.stop_reason is None)
+            whole = output.finish_reason is FinishReason.STOP and output.stop_reason is None
+            parsed += parser.finish(whole)
+            if self._plan.forced and not whole:
+                parsed = [one for one in parsed if getattr(one, "kind", "") != "content"]
         return parsed
 
     def _events(

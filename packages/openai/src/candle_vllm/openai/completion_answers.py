@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from msgspec import UNSET, UnsetType
+from msgspec.structs import replace
 
 from candle_vllm.core.engine.outputs import PositionLogprobs
 from candle_vllm.openai.chat_answers import AnswerWriter, by_choice, join_token_ids
@@ -114,14 +115,8 @@ def join_completion(chunks: Sequence[Completion]) -> Completion:
     """Join chunks to the whole answer; the last chunk has the usage."""
     head, usage = chunks[0], chunks[-1].usage
     assert isinstance(usage, wire.Usage)
-    return Completion(
-        id=head.id,
-        created=head.created,
-        model=head.model,
-        system_fingerprint=head.system_fingerprint,
-        choices=tuple(_join_choice(*parts) for parts in by_choice(chunk.choices for chunk in chunks)),
-        usage=usage,
-    )
+    choices = tuple(_join_choice(*parts) for parts in by_choice(chunk.choices for chunk in chunks))
+    return replace(head, choices=choices, usage=usage, prompt_progress=UNSET)
 
 
 def _join_choice(index: int, parts: Sequence[CompletionChoice]) -> CompletionChoice:

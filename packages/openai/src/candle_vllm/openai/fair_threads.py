@@ -206,7 +206,7 @@ class FairThreads:
     def _start(self) -> None:
         with self._lock:
             while self._running.total() < self._most:
-                job = self._waiting.take(self._has_room)
+                job = self._waiting.take(lambda who: not who or self._running[who] < max(1, self._most // 2))
                 if job is None:
                     return
                 if time.monotonic() >= job.until:  # the event loop was too busy to cancel the job in `run`
@@ -214,9 +214,6 @@ class FairThreads:
                 elif job.result.set_running_or_notify_cancel():
                     self._running[job.asker] += 1
                     self._threads.submit(self._run, [job])
-
-    def _has_room(self, who: str) -> bool:
-        return not who or self._running[who] < max(1, self._most // 2)
 
     def _run(self, taken: list[_Job]) -> None:
         job = taken.pop()  # taken from a list, so that the frame of an exception does not keep the job alive

@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
+from types import MappingProxyType
 from typing import Any, NoReturn, TypeVar
 
 import msgspec
@@ -85,10 +86,12 @@ def to_dict(value: msgspec.Struct) -> dict[str, Any]:
 
 def decode_json(body: bytes | str, name: str = "The body") -> Any:
     """Decode the JSON value in `body`; raises `InvalidBodyError`; most of its messages begin with `name`."""
-    text = _decode_utf8(body, name) if isinstance(body, bytes) else body
-    _check_size(text, name)
     try:
+        text = body.decode("utf-8") if isinstance(body, bytes) else body
+        _check_size(text, name)
         value = json.loads(text, object_pairs_hook=_object, parse_constant=_constant)
+    except UnicodeDecodeError as error:
+        raise InvalidBodyError(f"{name} is not valid UTF-8: byte {error.start} ({error.reason}).") from None
     except json.JSONDecodeError as error:
         raise InvalidBodyError(
             f"{name} is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}."
@@ -102,13 +105,6 @@ def decode_json(body: bytes | str, name: str = "The body") -> Any:
     if "\\ud" in text or "\\uD" in text:
         _check_surrogates(value, name)
     return value
-
-
-def _decode_utf8(body: bytes, name: str) -> str:
-    try:
-        return body.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InvalidBodyError(f"{name} is not valid UTF-8: byte {error.start} ({error.reason}).") from None
 
 
 def _check_size(text: str, name: str) -> None:
@@ -198,7 +194,9 @@ def parse_body(kind: type[_Request], body: bytes | Mapping[str, Any] | _Request)
     try:
         return kind.model_validate(value)
     except ValidationError as error:
-        raise to_request_error(error) from None
+        others = {**getattr(kind, "other_names", {}), "n_predict": "max_tokens"}.items()
+        given = {name: other for other, name in others if other in value and value.get(name) is None}
+        raise to_request_error(error, given) from None
 
 
 @contextmanager
@@ -212,8 +210,8 @@ def rules_below(path: str) -> Iterator[None]:
         raise _CLASSES.get(refusal.type, InvalidParameterError)(f"{field} {context['text']}", field) from None
 
 
-def to_request_error(error: ValidationError) -> InvalidParameterError:
-    """Convert pydantic's first error, with its field.
+def to_request_error(error: ValidationError, given: Mapping[str, str] = MappingProxyType({})) -> InvalidParameterError:
+    """Convert pydantic's first error, with its field; `given` are other names of fields that the request has.
 
     pydantic lists at most one error for each field, because lists and objects end at their first error. Errors of
     `fields.rule_error` have the rest of their path, and their text, in the error's context.
@@ -221,6 +219,7 @@ def to_request_error(error: ValidationError) -> InvalidParameterError:
     first = error.errors(include_url=False)[0]
     context = first.get("ctx", {})
     steps = [str(step) for step in first["loc"] if not (isinstance(step, str) and step.startswith("<"))]
+    steps[:1] = [given.get(name, name) for name in steps[:1]]
     below = context.get("field", "")
     path = ".".join([*steps, below] if below else steps)[:_PARAM]
     kind = first["type"]

@@ -139,11 +139,6 @@ class MediaPrompt(fields.WireModel):
     multimodal_data: Annotated[list[str], Field(max_length=MAX_IMAGES, fail_fast=True)] | None = None
 
 
-def _form(value: Any) -> str:
-    """Return pydantic's union tag of a prompt."""
-    return "<object>" if isinstance(value, dict) else "<tokens>" if isinstance(value, list) else "<string>"
-
-
 def _several(value: Any) -> bool:
     """Whether a value is a list of prompts, not of token ids."""
     return isinstance(value, list) and bool(value) and isinstance(value[0], (str, list, dict, MediaPrompt))
@@ -153,7 +148,7 @@ _Prompt = Annotated[
     Annotated[str, Tag("<string>")]
     | Annotated[fields.TokenIds, Tag("<tokens>")]
     | Annotated[MediaPrompt, Tag("<object>")],
-    Discriminator(_form),
+    Discriminator(lambda value: {dict: "<object>", list: "<tokens>"}.get(type(value), "<string>")),
 ]
 
 

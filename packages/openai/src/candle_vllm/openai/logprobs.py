@@ -15,7 +15,12 @@ LOWEST = -9999.0  # replaces minus infinity, which JSON does not have; OpenAI's 
 
 def chat_logprobs(entries: Sequence[PositionLogprobs], *, by_id: bool = False) -> ChatLogprobs:
     """Return one wire entry per token; `by_id` names tokens as vLLM does, `token_id:5`."""
-    return ChatLogprobs(tuple(_chat_entry(entry, by_id) for entry in entries))
+
+    def shown(token: TokenLogprob) -> tuple[str, float, tuple[int, ...]]:
+        return _id_text(token) if by_id else token.text, _finite(token.logprob), tuple(token.bytes)
+
+    tops = (tuple(TopLogprob(*shown(token)) for token in entry.top) for entry in entries)
+    return ChatLogprobs(tuple(ChatTokenLogprob(*shown(entry.chosen), top) for entry, top in zip(entries, tops)))
 
 
 def prompt_logprobs(entries: Sequence[PositionLogprobs | None], top: int) -> PromptLogprobs:
@@ -36,8 +41,10 @@ class CompletionLogprobsWriter:
         """Return the entries of the next tokens."""
         offsets = []
         for entry in entries:
-            offsets.append(self._offset)
-            self._offset += len(self._decoder.decode(entry.chosen.bytes))
+            first = self._decoder.decode(entry.chosen.bytes[:1])
+            replaced = max(len(first) - (not self.begun), 0)  # incomplete characters of the tokens before
+            offsets.append(self._offset + replaced)
+            self._offset += len(first) + len(self._decoder.decode(entry.chosen.bytes[1:]))
         return CompletionLogprobs(
             tokens=tuple(self._name(entry.chosen) for entry in entries),
             token_logprobs=tuple(_finite(entry.chosen.logprob) for entry in entries),
@@ -106,13 +113,6 @@ def _unique_text(token: TokenLogprob) -> str:
 
 def _id_text(token: TokenLogprob) -> str:
     return f"token_id:{token.token_id}"
-
-
-def _chat_entry(entry: PositionLogprobs, by_id: bool) -> ChatTokenLogprob:
-    def shown(token: TokenLogprob) -> tuple[str, float, tuple[int, ...]]:
-        return _id_text(token) if by_id else token.text, _finite(token.logprob), tuple(token.bytes)
-
-    return ChatTokenLogprob(*shown(entry.chosen), tuple(TopLogprob(*shown(token)) for token in entry.top))
 
 
 def _prompt_entry(entry: PositionLogprobs, top: int) -> dict[str, PromptLogprob]:

@@ -128,6 +128,7 @@ class AnswerPlanner:
             tools={tool.name: tool.parameters for tool in use.tools} if called else None,
             held=called is not None and structured is not None,
             lazy=structured is not None and use.mode == "auto" and task.form is None,
+            forced=structured is not None and use.mode == "required",
             most_calls=MAX_TOOL_CALLS if use.parallel else 1,
             in_reasoning=is_open,
             behind_reasoning=closed,

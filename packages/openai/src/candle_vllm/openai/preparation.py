@@ -453,7 +453,9 @@ class TaskPreparation:
             return self._engine.tokenize(text, add_special_tokens=add_special_tokens)
         self._check_known(task.before, "context")
         beginning = self._engine.chat_conventions.token_names.get("bos_token")
-        text = text.removeprefix(beginning) if beginning and text.count(beginning) == 1 else text
+        parts = (part for message in task.messages for part in message.parts if isinstance(part, TextPart))
+        if beginning and text.count(beginning) == 1 + sum(part.text.count(beginning) for part in parts):
+            text = text.removeprefix(beginning)
         return [*task.before, *self._engine.tokenize(text, add_special_tokens=False)]
 
     def _check_known(self, ids: Sequence[int], field: str = "prompt") -> None:

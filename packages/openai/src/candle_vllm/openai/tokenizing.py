@@ -67,7 +67,8 @@ class TokenizingAdapter:
         if isinstance(request, tokenizing.TokenizeContentRequest):
             return await self.work.prepare(self._content, request)
         if isinstance(request, tokenizing.TokenizeTextRequest):
-            ids = await self.work.prepare(self._text, request)
+            special = request.add_special_tokens is not False
+            ids = await self.work.prepare(partial(self.engine.tokenize, add_special_tokens=special), request.prompt)
         else:
             task, prepared = await self.work.prepare(self._chat, request)
             if prepared.unseen is not None:
@@ -83,9 +84,6 @@ class TokenizingAdapter:
     def _chat(self, request: tokenizing.TokenizeChatRequest) -> tuple[Task, PreparedChat]:
         task = read_chat(ChatCompletionRequest.model_validate(request.chat_fields()))
         return task, self.preparation.chat(task)
-
-    def _text(self, request: tokenizing.TokenizeTextRequest) -> list[int]:
-        return self.engine.tokenize(request.prompt, add_special_tokens=request.add_special_tokens is not False)
 
     def _content(self, request: tokenizing.TokenizeContentRequest) -> tokenizing.TokenizedContent:
         ids = self.engine.tokenize(request.content, add_special_tokens=bool(request.add_special))

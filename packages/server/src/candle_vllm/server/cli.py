@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from typing import Any
 
     from candle_vllm.server.settings.configuration import Configuration
-    from candle_vllm.server.settings.table import LoggingOptions
 
 EXIT_FAILED, EXIT_USAGE = 1, 2
 EXIT_BROKEN_PIPE = 141  # the status that a shell reports for a program that SIGPIPE ended
@@ -70,7 +69,9 @@ def _run(argv: Sequence[str]) -> int:
             configuration = load_configuration(given, os.environ, **places, command=command, remote="base_url" in own)
             settings = configuration.settings
             debug = settings.log_level == "debug"
-            level = settings.log_level if command == "serve" else _quiet(given.values, settings)
+            level = settings.log_level
+            if command != "serve" and level == "info" and "log_level" not in given.values:
+                level = "warning"  # other commands write to the terminal
             configure_logging(level, settings.log_format, settings.log_file if command == "serve" else None)
             say(configuration.remarks)
         status = run_command(command, configuration, own)
@@ -159,11 +160,6 @@ def configure_logging(level: str, style: str = "text", file: Path | None = None)
         # The MCP SDK logs tracebacks for errors of an MCP server; the link logs them in one line.
         for loud in ("mcp", "client"):
             logging.getLogger(loud).setLevel(logging.CRITICAL)
-
-
-def _quiet(given: Any, settings: LoggingOptions) -> str:
-    """Return the log level of commands that write to the terminal: "warning", unless another level was given."""
-    return settings.log_level if "log_level" in given or settings.log_level != "info" else "warning"
 
 
 if __name__ == "__main__":

@@ -153,7 +153,7 @@ class _Fit:
             self._refuse(tensor.name, f"{self._base.name} has no module {module!r:.200}")
         if any(".attend" in spot.path for spot in spots):
             self._refuse(tensor.name, f"keys and values of latent attention are absorbed into other products: {_PEFT}")
-        if not vectors and not all(spot.is_matrix for spot in spots):
+        if not vectors and not all(spot.kind == "weight" and len(spot.shape) == 2 for spot in spots):
             why = "it changes a norm or another vector, and adapters can change only matrices when they are served"
             self._refuse(tensor.name, f"{why}: {self._merge}")
 

@@ -83,8 +83,8 @@ def stage_of(name: str, family: Family, config: ModelConfig, checkpoint: Checkpo
     elif getattr(config, "streams", 0):
         obstacle = f"the layers of {name} have several residual streams: leave pipeline_parallel_size out"
     elif any(isinstance(spec, SharedKVSpec) for spec in config.cache_specs) or config.shared_choices:
-        shared = f"some layers of {name} read keys, values or chosen positions of other layers"
-        obstacle = f"{shared}, which may be on another stage: leave pipeline_parallel_size out"
+        shared = f"some layers of {name} have no attention, or read keys, values or chosen positions of other layers"
+        obstacle = f"{shared}, which is not supported between stages: leave pipeline_parallel_size out"
     elif getattr(config, "input_size", 0):
         own = f"the layers of {name} have their own embedding tables"
         obstacle = f"{own}, which only the first stage has: leave pipeline_parallel_size out"

@@ -116,7 +116,9 @@ class _Merged(Viewed):
 
     def raw(self) -> np.ndarray:
         values = merged_weight(self.source, self.changes)
-        return rows_of_bytes(_as(values, self.type_name), self.shape)
+        if self.type_name != "F32":
+            values = read_plain(values.view(np.uint8), "F32", values.shape, self.type_name)
+        return rows_of_bytes(values, self.shape)
 
 
 def _merged(own: StoredTensor, changes: _Changes, exact: bool) -> StoredTensor:
@@ -148,7 +150,3 @@ def _changed(values: NDArray[np.float32], delta: Delta) -> NDArray[np.float32]:
     if delta.column_scale is not None:
         made *= delta.column_scale[:, None]
     return made
-
-
-def _as(values: NDArray[np.float32], name: str) -> np.ndarray:
-    return values if name == "F32" else read_plain(values.view(np.uint8), "F32", values.shape, name)

@@ -50,11 +50,6 @@ class Spot:
     view: View | None
     expert: int | None
 
-    @property
-    def is_matrix(self) -> bool:
-        """Whether the parameter is a matrix of a `Linear`, or an embedding table."""
-        return self.kind == "weight" and len(self.shape) == 2
-
 
 class AdapterPlaces:
     """Adapter sites of a model, by the names of tensors.

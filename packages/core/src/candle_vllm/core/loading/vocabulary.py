@@ -76,7 +76,8 @@ def _without_extra_tokens(tokenizer: Tokenizer, size: int, rows: int, source: Pa
             f"{sizes}; {len(extra)} tokens of the vocabulary have no row (the first is {min(extra.values())}): the "
             "tokenizer belongs to another model"
         )
-    needed = [tokenizer.bos_token_id, *(backend.token_to_id(text) for text in _framing(tokenizer))]
+    framing = [text for name, text in tokenizer.special_tokens.items() if name in ("bos_token", "eos_token")]
+    needed = [tokenizer.bos_token_id, *map(backend.token_to_id, framing)]
     _check_rows([index for index in needed if index is not None], rows, f"{sizes}; a token that begins or ends texts")
     kept = _remove_added(backend, rows, source)
     _check_rows(kept.encode("").ids, rows, f"{sizes}; a token that is added to every text")
@@ -92,10 +93,6 @@ def _without_extra_tokens(tokenizer: Tokenizer, size: int, rows: int, source: Pa
         types_pairs=tokenizer.types_pairs,
         named_ids={name: index for name, index in tokenizer.named_ids.items() if index < rows},
     )
-
-
-def _framing(tokenizer: Tokenizer) -> list[str]:
-    return [text for name, text in tokenizer.special_tokens.items() if name in ("bos_token", "eos_token")]
 
 
 def _remove_added(backend: Backend, rows: int, source: Path) -> Backend:

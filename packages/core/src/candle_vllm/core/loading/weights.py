@@ -284,7 +284,7 @@ def _match(
         for name, tensor in checkpoint.tensors.items()
         if name not in used and tensor.numel and not isinstance(tensor, Spare)
     )
-    unexpected = [name for name in rest if not _matches(name, ignored)]
+    unexpected = [name for name in rest if not any(re.fullmatch(each, name) for each in ignored)]
     if missing or unexpected or misshapen:
         raise WeightsError(f"{checkpoint.path}: {_mismatch(list(dict.fromkeys(missing)), unexpected, misshapen)}")
     return sorted(jobs, key=lambda job: order[job[2]])
@@ -346,10 +346,6 @@ def layer_at(model: object, path: str) -> Loadable | None:
         if found is None:
             return None
     return found
-
-
-def _matches(name: str, patterns: Sequence[str]) -> bool:
-    return any(re.fullmatch(pattern, name) for pattern in patterns)
 
 
 def _mismatch(missing: list[str], unexpected: list[str], misshapen: list[str]) -> str:

@@ -62,8 +62,6 @@ class DeepseekV4Config(ModelConfig):
                 refused = f"groups of {ratio} tokens are not implemented: a power of two up to {_MOST_RATIO} is"
         if not self.rope.dim <= min(self.index_size, self.head_dim):
             refused = f"index keys of {self.index_size} elements are smaller than the {self.rope.dim} that rotate"
-        if not (1 <= self.streams.count <= MOST_STREAMS and 1 <= self.streams.rounds <= _MOST_ROUNDS):
-            refused = f"{self.streams} is out of range: at most {MOST_STREAMS} streams and {_MOST_ROUNDS} rounds"
         if not 0 < self.streams.eps < 1:
             refused = f"hc_eps is {self.streams.eps}; it must be between 0 and 1"
         if refused is not None:
@@ -148,9 +146,9 @@ def config_from_hf(fields: Fields, model_type: str) -> DeepseekV4Config:
         output_groups=output_groups,
         output_rank=fields.count("o_lora_rank", 1024),
         streams=Streams(
-            count=fields.count("hc_mult", 4),
+            count=fields.count("hc_mult", 4, most=MOST_STREAMS),
             size=shared["hidden_size"],
-            rounds=fields.count("hc_sinkhorn_iters", 20),
+            rounds=fields.count("hc_sinkhorn_iters", 20, most=_MOST_ROUNDS),
             eps=fields.get("hc_eps", float, 1e-6),
             norm_eps=shared["norm_eps"],
         ),

@@ -52,8 +52,8 @@ class Glm5NextConfig(KimiLinearConfig):
         streams, pool, top = self.streams, self.index_pool, self.index_top
         if not 1 < streams.count <= MOST_STREAMS or not 0 < streams.rounds <= _MOST_ROUNDS or not 0 < streams.eps < 1:
             raise InvalidFileError(
-                f"{streams} are not possible: there are 2 to {MOST_STREAMS}, with 1 to {_MOST_ROUNDS} rounds and an "
-                "epsilon between 0 and 1"
+                f"{streams.count} residual streams, {streams.rounds} rounds and an epsilon of {streams.eps} are not "
+                f"possible: 2 to {MOST_STREAMS} streams, 1 to {_MOST_ROUNDS} rounds, epsilon between 0 and 1"
             )
         if pool not in _POOLS:
             raise UnsupportedModelError(f"index keys pooled by {pool} are not implemented; implemented: {_POOLS}")
@@ -97,7 +97,11 @@ def config_from_hf(fields: Fields, model_type: str) -> Glm5NextConfig:
         delta_layers=frozenset(layer for layer, kind in enumerate(kinds) if kind == "linear_attention"),
         full=sparse_index.full_layers(fields, layers),
         index=(fields.count("index_n_heads"), fields.count("index_head_dim"), fields.count("index_topk"), pool),
-        streams=(fields.count("hc_mult", 4), fields.count("hc_sinkhorn_iters", 20), fields.get("hc_eps", float, 1e-6)),
+        streams=(
+            fields.count("hc_mult", 4, most=MOST_STREAMS),
+            fields.count("hc_sinkhorn_iters", 20, most=_MOST_ROUNDS),
+            fields.get("hc_eps", float, 1e-6),
+        ),
         decay_bound=_bound(fields, nested),
     )
 

@@ -144,7 +144,8 @@ class EngineProcess:
                 frames = self.socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return
-            if len(frames) == 2 and self._is_child(frames[0]):
+            known = (kind + self._token for kind in (CONTROL, STEPS))
+            if len(frames) == 2 and any(hmac.compare_digest(frames[0], identity) for identity in known):
                 yield frames[1]
             else:
                 self._strangers += 1
@@ -209,9 +210,6 @@ class EngineProcess:
     def _write(self, data: bytes) -> None:
         self._input.write(data)
         self._input.flush()
-
-    def _is_child(self, identity: bytes) -> bool:
-        return any(hmac.compare_digest(identity, kind + self._token) for kind in (CONTROL, STEPS))
 
     def _closed_its_end(self) -> bool:
         try:

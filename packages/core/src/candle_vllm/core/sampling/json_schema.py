@@ -293,7 +293,8 @@ class _Check:
         """Limit `multipleOf`, whose remainders llguidance enumerates, and the common multiple, for use in `allOf`."""
         together = Fraction(1)
         for place, value in enumerate(self.multiples):
-            together = _common_multiple(together, value) if place else value
+            multiple = math.lcm(together.numerator, value.numerator)
+            together = Fraction(multiple, math.gcd(together.denominator, value.denominator)) if place else value
             self.budget.multiples += _digits(value)
             if max(_digits(value), _digits(together)) > MAX_MULTIPLE or self.budget.multiples > MAX_MULTIPLES:
                 raise refused(
@@ -335,10 +336,6 @@ def _digits(value: Fraction) -> int:
     while value.denominator > 1:
         value *= 10
     return value.numerator
-
-
-def _common_multiple(one: Fraction, two: Fraction) -> Fraction:
-    return Fraction(math.lcm(one.numerator, two.numerator), math.gcd(one.denominator, two.denominator))
 
 
 def close_objects(root: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ import json
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from candle_vllm.core.sampling.gbnf import gbnf_to_lark
@@ -194,11 +194,6 @@ def json_grammar(name: str, schema: Any, spec: StructuredOutputsParams, budget: 
         InvalidParameterError: see `compilable_schema`.
     """
     return {"name": name, "json_schema": _compilable(schema, spec, budget)}
-
-
-def choice_grammar(name: str, choices: Sequence[str]) -> Grammar:
-    """Return the grammar of a choice of texts."""
-    return {"name": name, "lark_grammar": "start: CHOICE\nCHOICE: " + " | ".join(map(quoted, choices))}
 
 
 def user_grammar(name: str, text: str, spec: StructuredOutputsParams, budget: Budget) -> Grammar:

@@ -162,7 +162,9 @@ class Compiler:
         if spec.regex is not None:
             return [{"name": "form", "lark_grammar": f"start: /{regex_to_lark(spec.regex, '')}/"}]
         if spec.choice is not None:
-            return [lark.choice_grammar("form", spec.choice)]
+            return [
+                {"name": "form", "lark_grammar": f"start: CHOICE\nCHOICE: {' | '.join(map(lark.quoted, spec.choice))}"}
+            ]
         if spec.grammar is not None:
             return [lark.user_grammar("form", spec.grammar, spec, budget)]
         return structural_tag_grammars(spec, "form", self._trie.literals, budget)

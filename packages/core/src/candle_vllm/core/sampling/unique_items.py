@@ -134,9 +134,9 @@ class Unrepeated:
         """
         elements = self._elements
         if self._mode == "string":
-            table = self._tokens.in_string(escaped=self._escaped, element=self._in_element)
+            table = self._tokens.in_string[self._escaped, self._in_element]
         else:
-            table = self._tokens.outside(self._mode if elements is not None else "free")
+            table = self._tokens.outside[self._mode if elements is not None else "free"]
         np.bitwise_and(bits, table, out=bits)
         if elements is None or (self._mode == "string" and not self._in_element):
             return
@@ -145,10 +145,10 @@ class Unrepeated:
             self._tokens.take_out_numbers(bits, self._mode, self._number)
         if self._mode in ("string", "name") and not self._escaped:
             if elements.is_last(self._place):
-                np.bitwise_and(bits, self._tokens.not_going_on(self._mode), out=bits)
+                np.bitwise_and(bits, self._tokens.not_going_on[self._mode], out=bits)
             texts = elements.next[0].get(ord('"'), 0)
             if texts and (elements.dead[texts] or elements.is_last(self._place, texts)):
-                np.bitwise_and(bits, self._tokens.not_opening(self._mode), out=bits)
+                np.bitwise_and(bits, self._tokens.not_opening[self._mode], out=bits)
 
     @property
     def _elements(self) -> Elements | None:

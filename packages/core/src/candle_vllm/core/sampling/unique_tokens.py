@@ -51,6 +51,10 @@ class Neighbours:
     Attributes:
         whole: the span of all tokens in their order.
         leading: the whitespace, or b"", that tokens have before an element or a comma.
+        outside: masks [words] of the tokens that may come outside of strings, by mode.
+        in_string: masks of tokens allowed in a string, by whether it follows a backslash, and is an array's element.
+        not_going_on: masks without the tokens that end an element and have a comma after it, by mode.
+        not_opening: masks without the tokens that end an element and open a string, by mode.
     """
 
     def __init__(self, tokens: Sequence[bytes], special: Iterable[int], words: int) -> None:
@@ -62,32 +66,16 @@ class Neighbours:
         self.leading = sorted({white for text in self._texts for white in _LEADING.findall(text)})
         self._with_comma = [(token, tokens[token]) for token in ids if b"," in tokens[token]]
         free, value, after, name = map(self._without, (_opens, _repeats_before, _repeats_after, _repeats_behind_name))
-        self._outside = {"free": free, "key": free, "colon": free, "value": value, "after": after, "name": name}
-        self._string = {
+        self.outside = {"free": free, "key": free, "colon": free, "value": value, "after": after, "name": name}
+        self.in_string = {
             (escaped, element): self._without(partial(_repeats_behind_text, escaped=escaped, element=element))
             for escaped in (False, True)
             for element in (False, True)
         }
         self._plain: dict[tuple[str, int, bool, bytes], NDArray[np.int32]] = {}
         self._numbers = {mode: self._with_number(lead) for mode, lead in _LEADS.items()}
-        self._not_going_on = {mode: self._without(partial(_goes_on, mode=mode)) for mode in ("string", "name")}
-        self._not_opening = {mode: self._without(partial(_opens_text, mode=mode)) for mode in ("string", "name")}
-
-    def outside(self, mode: str) -> NDArray[np.int32]:
-        """Return a mask [words] of the tokens that may come outside of strings."""
-        return self._outside[mode]
-
-    def in_string(self, *, escaped: bool, element: bool) -> NDArray[np.int32]:
-        """Return a mask [words] of tokens allowed in a string; `element`: of an array; `escaped`: after a backslash."""
-        return self._string[escaped, element]
-
-    def not_going_on(self, mode: str) -> NDArray[np.int32]:
-        """Return a mask [words] without the tokens that end an element and have a comma after it."""
-        return self._not_going_on[mode]
-
-    def not_opening(self, mode: str) -> NDArray[np.int32]:
-        """Return a mask [words] without the tokens that end an element and open a string."""
-        return self._not_opening[mode]
+        self.not_going_on = {mode: self._without(partial(_goes_on, mode=mode)) for mode in ("string", "name")}
+        self.not_opening = {mode: self._without(partial(_opens_text, mode=mode)) for mode in ("string", "name")}
 
     def behind(self, said: bytes, span: tuple[int, int]) -> tuple[int, int] | None:
         """Return the span of the tokens in `span` that begin with `said`; None if no token does."""

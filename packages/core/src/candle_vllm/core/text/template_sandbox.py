@@ -93,7 +93,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
     def __init__(self) -> None:
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols, Limits])
         self.filters = guarded_filters()
-        self.tests = guarded_tests()
+        self.tests = {name: _measured(test) if name in _COMPARING else test for name, test in tests.TESTS.items()}
         self.globals.pop("lipsum")
         self.globals |= dict[str, Any](
             raise_exception=raise_exception, strftime_now=strftime_now, dict=_make_dict, namespace=TemplateNamespace
@@ -376,11 +376,6 @@ def _guarded(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         return result
 
     return guarded
-
-
-def guarded_tests() -> dict[str, Callable[..., Any]]:
-    """Return Jinja's own tests; tests that compare values first check the size of the values."""
-    return {name: _measured(test) if name in _COMPARING else test for name, test in tests.TESTS.items()}
 
 
 def _measured(test: Callable[..., Any]) -> Callable[..., Any]:

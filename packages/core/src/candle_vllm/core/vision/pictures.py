@@ -353,7 +353,8 @@ def _bare_png(data: bytes) -> _File:
     kept, exif, at = [data[:8]], b"", 8
     for _ in range(MAX_PARTS):
         kind, end = data[at + 4 : at + 8], at + 12 + int.from_bytes(data[at : at + 4])
-        if kind == b"tRNS" and end == at + 14 and (factor := _GREYS.get(data[24:26])):
+        sound = end == at + 14 and struct.pack(">I", zlib.crc32(data[at + 4 : at + 10])) == data[at + 10 : end]
+        if kind == b"tRNS" and sound and (factor := _GREYS.get(data[24:26])):
             level = struct.pack(">H", factor * (data[at + 9] & 255 // factor))
             kept.append(b"\0\0\0\2tRNS" + level + struct.pack(">I", zlib.crc32(b"tRNS" + level)))
         elif kind in _PNG_PIXELS and (kind != b"IHDR" or at == 8):

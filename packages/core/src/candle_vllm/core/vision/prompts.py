@@ -20,6 +20,8 @@ from candle_vllm.core.vision.inputs import ImageInput
 from candle_vllm.core.vision.pictures import LIMITS, Picture, PictureLimits, picture_of
 from candle_vllm.core.vision.preprocessing import Cut
 
+MAX_TILE_PIXELS = 1 << 27  # of all tiles of an image: 400 MB
+
 
 class VisionDescription(ShownStruct, frozen=True, kw_only=True):
     """Description of a vision encoder for the process that tokenizes prompts.
@@ -124,6 +126,9 @@ class VisionInput:
                 picture = picture_of(image, self.limits, name)
                 try:
                     cut = self.parts.rule.cut(picture.height, picture.width)
+                    if (made_pixels := cut.tiles * cut.height * cut.width) > MAX_TILE_PIXELS:
+                        said = f"its tiles would have {made_pixels} pixels, by the model's preprocessor_config.json"
+                        raise InvalidParameterError(f"{said}; at most {MAX_TILE_PIXELS} are allowed")
                 except InvalidParameterError as error:  # which does not know the image's name
                     raise InvalidParameterError(f"{name}: {error}", name) from None
                 least = len(expanded) + self.parts.embeddings(cut)

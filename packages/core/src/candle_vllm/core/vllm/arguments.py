@@ -121,7 +121,8 @@ class EngineArgs:
         parser.add_argument("--model", default="demo", help=SETTINGS["model"].help)
         for each in SETTINGS.values():
             if each.name != "model":
-                _add_flag(parser, each.name, each.help, isinstance(each.kind, Boolean), _reader(each.name))
+                reader = _value if each.name in _TRANSLATED else each.kind.from_text
+                _add_flag(parser, each.name, each.help, isinstance(each.kind, Boolean), reader)
         for name in _TRANSLATED.keys() - SETTINGS.keys():
             _add_flag(parser, name, "as in vLLM", name.startswith(("enable_", "enforce_")), _value)
         for name in ("runner", "convert", "quantization", "generation_config"):
@@ -152,10 +153,6 @@ def _add_flag(parser: argparse.ArgumentParser, name: str, told: str, switch: boo
         )
     else:
         parser.add_argument(flag, type=read, default=argparse.SUPPRESS, dest=name, help=told)
-
-
-def _reader(name: str) -> Callable[[str], Any]:
-    return _value if name in _TRANSLATED else SETTINGS[name].kind.from_text
 
 
 def _value(text: str) -> Any:

@@ -81,14 +81,10 @@ def _run_by_the_client(value: Any) -> Any:
     return value
 
 
-def _tool_form(value: Any) -> str:
-    return "<search>" if _is_search(value) or isinstance(value, SearchTool) else "<tool>"
-
-
 # Tags in angle brackets are omitted from the paths in error messages.
 AnyTool = Annotated[
     Annotated[Tool, Tag("<tool>")] | Annotated[SearchTool, Tag("<search>")],
-    Discriminator(_tool_form),
+    Discriminator(lambda value: "<search>" if _is_search(value) or isinstance(value, SearchTool) else "<tool>"),
     BeforeValidator(_run_by_the_client),
 ]
 

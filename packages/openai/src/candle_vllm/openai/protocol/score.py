@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, ClassVar, Self
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -118,12 +118,9 @@ class TextDocument(WireModel):
     refused_fields: ClassVar[Mapping[str, Refusal]] = {"image": Refusal("the server takes text only")}
 
 
-def _document_form(value: Any) -> str:
-    return "<object>" if isinstance(value, dict) else "<string>"
-
-
 Document = Annotated[
-    Annotated[Words, Tag("<string>")] | Annotated[TextDocument, Tag("<object>")], Discriminator(_document_form)
+    Annotated[Words, Tag("<string>")] | Annotated[TextDocument, Tag("<object>")],
+    Discriminator(lambda value: "<object>" if isinstance(value, dict) else "<string>"),
 ]
 
 

@@ -40,13 +40,10 @@ class ThinkingSwitch(WireModel):
         return self
 
 
-def _thinking_form(value: Any) -> str:
-    return "<object>" if isinstance(value, (dict, ThinkingSwitch)) else "<switch>"
-
-
 # Tags in angle brackets are omitted from the paths in error messages.
 Thinking = Annotated[
-    Annotated[bool, Tag("<switch>")] | Annotated[ThinkingSwitch, Tag("<object>")], Discriminator(_thinking_form)
+    Annotated[bool, Tag("<switch>")] | Annotated[ThinkingSwitch, Tag("<object>")],
+    Discriminator(lambda value: "<object>" if isinstance(value, (dict, ThinkingSwitch)) else "<switch>"),
 ]
 
 

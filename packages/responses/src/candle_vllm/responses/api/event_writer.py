@@ -123,8 +123,8 @@ class EventWriter:
                 items.run(event.call)
             case said.ToolFinished():
                 items.ran(event.result, event.shown)
-            case said.ToolProgressed():
-                pass  # the specification has no event for progress
+            case said.ToolProgressed() | said.ResultsShortened():
+                pass  # the specification has no event for them
             case said.ConversationFinished():
                 self._usage = event.result.usage
                 reason = event.result.stop_reason

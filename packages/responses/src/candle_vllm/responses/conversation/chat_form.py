@@ -10,7 +10,7 @@ from typing import Any
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.openai.errors import UnsupportedParameterError
-from candle_vllm.openai.task import Call, Message, Part, Task, TextPart, ToolUse, text_of
+from candle_vllm.openai.task import Message, Part, Task, TextPart, ToolUse, text_of
 from candle_vllm.responses.conversation.transcript import Transcript
 from candle_vllm.responses.tools.registry import ToolRegistry
 from candle_vllm.responses.tools.tool import ToolCall, ToolDefinition
@@ -68,7 +68,11 @@ def chat_message(message: Message) -> ChatMessage:
     more = {
         "tool_call_id": message.call_id,
         "reasoning_content": message.thoughts or None,
-        "tool_calls": list(map(_chat_call, message.calls)) or None,
+        "tool_calls": [
+            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+            for call in message.calls
+        ]
+        or None,
         "name": message.name,
     }
     return {"role": message.role, "content": content, **{k: v for k, v in more.items() if v is not None}}
@@ -163,10 +167,6 @@ def _chat_part(part: Part) -> dict[str, Any]:
         return {"type": "input_image", "file_id": part.source}
     image = {"url": part.source} if part.detail is None else {"url": part.source, "detail": part.detail}
     return {"type": "image_url", "image_url": image}
-
-
-def _chat_call(call: Call) -> dict[str, Any]:
-    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
 
 
 def _free_choice(choice: Any, names: Collection[str]) -> Any:

@@ -2,10 +2,10 @@
 """Typed events of a conversation.
 
 A turn gives `TurnStarted`, deltas of reasoning, text and calls as they are generated, with `TurnMeasured` between them
-if the request asks for token counts or progress, and `TurnFinished` with the whole message. Then each call gives
-`ApprovalRequested` if an approval is needed, `ToolStarted` and `ToolProgressed` if it runs, and `ToolFinished` unless
-it stays open; the events of concurrent calls interleave. The last event is `ConversationFinished`. Errors of the model
-are exceptions of the iterator.
+if the request asks for token counts or progress, and `TurnFinished` with the whole message; `ResultsShortened` follows
+`TurnStarted` each time that the prompt is too long. Then each call gives `ApprovalRequested` if an approval is needed,
+`ToolStarted` and `ToolProgressed` if it runs, and `ToolFinished` unless it stays open; the events of concurrent calls
+interleave. The last event is `ConversationFinished`. Errors of the model are exceptions of the iterator.
 """
 
 from __future__ import annotations
@@ -102,6 +102,12 @@ class ToolFinished(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     shown: tuple[Part, ...] = ()
 
 
+class ResultsShortened(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The prompt was too long, so results of this run were cut; the model sees at most `characters` of each."""
+
+    characters: int
+
+
 class ConversationFinished(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """The last event; `messages` are the messages in OpenAI's format that were added to the transcript."""
 
@@ -111,5 +117,6 @@ class ConversationFinished(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 Event = (
     TurnStarted | ReasoningDelta | TextDelta | CallStarted | CallArgumentsDelta | TurnMeasured | TurnFinished
-    | ApprovalRequested | ToolStarted | ToolProgressed | ToolFinished | ConversationFinished
+    | ApprovalRequested | ToolStarted | ToolProgressed | ToolFinished | ResultsShortened
+    | ConversationFinished
 )  # fmt: skip

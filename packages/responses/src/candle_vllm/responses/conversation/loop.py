@@ -8,19 +8,26 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Mapping, Sequence
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
 from candle_vllm.core.engine.outputs import FinishReason
 from candle_vllm.core.errors import PromptTooLongError, RequestAbortedError
+from candle_vllm.openai.events import Event as Answer
 from candle_vllm.openai.task import Task
 from candle_vllm.responses.conversation.channel import EventChannel, end_task
 from candle_vllm.responses.conversation.chat_form import ChatTranscript, allowed_names, chat_message, client_names
 from candle_vllm.responses.conversation.chat_model import ChatModel, eyes_of
-from candle_vllm.responses.conversation.events import ConversationFinished, Event, TurnFinished, TurnStarted
+from candle_vllm.responses.conversation.events import (
+    ConversationFinished,
+    Event,
+    ResultsShortened,
+    TurnFinished,
+    TurnStarted,
+)
 from candle_vllm.responses.conversation.options import (
     ConversationOptions,
     ConversationResult,
@@ -234,18 +241,10 @@ class _Conversation:
 
     async def _take_turn(self) -> TurnFinished:
         await self.channel.send(TurnStarted(number=self.turns + 1))
-        request = self.ask([*self.calls.definitions().values()], first=not self.turns)
-        measures = isinstance(request, Task) and request.tell_counts
-        reader = TurnReader(self.turns + 1, self.transcript.call_ids, measures=measures)
         async with AsyncExitStack() as stack:
-            try:
-                answer = await stack.enter_async_context(self.model.stream(request))
-            except PromptTooLongError:
-                if not self.transcript.grew or isinstance(request, Task) or not _LIMITS & request.keys():
-                    raise
-                # The results of tools left fewer tokens: now the end of the context is the limit.
-                request = {name: value for name, value in request.items() if name not in _LIMITS}
-                answer = await stack.enter_async_context(self.model.stream(request))
+            request, answer = await self._ask_within(stack)
+            measures = isinstance(request, Task) and request.tell_counts
+            reader = TurnReader(self.turns + 1, self.transcript.call_ids, measures=measures)
             async for one in answer:
                 for event in reader.read(one):
                     await self.channel.send(event)
@@ -257,6 +256,24 @@ class _Conversation:
         self.calls.allowed = allowed_names(request)
         await self.channel.send(turn)
         return turn
+
+    async def _ask_within(self, stack: AsyncExitStack) -> tuple[Task | Mapping[str, Any], AsyncIterator[Answer]]:
+        """Return the next turn's request and its answer; if the context is too small, the results are shortened."""
+        while True:
+            request = self.ask([*self.calls.definitions().values()], first=not self.turns)
+            try:
+                return request, await stack.enter_async_context(self.model.stream(request))
+            except PromptTooLongError:
+                if not self.transcript.grew:
+                    raise
+                if not isinstance(request, Task) and _LIMITS & request.keys():
+                    # The results of tools left fewer tokens: now the end of the context is the limit.
+                    request = {name: value for name, value in request.items() if name not in _LIMITS}
+                    with suppress(PromptTooLongError):
+                        return request, await stack.enter_async_context(self.model.stream(request))
+                if not (most := self.transcript.shorten()):
+                    raise
+            await self.channel.send(ResultsShortened(characters=most))
 
 
 def _close(channel: EventChannel[Event], task: asyncio.Task[None]) -> None:

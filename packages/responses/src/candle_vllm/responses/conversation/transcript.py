@@ -10,9 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from candle_vllm.openai.task import Message, Part, TextPart
-from candle_vllm.responses.tools.tool import ToolCall, ToolResult
+from msgspec.structs import replace
 
+from candle_vllm.openai.task import Message, Part, TextPart
+from candle_vllm.responses.tools.tool import ToolCall, ToolResult, cut
+
+_SHORTEST = 200  # characters to which a result may be cut if the prompt is too long
 LOST = "The call was cut off before its result was known. It may have done some or all of its work."
 
 
@@ -30,15 +33,13 @@ class Transcript:
         self._ids = set(call_ids)
         self.images = images
         self._messages: tuple[Message, ...] = ()
-        self._results: dict[str, tuple[Part, ...]] = {}
+        self._results: dict[str, Message] = {}
         self._begun: set[str] = set()
 
     @property
     def added(self) -> tuple[Message, ...]:
         """New messages: turns, and results in the order of the calls."""
-        answered = (call.id for call in self._calls if call.id in self._results)
-        results = (Message(role="tool", parts=self._results[call_id], call_id=call_id) for call_id in answered)
-        return (*self._messages, *results)
+        return (*self._messages, *(self._results[call.id] for call in self._calls if call.id in self._results))
 
     @property
     def grew(self) -> bool:
@@ -70,7 +71,18 @@ class Transcript:
     def add_result(self, result: ToolResult, parts: tuple[Part, ...] = ()) -> None:
         """Add the result of an open call, in any order; non-empty `parts` replace its text for the model."""
         assert result.call.id in {call.id for call in self.open_calls}, "the call is not open"
-        self._results[result.call.id] = parts or (TextPart(result.text),)
+        call_id = result.call.id
+        self._results[call_id] = Message(role="tool", parts=parts or (TextPart(result.text),), call_id=call_id)
+
+    def shorten(self) -> int:
+        """Cut texts of results to half of the longest one's length, and return it; return 0 if all are short."""
+        parts = (part for message in self.added if message.role == "tool" for part in message.parts)
+        most = max((len(part.text) for part in parts if isinstance(part, TextPart)), default=0) // 2
+        if most < _SHORTEST:
+            return 0
+        self._messages = tuple(_cut(message, most) for message in self._messages)
+        self._results = {call_id: _cut(message, most) for call_id, message in self._results.items()}
+        return most
 
     def lost_calls(self) -> tuple[ToolCall, ...]:
         """Return the calls that have begun and have no result."""
@@ -79,4 +91,11 @@ class Transcript:
     def settle(self) -> None:
         """Add a result that reports the loss to each call that has begun and has no result."""
         for call in self.lost_calls():
-            self._results[call.id] = (TextPart(LOST),)
+            self._results[call.id] = Message(role="tool", parts=(TextPart(LOST),), call_id=call.id)
+
+
+def _cut(message: Message, most: int) -> Message:
+    if message.role != "tool":
+        return message
+    parts = (TextPart(cut(part.text, most)) if isinstance(part, TextPart) else part for part in message.parts)
+    return replace(message, parts=tuple(parts))

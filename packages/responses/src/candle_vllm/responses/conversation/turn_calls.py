@@ -24,7 +24,7 @@ from candle_vllm.responses.conversation.options import ConversationOptions, Stop
 from candle_vllm.responses.conversation.transcript import Transcript
 from candle_vllm.responses.tools import tool
 from candle_vllm.responses.tools.approval import Approval, decide
-from candle_vllm.responses.tools.execution import Checked, check, denied, run, unknown_text
+from candle_vllm.responses.tools.execution import Checked, check, denied, not_run, run, unknown_text
 from candle_vllm.responses.tools.registry import ToolRegistry
 
 NOT_ALLOWED = "This request does not allow a call of this tool, so it was not run."
@@ -187,9 +187,8 @@ class TurnCalls:
     async def refuse(self, call: tool.ToolCall, status: tool.ToolStatus, text: str) -> None:
         """Give a call a result that says why it did not run, or did not complete."""
         definition = self.definitions().get(call.name)
-        output = tool.ToolOutput.of_text(text, is_error=True)
         server = None if definition is None else definition.server
-        await self._finish(tool.ToolResult(call=call, server=server, status=status, output=output, text=text))
+        await self._finish(not_run(call, server, status, text, self.options.max_result_chars))
 
     async def _decide(
         self, call: tool.ToolCall, definitions: Mapping[str, tool.ToolDefinition]

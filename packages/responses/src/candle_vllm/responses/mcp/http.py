@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import socket
 import warnings
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
@@ -31,6 +32,15 @@ _RESOLVE_SECONDS = 10.0
 _MAX_ADDRESSES = 4  # addresses of one name that are tried
 _PORTS = {"http": 80, "https": 443}
 _tls = cache(httpx2.create_ssl_context)  # reading the certificate authorities blocks the event loop for tens of ms
+
+
+def _without_traceback(record: logging.LogRecord) -> bool:
+    """Drop the SDK's traceback, in whose last line is the body of the answer: it may have a token or the secret."""
+    record.exc_info = None
+    return True
+
+
+logging.getLogger("mcp.client.auth.oauth2").addFilter(_without_traceback)
 
 
 class _Client(httpx2.AsyncClient):

@@ -114,7 +114,10 @@ class Peer:
             return f"it answered: {error.message} (code {error.code})"
         if isinstance(error, ValidationError):
             return f"its answer does not fit the protocol: {error.errors()[0]['msg']} ({error.title})"
-        return f"{type(error).__name__}: {error}"
+        text = str(error)
+        if "input_value=" in text:  # pydantic's lines after the first show values, such as a token
+            text = text.partition("\n")[0]
+        return f"{type(error).__name__}: {text}"
 
     def _start_sentence(self, error: OSError) -> str:
         config = self.config

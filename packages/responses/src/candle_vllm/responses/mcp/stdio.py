@@ -25,6 +25,7 @@ from candle_vllm.responses.mcp import processes
 from candle_vllm.responses.mcp.peer import Peer
 
 MAX_MESSAGE = 10 * 1024 * 1024  # bytes of one message
+_MAX_BATCH = 1000  # messages of one line; further ones are left out
 _MAX_SKIPPED = 100 * 1024 * 1024  # bytes of one line that are read and discarded before the server is ended
 _CHUNK = 1 << 16
 _ERROR_CHUNK = 1 << 12
@@ -129,8 +130,7 @@ class StdioServer:
                     filled = _BLANK_LINES.sub(b"\n", chunk)
                     await asyncio.sleep((len(chunk) - len(filled)) / _BLANK_PER_SECOND)
                     for line in splitter.feed(filled):
-                        message = self._message(line)
-                        if message is not None:
+                        for message in filter(None, map(self._message, _members(line))):
                             await session.send(message)
                     if splitter.pending > _MAX_SKIPPED:
                         self._fault = f"it wrote a line of more than {_MAX_SKIPPED} bytes"
@@ -200,6 +200,14 @@ class StdioServer:
                 return
         await asyncio.wait({reader}, timeout=_EXIT)  # most programs that stop reading are exiting, and report why
         session.close()  # the pipe is broken: no response will come
+
+
+def _members(line: bytes | OversizedLine) -> list[bytes | OversizedLine]:
+    """Return the messages of a line, which is a batch in the protocol of 2025-03-26, or one message."""
+    if isinstance(line, bytes) and line.lstrip().startswith(b"["):
+        with suppress(ValueError, RecursionError):
+            return [json.dumps(member).encode() for member in json.loads(line)[:_MAX_BATCH]] or [line]
+    return [line]
 
 
 def _parsed(line: bytes) -> JSONRPCMessage:

@@ -99,10 +99,6 @@ class ConversationReference(fields.WireModel):
     id: ItemId
 
 
-def _conversation_form(value: Any) -> str:
-    return "<object>" if isinstance(value, (dict, ConversationReference)) else "<id>"
-
-
 Input = Annotated[
     Annotated[Text, Tag("<string>")]
     | Annotated[list[InputItem], Field(max_length=MAX_ITEMS, fail_fast=True), Tag("<list>")],
@@ -129,7 +125,7 @@ class PromptFields(SharedFields):
     conversation: (
         Annotated[
             Annotated[ItemId, Tag("<id>")] | Annotated[ConversationReference, Tag("<object>")],
-            Discriminator(_conversation_form),
+            Discriminator(lambda value: "<object>" if isinstance(value, (dict, ConversationReference)) else "<id>"),
         ]
         | None
     ) = None

@@ -105,14 +105,6 @@ class ApprovalFilter(fields.WireModel):
     never: ToolFilter | None = None
 
 
-def _allowed_form(value: Any) -> str:
-    return "<names>" if isinstance(value, list) else "<filter>"
-
-
-def _approval_form(value: Any) -> str:
-    return "<filter>" if isinstance(value, (dict, ApprovalFilter)) else "<word>"
-
-
 class McpTool(fields.WireModel):
     """The tools of an MCP server: one that the operator has configured under this label, or one at a URL.
 
@@ -136,14 +128,14 @@ class McpTool(fields.WireModel):
         Annotated[
             Annotated[list[fields.Name], Field(max_length=fields.MAX_TOOLS, fail_fast=True), Tag("<names>")]
             | Annotated[ToolFilter, Tag("<filter>")],
-            Discriminator(_allowed_form),
+            Discriminator(lambda value: "<names>" if isinstance(value, list) else "<filter>"),
         ]
         | None
     ) = None
     require_approval: (
         Annotated[
             Annotated[Literal["always", "never"], Tag("<word>")] | Annotated[ApprovalFilter, Tag("<filter>")],
-            Discriminator(_approval_form),
+            Discriminator(lambda value: "<filter>" if isinstance(value, (dict, ApprovalFilter)) else "<word>"),
         ]
         | None
     ) = None

@@ -8,6 +8,7 @@ without a model.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import difflib
 import json
 import logging
@@ -53,22 +54,22 @@ async def check(registry: ToolRegistry, call: ToolCall, *, max_chars: int = DEFA
     """Return the call with its tool and its parsed arguments, or a result that says what is wrong with it."""
     entry = registry.entry(call.name)
     if entry is None:
-        return _not_run(call, None, "unknown", unknown_text(call.name, registry.names()), max_chars)
+        return not_run(call, None, "unknown", unknown_text(call.name, registry.names()), max_chars)
     server = entry.definition.server
     arguments = parsed_arguments(call.arguments)
     if isinstance(arguments, str):
-        return _not_run(call, server, "invalid_arguments", arguments, max_chars)
+        return not_run(call, server, "invalid_arguments", arguments, max_chars)
     faults = await asyncio.to_thread(entry.checker.faults, arguments)
     if faults:
         text = "The arguments do not fit the tool's schema: " + "; ".join(faults)
-        return _not_run(call, server, "invalid_arguments", text, max_chars)
+        return not_run(call, server, "invalid_arguments", text, max_chars)
     return Checked(call=call, definition=entry.definition, tool=entry.tool, arguments=arguments)
 
 
 def denied(checked: Checked, *, max_chars: int = DEFAULT_MAX_CHARS) -> ToolResult:
     """Return the result of a call that was denied."""
     text = "The user did not agree to this call, so it was not run. Do not call it again with the same arguments."
-    return _not_run(checked.call, checked.definition.server, "denied", text, max_chars)
+    return not_run(checked.call, checked.definition.server, "denied", text, max_chars)
 
 
 async def run(
@@ -126,11 +127,12 @@ async def _outcome(checked: Checked, report: Report, given: float | None) -> tup
     name = checked.definition.name
     try:
         output = await checked.tool.run(checked.arguments, report)
-    except tool.ToolError as error:
-        return error.status, _failure(tool.cut(str(error) or "The tool failed.", _MAX_MESSAGE))
     except (KeyboardInterrupt, asyncio.CancelledError):
         raise
     except BaseException as error:  # a tool's SystemExit must not end the program
+        if isinstance(error, tool.ToolError):
+            with contextlib.suppress(Exception):  # its `__str__` may fail
+                return error.status, _failure(tool.cut(str(error) or "The tool failed.", _MAX_MESSAGE))
         logger.warning("the tool %s failed", name, exc_info=error)
         return "failed", _failure(f"The tool failed ({type(error).__name__:.100}).")
     try:
@@ -204,6 +206,7 @@ def _failure(text: str) -> ToolOutput:
     return ToolOutput.of_text(text, is_error=True)
 
 
-def _not_run(call: ToolCall, server: str | None, status: ToolStatus, text: str, max_chars: int) -> ToolResult:
+def not_run(call: ToolCall, server: str | None, status: ToolStatus, text: str, max_chars: int) -> ToolResult:
+    """Return the result of a call that did not run, or did not complete."""
     output = _failure(text)
     return ToolResult(call=call, server=server, status=status, output=output, text=tool.output_text(output, max_chars))

@@ -37,7 +37,7 @@ class ToolRegistry:
 
     def __init__(self, tools: Iterable[Tool | Callable[..., Any]] = ()) -> None:
         self._groups: dict[str | None, dict[str, Registered]] = {None: {}}
-        self._revision = 0
+        self.revision = 0  # number of changes; while it is the same, the tools are the same
         if isinstance(tools, (str, Mapping)) or not isinstance(tools, Iterable):
             raise InvalidParameterError(
                 f"tools must be a list of functions and Tool objects, not a {type(tools).__name__}", "tools"
@@ -48,11 +48,6 @@ class ToolRegistry:
                 self.add(tool)
             else:
                 self.add_function(tool)
-
-    @property
-    def revision(self) -> int:
-        """Number of changes; while it is the same, the tools are the same."""
-        return self._revision
 
     def add(self, tool: Tool) -> ToolDefinition:
         """Add one tool; InvalidParameterError for a used or invalid name, an invalid schema, or too many tools."""
@@ -65,7 +60,7 @@ class ToolRegistry:
         if fault is not None:
             raise InvalidParameterError(f"the tool {definition.name!r:.100} cannot be added: {fault}", "tools")
         self._groups.setdefault(definition.server, {})[definition.name] = Registered(tool, definition)
-        self._revision += 1
+        self.revision += 1
         return definition
 
     def add_function(
@@ -87,7 +82,7 @@ class ToolRegistry:
         """Remove a tool, whose running calls continue; InvalidParameterError if there is no tool of this name."""
         for group in self._groups.values():
             if group.pop(name, None) is not None:
-                self._revision += 1
+                self.revision += 1
                 return
         raise InvalidParameterError(f"there is no tool {name!r:.100} to remove", "tools")
 
@@ -113,7 +108,7 @@ class ToolRegistry:
             left_out.append(original)
             logger.warning("the tool %.100r of the MCP server %.100r is left out: %s", original, server, fault)
         self._groups[server] = group
-        self._revision += 1
+        self.revision += 1
         return tuple(left_out)
 
     def definitions(self, allowed: Iterable[str] | None = None) -> tuple[ToolDefinition, ...]:

@@ -16,6 +16,7 @@ import msgspec
 from candle_vllm.core.errors import CandleVllmError
 
 _PICTURE = re.compile(r"image/[a-z0-9.+-]{1,40}")
+_NOTE = re.compile(r"\n\[cut: the whole output has [0-9]{1,12} characters\]\Z")
 NOTHING = "(the tool returned nothing)"
 MAX_TIMEOUT = 86_400.0  # maximum timeout of a call in seconds
 
@@ -220,10 +221,11 @@ def output_pieces(
 
 
 def cut(text: str, max_chars: int) -> str:
-    """Return the text, or its beginning and, if there is space, a note with its whole length."""
+    """Return the text, or its beginning and, if there is space, a note with its whole length, also if it was cut."""
     if len(text) <= max_chars:
         return text
-    note = f"\n[cut: the whole output has {len(text)} characters]"
+    earlier = _NOTE.search(text)
+    note = earlier[0] if earlier else f"\n[cut: the whole output has {len(text)} characters]"
     return text[: max_chars - len(note)] + note if len(note) < max_chars else text[:max_chars]
 
 

@@ -140,7 +140,14 @@ def read_line(data: bytes, endpoint: str | None = None) -> Line:
     own = body.get("priority")
     if own is None or (type(own) is int and -MAX_PRIORITY <= own <= MAX_PRIORITY - PRIORITY):  # others stay
         body["priority"] = max(own or 0, 0) + PRIORITY
-    return Line(name, url, json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode())
+    for field, one in body.items():
+        try:
+            body[field] = msgspec.Raw(
+                json.dumps(one, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
+            )
+        except ValueError:
+            raise LineError(f"{field} has a number that is too large.", "invalid_request", name) from None
+    return Line(name, url, msgspec.json.encode(body))
 
 
 class Application:

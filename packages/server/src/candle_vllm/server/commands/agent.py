@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import difflib
 import os
+import signal
 import stat
 import sys
 import threading
@@ -37,6 +38,7 @@ from candle_vllm.server.settings.options import UsageError
 from candle_vllm.server.settings.table import AgentOptions
 
 EXIT_UNFINISHED = 1
+EXIT_TERMINATED = 143  # the status that a shell reports for a program that SIGTERM ended
 
 
 def agent(
@@ -69,13 +71,19 @@ def agent(
             model = adapter_of(stack.enter_context(load_engine(settings)), settings, tool_parser=settings.tool_parser)
         name = settings.model if base_url is not None else None
         session = ResponsesSession(model, mcp_servers=servers, api_key=api_key, model_name=name)
-        return asyncio.run(_carry_out(session, conversation(system, text), options, approve, as_json))
+        with contextlib.suppress(asyncio.CancelledError):
+            return asyncio.run(_carry_out(session, conversation(system, text), options, approve, as_json))
+        return EXIT_TERMINATED
 
 
 async def _carry_out(
     session: ResponsesSession, messages: list[dict[str, str]], options: ConversationOptions, approve: tuple[str, ...],
     as_json: bool
 ) -> int:  # fmt: skip
+    if sys.platform != "win32" and threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is signal.SIG_DFL:  # `nohup` ignores SIGHUP
+                asyncio.get_running_loop().add_signal_handler(number, cast(Any, asyncio.current_task()).cancel)
     async with session, contextlib.AsyncExitStack() as stack:
         display = AgentDisplay()
         stack.callback(display.close)
@@ -242,6 +250,8 @@ class AgentDisplay:
             result = event.result
             how = "" if result.status == "completed" else f" {result.status.replace('_', ' ')}:"
             note(f"<- {result.call.name}{how} {short(result.text)}")
+        elif isinstance(event, events.ResultsShortened):
+            note(f"   the context is too small: the model sees at most {event.characters} characters of each result")
         elif isinstance(event, events.ConversationFinished):
             self._end_line()
             if not event.result.completed:

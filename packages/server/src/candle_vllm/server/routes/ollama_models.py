@@ -261,18 +261,14 @@ def details(slot: ModelSlot) -> Details:
     known = _description(slot)
     if known is None:
         return Details(format=_format(slot))
+    count = known.num_parameters  # shown as 134.52M, 7.6B
     return Details(
         format=known.format,
         family=known.architecture,
         families=(known.architecture,),
-        parameter_size=size_of(known.num_parameters) if known.num_parameters else "",
+        parameter_size=(f"{count / 1e9:.1f}B" if count >= 1e9 else f"{count / 1e6:.2f}M") if count else "",
         quantization_level=known.quantization,
     )
-
-
-def size_of(parameters: int) -> str:
-    """Format a number of parameters: 134.52M, 7.6B."""
-    return f"{parameters / 1e9:.1f}B" if parameters >= 1e9 else f"{parameters / 1e6:.2f}M"
 
 
 def digest(name: str) -> str:

@@ -29,10 +29,13 @@ Whole numbers may end in k, m, g (powers of 1000) or K, M, G (powers of 1024).
 SHORT: Mapping[str, str] = {"-m": "--m", "-p": "--p"}
 """Short flags of other programs. Some of them use -p for a prompt, so it is the port only for `serve` and `config`."""
 
+_DASH = "; a text that begins with - comes last, after --"
+
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise UsageError(message.removeprefix("argument "))
+        more = _DASH if message.endswith((": PROMPT", ": REQUEST")) else ""
+        raise UsageError(message.removeprefix("argument ") + more)
 
 
 def split_command(argv: Sequence[str]) -> tuple[str, list[str]]:
@@ -129,7 +132,7 @@ def build_parser(command: str) -> argparse.ArgumentParser:
     general = parser.add_argument_group("commands" if command == "serve" else "general")
     if command == "serve":
         general.description = "\n".join(f"{name:20}  {each.summary}" for name, each in COMMANDS.items())
-    general.add_argument("-h", "--help", action="help", help="show this help and exit")
+    general.add_argument("--help", action="help", help="show this help and exit; also -h")
     general.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     if takes.names_model:
         parser.add_argument("name", metavar="MODEL", help="organisation/name:Q4_K_M, or a short name of `list --known`")
@@ -203,7 +206,8 @@ def _in_full(command: str, argv: Sequence[str]) -> list[str]:
         if text == "--mcp-args" and found[place + 1].startswith("-") and _is_argument(found[place + 1]):
             found[place : place + 2] = [f"{text}={found[place + 1]}"]
             break
-    return [*found, *argv[end:]]
+    # argparse would find a flag -h also at the beginning of a text
+    return [*("--help" if text == "-h" else text for text in found), *argv[end:]]
 
 
 def _is_argument(text: str) -> bool:
@@ -236,4 +240,5 @@ def _unknown(command: str, text: str) -> str:
     if commands := flag_commands().get(flag):
         return f"{flag} does not apply to `candle-vllm {command}`, only to `candle-vllm {', '.join(commands)}`"
     known = [name for option in (*takes.settings, *takes.options) for name in (*option.flags, *option.constants)]
-    return f"unknown flag {flag[:60]}{nearest(flag, ['--help', '--version', *known])}; see candle-vllm --help"
+    more = _DASH if takes.text else ""
+    return f"unknown flag {flag[:60]}{nearest(flag, ['--help', '--version', *known])}; see candle-vllm --help{more}"

@@ -46,6 +46,7 @@ MAX_LOOSE_NAMES = 10_000
 """Maximum number of names registered only by requests; the least recently used that are not in use are forgotten."""
 _SHOWN_NAMES = 10
 _CROWDED = "running requests and pinned adapters use all the memory for adapters (lora_memory, max_cpu_loras)"
+_PINNED = "pinned adapters use all the memory for adapters: raise max_cpu_loras or lora_memory, or remove one"
 _CLOSING = 1.0  # seconds that `close` waits for the loading thread, which a disk may block
 
 Adapter: TypeAlias = Any  # a `PackedAdapter` of `kernels/lora`, which imports numpy
@@ -465,8 +466,7 @@ class AdapterStore:
                 self._callers_next = not of_caller
                 return entry
             if self._is_pinned_full(entry):
-                self._failed(entry, "pinned adapters use all the memory for adapters: raise max_cpu_loras or "
-                                    "lora_memory, or remove one")  # fmt: skip
+                self._failed(entry, _PINNED)
                 self.changes += 1
                 self._change.notify_all()
                 continue
@@ -474,13 +474,22 @@ class AdapterStore:
         return None
 
     def _estimate_bytes(self, entry: Entry) -> int:
-        """Estimate an entry's bytes: its earlier size, or the smallest in memory; `_loaded` evicts more if too low."""
-        return entry.nbytes or min((each.nbytes for each in self._in_memory), default=0)
+        """Estimate an entry's bytes: its earlier size, or the smallest in memory that pinned adapters leave space for.
+
+        `_loaded` evicts more if the estimate is too low.
+        """
+        least = min((each.nbytes for each in self._in_memory), default=0)
+        return entry.nbytes or min(least, max(self._unpinned_bytes(entry), 1))
+
+    def _unpinned_bytes(self, entry: Entry) -> int:
+        """Return the number of bytes that pinned adapters leave for an entry, which may replace one of them."""
+        return self._most_bytes - sum(
+            each.nbytes for each in self._in_memory if each.pinned and each.name != entry.name
+        )
 
     def _is_pinned_full(self, entry: Entry) -> bool:
-        pinned = [each for each in self._in_memory if each.pinned]
-        room = self._most_bytes - sum(each.nbytes for each in pinned)
-        return len(pinned) >= self._most or room < self._estimate_bytes(entry)
+        full = sum(each.pinned for each in self._in_memory) >= self._most
+        return full or self._unpinned_bytes(entry) < self._estimate_bytes(entry)
 
     def _make_room(self, nbytes: int, count: int, before: Sequence[Entry], behind: Sequence[Entry]) -> bool:
         """Evict adapters until there is enough memory; return False, without evicting, if that is impossible.
@@ -516,6 +525,9 @@ class AdapterStore:
         if packed.nbytes > self._most_bytes:
             said = f"it takes {packed.nbytes} bytes, and all adapters together may take at most {self._most_bytes}"
             self._failed(entry, f"{said}: set lora_memory={packed.nbytes} or more")
+            return
+        if packed.nbytes > self._unpinned_bytes(entry) and not entry.mixed:  # `refusal` counts the bytes of a mix
+            self._failed(entry, _PINNED)
             return
         entry.loaded, entry.state, entry.error, entry.nbytes = loaded, "ready", None, packed.nbytes
         entry.info = AdapterInfo(

@@ -114,7 +114,8 @@ class RankListener:
     def __init__(self, host: str, port: int, key: str, ranks: range, size: int, nodes: int) -> None:
         self._key, self._ranks, self._size, self._nodes = key.encode(), ranks, size, nodes
         try:
-            self._listener = socket.create_server((host, port), backlog=128, family=_family(host, port))
+            family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+            self._listener = socket.create_server((host, port), backlog=128, family=family)
         except OSError as error:
             raise NotReadyError(
                 f"the first node cannot listen on {host} port {port} (master_addr, master_port): "
@@ -381,10 +382,6 @@ def _set_keepalive(connection: socket.socket) -> None:
     ):
         if hasattr(socket, name):
             connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-
-
-def _family(host: str, port: int) -> socket.AddressFamily:
-    return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
 
 
 def _listed(ranks: list[int]) -> str:

@@ -235,11 +235,8 @@ class DeviceRunner(CacheParts):
         with self._over_if_it_fails():
             if self._borders is not None:
                 self._asks = self._inputs.send_controls(states)
-            return self._sampler.launch(states, self._asks, self._padded_rows(len(states)))
-
-    def _padded_rows(self, count: int) -> int | None:
-        """Return the number of rows of the captured sampling graph for `count` rows; None without a graph."""
-        return None if self._size is None else next((s.rows for s in self._buckets if s.rows >= count), None)
+            fitting = (size.rows for size in self._buckets if self._size is not None and size.rows >= len(states))
+            return self._sampler.launch(states, self._asks, next(fitting, None))  # rows of the captured graph
 
     def _sample_runs(self, states: Sequence[SamplingState], drafts: Sequence[Tokens]) -> SampledStep:
         """Sample for runs with drafts; the host decides which draft tokens are accepted."""

@@ -60,11 +60,6 @@ from candle_vllm.core.models.family import Decoder, DraftHead, Encoder
 from candle_vllm.core.sampling.sampler import Draw, Sampler, Token, right_runs, sampled_tokens
 from candle_vllm.core.sampling.state import SamplingState
 
-
-def _less(left: int) -> str:
-    return f"set kv_cache_memory={max(1, left // 2 // MIB) * MIB} (bytes)"
-
-
 _APART = 1597  # distance between the positions at which successive tokens are measured
 
 
@@ -118,7 +113,8 @@ class RecordedRunner(StepwiseRunner):
         wide = config.compresses  # the kernels of compressed entries have float32 caches
         element_bytes = (lambda _: 4.0) if wide else lambda key_dim: number_bytes(key_dim, kinds)
         size = sum(cache_bytes([spec], count, element_bytes) for spec, count in tokens)
-        with room_for("the KV cache", size, "kv_cache_memory", _less):
+        less = "set kv_cache_memory={} (bytes)".format
+        with room_for("the KV cache", size, "kv_cache_memory", lambda left: less(max(1, left // 2 // MIB) * MIB)):
             caches = _caches(
                 *(specs, num_blocks, limits.block_size, None if config.latent or wide else kinds, limits.ranks),
                 *(room, windows),
@@ -263,7 +259,7 @@ class RecordedRunner(StepwiseRunner):
             self._arrays.wanted_start[: len(starts)] = starts
         rows, count = plan.of_runs if batch.drafted else plan.rows, plan.count + self._plan_samples
         if (given := batch.embedded) is not None:
-            done, parts = 0, plan.between_stops(drafted=batch.drafted)
+            done, parts = 0, plan.between_stops[batch.drafted]
             for number, (stop, part) in enumerate(zip(plan.stops, parts)):
                 self.team.run(part, stop.operations - done)
                 done, size = stop.operations, stop.rows.shape[1]
@@ -478,12 +474,9 @@ class _Plan:
     kept: list[Recorded]
     stops: tuple[_Stop, ...] = ()
 
-    def between_stops(self, *, drafted: bool) -> Sequence[Ints]:
-        """Return `rows` or `of_runs`, from the beginning and from each stop on."""
-        return self._between[drafted]
-
     @functools.cached_property
-    def _between(self) -> tuple[Sequence[Ints], Sequence[Ints]]:
+    def between_stops(self) -> tuple[Sequence[Ints], Sequence[Ints]]:
+        """`rows` and `of_runs`, each from the beginning and from each stop on."""
         begins = [0, *(stop.numbers for stop in self.stops)]
         return [self.rows[at:] for at in begins], [self.of_runs[at:] for at in begins]
 

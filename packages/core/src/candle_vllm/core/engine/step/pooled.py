@@ -104,11 +104,6 @@ class Pooler:
         self._end = 1 if plan.method.positions == "first" else num_positions
         self._sum: NDArray[np.float64] | None = None
 
-    @property
-    def is_complete(self) -> bool:
-        """Whether every needed position has been added."""
-        return self._next >= self._end
-
     def wanted(self, start: int, end: int) -> range:
         """Return the needed positions in `start:end` that were not added yet: a preempted text is run again."""
         missing = range(max(start, self._next), min(end, self._end))
@@ -131,7 +126,7 @@ class Pooler:
         Raises:
             CandleVllmError: an element is not finite.
         """
-        assert self.is_complete
+        assert self._next >= self._end, "a needed position was not added"
         plan, head = self.plan, self.plan.head
         if plan.by_token:
             pooled, sparse = np.concatenate(self._rows), plan.method.gives == "weights"

@@ -222,7 +222,8 @@ class DecoderPreparation(Preparation):
             )
         check_pooling_request(request, self._vocab_size, self.max_model_len)
         plan = self._pooling.plan(request.pooling, self._head)
-        params = msgspec.structs.replace(request.params, seed=0, skip_reading_prefix_cache=plan.needs_every_position)
+        whole = plan.method.positions != "last"  # the prefix cache has no hidden states
+        params = msgspec.structs.replace(request.params, seed=0, skip_reading_prefix_cache=whole)
         sequence = Sequence(msgspec.structs.replace(request, params=params), 0, order=-1)
         sequence.entries = self._entries(request.adapters) if request.adapters else ()
         sequence.images = tuple(self._placed(request)) if request.images else ()

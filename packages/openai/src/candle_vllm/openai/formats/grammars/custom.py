@@ -192,14 +192,10 @@ def _string(string: str) -> str:
     text, folds = _decoded(string), string.endswith("i")
     parts = re.findall(r'[^"\\\x00-\x1f]+|["\\\x00-\x1f]', text)
     found = [
-        quoted(json.dumps(part, ensure_ascii=False)[1:-1]) + ("i" if folds and _is_plain(part) else "")
+        quoted(json.dumps(part, ensure_ascii=False)[1:-1]) + ("i" if folds and re.fullmatch(f"{_PLAIN}+", part) else "")
         for part in parts
     ]
     return " ".join(found) if len(found) == 1 else f"({' '.join(found)})" if found else '""'
-
-
-def _is_plain(text: str) -> bool:
-    return re.fullmatch(f"{_PLAIN}+", text) is not None
 
 
 _ESCAPE = re.compile(r"\\(?:x([0-9A-Fa-f]{2})|(?s:.))")
