@@ -329,6 +329,7 @@ def preparation_for(
         adapters=adapters,
         images=None if loaded.tower is None else loaded.tower.vision,
         open_objects=open_objects,
+        answer_window=loaded.config.answer_window,
     )
 
 

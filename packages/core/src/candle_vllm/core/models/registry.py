@@ -111,7 +111,6 @@ NOT_BUILT = frozenset(
     | {"KimiK3ForConditionalGeneration", "kimi-k3"}
     | {"Qwen4ExpForCausalLM", "Qwen4ExpForConditionalGeneration", "qwen4exp"}
     | {"RWKV7ForCausalLM", "rwkv7"}
-    | {"UnlimitedOcrForConditionalGeneration", "UnlimitedOCRForCausalLM"}
     | {"MiniMaxM3VLForCausalLM", "MiniMaxM3SparseForCausalLM", "MiniMaxM3SparseForConditionalGeneration", "minimax-m3"}
 )
 """Architectures for which docs/models.md lists what is missing."""
@@ -158,7 +157,7 @@ TOWER_FAMILIES = (
     "llama4_tower", "glm4v_tower", "paddleocr_tower", "internvl_tower", "dots_ocr_tower", "clip_tower", "lfm2_vl_tower",
     "llava_onevision_tower", "llava_next_tower", "hunyuan_tower", "minicpmv_tower", "kimi_tower", "deepseek_ocr2_tower",
     "paligemma_tower", "minicpmv_canvas", "cohere2_vision_tower", "aya_vision_tower", "deepseek_ocr_tower",
-    "granite4_vision_tower", "phi3v_tower", "got_ocr2_tower", "glm5_next_tower",
+    "granite4_vision_tower", "phi3v_tower", "got_ocr2_tower", "glm5_next_tower", "unlimited_ocr_tower",
 )  # fmt: skip
 """The files of this folder with a `TowerFamily` as `FAMILY`."""
 
