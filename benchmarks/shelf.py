@@ -58,6 +58,7 @@ REMOTE = {  # classes of types that transformers does not have
     "pico_decoder": "PicoDecoderHF",
     "qwen": "QWenLMHeadModel",  # of which Qwen-VL and Qwen-Audio do not load
     "sarvam_moe": "SarvamMoEForCausalLM",
+    "unlimited-ocr": "UnlimitedOCRForCausalLM",
     "step3p5": "Step3p5ForCausalLM",
 }
 

@@ -31,12 +31,13 @@ from candle_vllm.core.engine.step.batch import BatchBuilder
 from candle_vllm.core.engine.step.engine import Engine
 from candle_vllm.core.engine.step.scheduler import Scheduler
 from candle_vllm.core.engine.step.sequence import Run, Sequence
-from candle_vllm.core.errors import CandleVllmError, ConfigError
+from candle_vllm.core.errors import CandleVllmError, ConfigError, InvalidParameterError
 from candle_vllm.core.fields import Fields
 from candle_vllm.core.kernels.cpu_runtime.recorder import StepLimits
 from candle_vllm.core.models.registry import family_from_hf
 from candle_vllm.core.models.unlimited_ocr_tower import FAMILY
 from candle_vllm.core.vision.pictures import picture_of
+from candle_vllm.core.vllm.beam_search import BeamSearchParams, beam_search
 from packages.core.tests.models.families import DEEPSEEK_OCR
 from packages.core.tests.models.sight import (
     answers_of_ranks,
@@ -207,6 +208,15 @@ def test_preempted_sequences_go_on_with_their_answers(text: Path, wanted: list[l
                 scheduler.blocks.reset_prefix_cache()
     assert [outputs[str(number)] for number in range(len(wanted))] == wanted
     assert scheduler.num_preemptions > len(taken) == len(wanted)
+
+
+def test_a_beam_search_is_refused(text: Path) -> None:
+    """Whose steps send answers as prompts."""
+    with (
+        InferenceEngine(text) as engine,
+        pytest.raises(InvalidParameterError, match="reads its answer through a window"),
+    ):
+        beam_search(engine, [prompts()[0]], BeamSearchParams(beam_width=2, max_tokens=3))
 
 
 def test_drafts_are_refused(text: Path, tmp_path: Path) -> None:
