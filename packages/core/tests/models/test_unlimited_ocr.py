@@ -170,11 +170,12 @@ def test_answers_do_not_depend_on_the_cache_and_other_requests(
         assert tokens_of(answers(engine, prompts())) == alone
     if op_by_op:
         assert alone == wanted
-    with InferenceEngine(text, max_num_batched_tokens=16, **settings) as engine:
+    with InferenceEngine(text, **settings | {"max_num_batched_tokens": 48, "max_num_seqs": 40}) as engine:
         for _ in range(2):
             found = answers(engine, prompts())
             assert tokens_of(found) == alone
         assert [each.num_cached_tokens for each in found] == [32, 32, 32, 0]
+        assert tokens_of(answers(engine, prompts() * 10, max_tokens=30)) == [each[:30] for each in alone * 10]
         (several,) = answers(engine, prompts()[:1], n=3)
         assert [list(each.token_ids) for each in several.outputs] == alone[:1] * 3
         follows = [*prompts()[0], *alone[0], 5]  # the next turn: its prompt holds the answer, whose keys differ
@@ -205,7 +206,8 @@ def test_preempted_sequences_go_on_with_their_answers(text: Path, wanted: list[l
             if len(sequence.tokens) > sequence.num_prompt_tokens + WINDOW + 25 and sequence not in taken:
                 taken.append(sequence)
                 scheduler._preempt(sequence)
-                scheduler.blocks.reset_prefix_cache()
+                if len(taken) % 2:
+                    scheduler.blocks.reset_prefix_cache()
     assert [outputs[str(number)] for number in range(len(wanted))] == wanted
     assert scheduler.num_preemptions > len(taken) == len(wanted)
 
