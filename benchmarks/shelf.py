@@ -53,6 +53,7 @@ REMOTE = {  # classes of types that transformers does not have
     "internlm2": "InternLM2ForCausalLM",
     "internvl_chat": "InternVLChatModel",
     "kimi_k2": "DeepseekV3ForCausalLM",
+    "kimi_vl": "KimiVLForConditionalGeneration",
     "nemotron-nas": "DeciLMForCausalLM",  # whose 51B does not load
     "phi3_v": "Phi3VForCausalLM",
     "pico_decoder": "PicoDecoderHF",

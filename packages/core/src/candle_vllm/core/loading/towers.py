@@ -49,6 +49,7 @@ TOWERS: Mapping[str, Mapping[str, str]] = MappingProxyType(
         "InternVLForConditionalGeneration": _INTERNVL,
         "KimiK25ForConditionalGeneration": _KIMI,
         "Kimi_K25ForConditionalGeneration": _KIMI,  # the spelling of transformers
+        "KimiVLForConditionalGeneration": {"deepseek_v3": "DeepseekV3ForCausalLM"},
         "Lfm2VlForConditionalGeneration": {"lfm2": "Lfm2ForCausalLM"},
         "LightOnOcrForConditionalGeneration": {"qwen3": "Qwen3ForCausalLM"},
         "Llama4ForConditionalGeneration": {"llama4_text": "Llama4ForCausalLM"},

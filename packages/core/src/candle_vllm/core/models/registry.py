@@ -158,6 +158,7 @@ TOWER_FAMILIES = (
     "llava_onevision_tower", "llava_next_tower", "hunyuan_tower", "minicpmv_tower", "kimi_tower", "deepseek_ocr2_tower",
     "paligemma_tower", "minicpmv_canvas", "cohere2_vision_tower", "aya_vision_tower", "deepseek_ocr_tower",
     "granite4_vision_tower", "phi3v_tower", "got_ocr2_tower", "glm5_next_tower", "unlimited_ocr_tower",
+    "kimi_vl_tower",
 )  # fmt: skip
 """The files of this folder with a `TowerFamily` as `FAMILY`."""
 
