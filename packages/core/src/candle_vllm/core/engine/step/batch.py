@@ -394,8 +394,7 @@ class BatchBuilder:
     def _by_arrays(self, scheduled: Seq[Run], tables: Ints, whole: bool) -> _Laid:
         """Lay out a step with numpy; `whole` is whether a token is sampled for every run."""
         count, size = len(scheduled), self._block_size
-        positions = np.array([run.sequence.place(run.start) for run in scheduled])
-        contexts = np.array([run.sequence.num_places(run.start + run.count) for run in scheduled])
+        positions, contexts = (np.array(each) for each in zip(*map(_places, scheduled)))
         if scheduled[-1].decodes:  # decoding runs are first, so all runs decode
             rows = places = self._up_to(count)
             query_start = self._up_to(count + 1)
@@ -459,7 +458,7 @@ class BatchBuilder:
         rows = [(item.sequence, item.admission) for item in scheduled]
         if rows != self._rows:
             self._rows, self._known = rows, [0] * len(rows)
-        needed = [(item.sequence.num_places(item.start + item.count) - 1) // self._block_size + 1 for item in scheduled]
+        needed = [(_places(item)[1] - 1) // self._block_size + 1 for item in scheduled]
         if needed != self._known:
             self._version = object()
             if self._memory is None:
@@ -495,16 +494,23 @@ def _goes_on(scheduled: Seq[Run], last: Batch, before: Seq[Run]) -> TypeGuard[St
     return run.sequence is old.sequence and run.start == old.start + 1 and len(scheduled) == len(last.runs)
 
 
+def _places(run: Run) -> tuple[int, int]:
+    """Return the position in the block table of a run's first row, and the number of those that its last row reads."""
+    sequence, end = run.sequence, run.start + run.count
+    if sequence.answer_window is None:
+        return run.start, end
+    return sequence.place(run.start), sequence.num_places(end)
+
+
 def _by_hand(scheduled: Seq[Run], size: int) -> _Laid:
     """Lay out a few rows as `BatchBuilder._by_arrays` does, but without numpy: reading weights evicts numpy from the
     CPU caches, so one numpy call takes longer than this function."""
     ends, contexts, positions, slots, drawn = [0], list[int](), list[int](), list[int](), list[int]()
     for run in scheduled:
-        sequence = run.sequence
-        first, table = sequence.place(run.start), sequence.block_table
+        (first, context), table = _places(run), run.sequence.block_table
         places = range(first, first + run.count)
         ends.append(ends[-1] + run.count)
-        contexts.append(sequence.num_places(run.start + run.count))
+        contexts.append(context)
         positions += places
         slots += [table[place // size] * size + place % size for place in places] if size else [-1] * run.count
         drawn += range(ends[-1] - run.wanted, ends[-1])
