@@ -52,6 +52,7 @@ from packages.core.tests.models.sight import (
     require_same_from_gguf,
     require_same_in_steps,
     require_same_on_a_gpu,
+    without_template,
     without_torchvision,
     write_tokenizer,
     write_tower,
@@ -382,6 +383,14 @@ def test_logits_are_those_of_transformers(eager: bool, folder: Path, theirs: Any
         return torch.cat(found).log_softmax(-1)
 
     require_logits(folder, PROMPTS[1], wanted, eager=eager, tokens=128)
+
+
+def test_published_files_have_no_template(small: Path, tmp_path: Path) -> None:
+    """Their prompt is `<image>document parsing.`."""
+    content: Any = [{"type": "image", "image": PICTURES[1][:, :40]}, {"type": "text", "text": "document parsing."}]
+    with InferenceEngine(without_template(small, tmp_path / "bare")) as engine:
+        ids = engine.chat([{"role": "user", "content": content}], SamplingParams(max_tokens=1), use_tqdm=False)
+        assert list(ids.prompt_token_ids) == [IMAGE] * (8 * 9 + 1) + engine.tokenize("document parsing.")
 
 
 @pytest.mark.every_case

@@ -11,6 +11,7 @@ import dataclasses
 
 from candle_vllm.core.models import deepseek_ocr_tower
 from candle_vllm.core.models.deepseek_ocr_config import unlimited_from_hf
+from candle_vllm.core.models.tower_family import contents_template
 
 FAMILY = dataclasses.replace(
     deepseek_ocr_tower.FAMILY,
@@ -18,4 +19,5 @@ FAMILY = dataclasses.replace(
     hf={"UnlimitedOcrForConditionalGeneration": "unlimited_ocr", "UnlimitedOCRForCausalLM": "unlimited-ocr"},
     gguf=(),
     config_from_hf=unlimited_from_hf,
+    template=contents_template(deepseek_ocr_tower.FAMILY.mark),
 )
