@@ -55,11 +55,13 @@ REMOTE = {  # classes of types that transformers does not have
     "internvl_chat": "InternVLChatModel",
     "mimo_v2": "MiMoV2ForCausalLM",  # whose images and sound are refused
     "kimi_k2": "DeepseekV3ForCausalLM",
+    "kimi_vl": "KimiVLForConditionalGeneration",
     "nemotron-nas": "DeciLMForCausalLM",  # whose 51B does not load
     "phi3_v": "Phi3VForCausalLM",
     "pico_decoder": "PicoDecoderHF",
     "qwen": "QWenLMHeadModel",  # of which Qwen-VL and Qwen-Audio do not load
     "sarvam_moe": "SarvamMoEForCausalLM",
+    "unlimited-ocr": "UnlimitedOCRForCausalLM",
     "step3p5": "Step3p5ForCausalLM",
 }
 

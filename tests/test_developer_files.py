@@ -34,6 +34,14 @@ def test_hooks_run_what_ci_runs() -> None:
     assert all((ROOT / path).exists() for path in tests)
 
 
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a checkout")
+def test_no_file_has_the_marks_of_a_merge() -> None:
+    done = subprocess.run(
+        ["git", "grep", "-nE", "^(<{7}|>{7}) "], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (1, "")  # 1: nothing is found
+
+
 def test_tasks_and_recipes_are_there() -> None:
     recipes = set(re.findall(r"^([a-z-]+)[^\n=]*:$", (ROOT / "justfile").read_text(), re.MULTILINE))
     tasks = {task["label"]: task["command"] for task in read(".vscode/tasks.json")["tasks"]}

@@ -831,6 +831,9 @@ ROWS: Mapping[str, Row] = {
     ),
     "DeepSeek-OCR 2": Row("deepseek_ocr2_text", DEEPSEEK_OCR, "deepseek2-ocr", undecided=0.1, common=False),
     "DeepSeek-OCR 2 groups": Row("deepseek_ocr2_text", DEEPSEEK_OCR_GROUPS, undecided=0.1, common=False),
+    "Unlimited-OCR": Row(
+        "unlimited_ocr_text", DEEPSEEK_OCR | {"sliding_window": 24}, "deepseek2-ocr", undecided=0.1, common=False
+    ),
     "DeepSeek-V3": Row("deepseek_v3", DEEPSEEK | {"rope_parameters": DEEPSEEK_YARN}, "deepseek2", undecided=0.1),
     "DeepSeek-V3.2": Row("deepseek_v32", DEEPSEEK_INDEX, "deepseek32", undecided=0.2),
     "A.X K2": Row("axk2", DEEPSEEK | AX | {"n_group": None, "topk_group": None}, undecided=0.2, common=False),
@@ -1066,6 +1069,7 @@ ISQ_TYPES: Mapping[str, float] = {"q8_0": 0.05, "q4_0": 0.5}
 TOWERS: Mapping[str, str] = {
     "Apertus1p5ForConditionalGeneration": "ApertusForCausalLM",
     "DeepseekOcr2ForConditionalGeneration": "DeepseekOcr2ForCausalLM",
+    "UnlimitedOcrForConditionalGeneration": "UnlimitedOcrForCausalLM",
     "Gemma3ForConditionalGeneration": "Gemma3ForCausalLM",
     "Gemma3nForConditionalGeneration": "Gemma3nForCausalLM",
     "Gemma4ForConditionalGeneration": "Gemma4ForCausalLM",

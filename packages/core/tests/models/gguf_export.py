@@ -576,6 +576,8 @@ def _deepseek_ocr(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensor
     writer.add_leading_dense_block_count(config["mlp_layer_types"].index("sparse"))
     writer.add_expert_shared_count(config["n_shared_experts"])
     writer.add_expert_weights_scale(config["routed_scaling_factor"])
+    if config["model_type"] == "unlimited_ocr_text":
+        writer.add_sliding_window(config["sliding_window"])
     made: Tensors = {}
     for name, data in tensors.items():
         if name.endswith("gate_up_proj"):

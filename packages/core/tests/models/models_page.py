@@ -36,6 +36,7 @@ LEFT_OUT = {  # by transformers
     "mistral4": "Mistral4ForCausalLM",
     "muse_glimmer_text": "MuseGlimmerForCausalLM",
     "step3p5": "Step3p5ForCausalLM",
+    "unlimited_ocr_text": "UnlimitedOcrForCausalLM",
 }
 SPELLED = {
     "BailingMoeV3ForCausalLM": "BailingHybridForCausalLM",

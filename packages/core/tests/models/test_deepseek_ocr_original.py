@@ -22,7 +22,7 @@ from candle_vllm.core import EngineConfig, InferenceEngine
 from candle_vllm.core.conversion import write_gguf
 from candle_vllm.core.errors import CandleVllmError
 from candle_vllm.core.fields import Fields
-from candle_vllm.core.models import deepseek_ocr, deepseek_ocr2_tower
+from candle_vllm.core.models import deepseek_ocr2_tower
 from candle_vllm.core.models.deepseek_ocr_tower import FAMILY
 from candle_vllm.core.models.registry import family_from_hf
 from candle_vllm.core.vision.pictures import picture_of
@@ -181,6 +181,11 @@ def write_mmproj(folder: Path, made: Path) -> Path:
         "window_size": 14, "sam.block_count": 3, "sam.embedding_length": 32, "sam.head_count": 2,
         "preproc_min_tiles": 2, "preproc_max_tiles": 9, "clip.use_gelu": True,
     }  # fmt: skip
+    return write_tower(made, "deepseekocr", values, gguf_tensors(folder), {})
+
+
+def gguf_tensors(folder: Path) -> dict[str, NDArray[np.float32]]:
+    """The tensors of a checkpoint's vision encoders by llama.cpp's names."""
     tensors = dict[str, NDArray[np.float32]]()
     for name, tensor in load_file(folder / "model.safetensors").items():
         if not re.match(r"model\.(sam_model|vision_model|projector|view|image)", name):
@@ -192,7 +197,7 @@ def write_mmproj(folder: Path, made: Path) -> Path:
         stem, _, kind = part.rpartition(".")
         named = GGUF_NAMES[part] if part in GGUF_NAMES else f"{GGUF_NAMES[stem]}.{kind}"
         tensors[at + named] = (tensor[None] if name == "view_seperator" else tensor).numpy()
-    return write_tower(made, "deepseekocr", values, tensors, {})
+    return tensors
 
 
 TOLD: dict[str, Any] = {
@@ -224,15 +229,6 @@ def test_the_published_config_is_read() -> None:
     for key, value in (("use_mla", True), ("sliding_window", 128), ("scoring_func", "sigmoid")):
         with pytest.raises(CandleVllmError, match=key):
             family_from_hf(config | {"language_config": TOLD | {key: value}}, path)
-
-
-def test_unlimited_ocr_is_refused(tmp_path: Path) -> None:
-    """In all of its formats: its window leaves the prompt visible."""
-    with pytest.raises(CandleVllmError, match=r"UnlimitedOcrForConditionalGeneration.*docs/models.md"):
-        family_from_hf({"architectures": ["UnlimitedOcrForConditionalGeneration"]}, tmp_path, impl="native")
-    fields, checkpoint = Fields({"deepseek2-ocr.attention.sliding_window": 128}, tmp_path, "deepseek2-ocr."), None
-    with pytest.raises(CandleVllmError, match=r"attention.sliding_window is set"):
-        deepseek_ocr.config_from_gguf(fields, checkpoint)  # type: ignore[arg-type]
 
 
 def test_the_original_format_of_the_second_version_is_read() -> None:

@@ -28,6 +28,11 @@ from transformers.models.muse_glimmer.configuration_muse_glimmer import MuseGlim
 from transformers.models.muse_glimmer.modeling_muse_glimmer import MuseGlimmerPreTrainedModel, MuseGlimmerTextModel
 from transformers.models.step3p7.configuration_step3p7 import Step3p7TextConfig
 from transformers.models.step3p7.modeling_step3p7 import Step3p7PreTrainedModel, Step3p7TextModel
+from transformers.models.unlimited_ocr.configuration_unlimited_ocr import UnlimitedOcrTextConfig
+from transformers.models.unlimited_ocr.modeling_unlimited_ocr import (
+    UnlimitedOcrTextModel,
+    UnlimitedOcrTextPreTrainedModel,
+)
 from transformers.utils import logging as transformers_logging
 
 from candle_vllm.core import EngineConfig
@@ -113,10 +118,27 @@ class Glm5NextForCausalLM(Glm5NextPreTrainedModel, GenerationMixin):
         return CausalLMOutput(logits=self.lm_head(self.model(input_ids=input_ids)[0]))
 
 
+class UnlimitedOcrForCausalLM(UnlimitedOcrTextPreTrainedModel, GenerationMixin):
+    """transformers' text model with a head."""
+
+    config_class = UnlimitedOcrTextConfig
+
+    def __init__(self, config: UnlimitedOcrTextConfig) -> None:
+        super().__init__(config)
+        self.model = UnlimitedOcrTextModel(config)
+        self.lm_head = torch.nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(self, input_ids: torch.Tensor, past_key_values: Any = None) -> CausalLMOutput:
+        """Logits; the first tokens that the cache gets are its prompt."""
+        return CausalLMOutput(logits=self.lm_head(self.model(input_ids, past_key_values=past_key_values)[0]))
+
+
 AutoModelForCausalLM.register(DeepseekOcr2TextConfig, DeepseekOcr2ForCausalLM, exist_ok=True)
 AutoModelForCausalLM.register(Glm5NextTextConfig, Glm5NextForCausalLM, exist_ok=True)
 AutoModelForCausalLM.register(MuseGlimmerTextConfig, MuseGlimmerForCausalLM, exist_ok=True)
 AutoModelForCausalLM.register(Step3p7TextConfig, Step3p5ForCausalLM, exist_ok=True)
+AutoModelForCausalLM.register(UnlimitedOcrTextConfig, UnlimitedOcrForCausalLM, exist_ok=True)
 
 CPU = torch.device("cpu")
 LENGTH, BLOCK = 70, 16

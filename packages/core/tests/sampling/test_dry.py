@@ -11,7 +11,11 @@ from unittest import mock
 import hypothesis.strategies as st
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
+from transformers.models.unlimited_ocr.generation_unlimited_ocr import (
+    UnlimitedOcrSlidingWindowNoRepeatNgramLogitsProcessor,
+)
 
 from candle_vllm.core.kernels.sampling import chain
 from candle_vllm.core.kernels.sampling.chain import repeats, z_lengths
@@ -55,6 +59,23 @@ def expected(tokens: list[int], params: SamplingParams, breakers: list[tuple[int
 def taken(state: DryState) -> dict[int, Any]:
     ids, values = state.penalties()
     return dict(zip(ids.tolist(), values.tolist()))
+
+
+@settings(deadline=None, max_examples=100, derandomize=True)
+@given(TEXTS, st.integers(2, 4), st.sampled_from([1, 4, 10, 40]))
+def test_it_can_forbid_repetitions_as_transformers_does(tokens: list[int], size: int, window: int) -> None:
+    """`no_repeat_ngram_size` and Unlimited-OCR's `no_repeat_ngram_window_size`, by the settings of docs/sampling.md."""
+    params = SamplingParams(
+        dry_multiplier=1000,
+        dry_base=1,
+        dry_allowed_length=size - 1,
+        dry_penalty_last_n=window,
+        dry_sequence_breakers=(),
+    )
+    processor = UnlimitedOcrSlidingWindowNoRepeatNgramLogitsProcessor(size, window)
+    logits = processor(torch.tensor([tokens]), torch.zeros(1, 4))[0]
+    forbidden = dict.fromkeys(logits.isinf().nonzero()[:, 0].tolist(), 1000.0)
+    assert taken(DryState(params, Breakers([]), tokens)) == forbidden
 
 
 @settings(deadline=None, max_examples=200, derandomize=True)

@@ -113,6 +113,8 @@ def load_draft(
             with opened.checkpoint:
                 return load_head(drafts or config, settings.method, target, opened, device, progress, config)
         draft = load_model(drafts or config, device, progress, opened)
+    if draft.config.answer_window is not None:
+        raise draft_error(f"{draft.name} reads its answer through a window, and cannot draft for another model")
     _check_vocabulary(target, draft.name, draft.tokenizer, "a smaller model of the same family")
     return draft
 

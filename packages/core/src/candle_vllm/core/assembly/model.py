@@ -31,7 +31,7 @@ from candle_vllm.core.assembly.packed_cache import packed_weights
 from candle_vllm.core.assembly.placement import choose_placement, computing_dtype, room_for_weights
 from candle_vllm.core.assembly.shards import Shard, shard_of
 from candle_vllm.core.assembly.tower import LoadedTower, load_tower
-from candle_vllm.core.config import CACHE_TYPES, All2AllBackend, EngineConfig, ModelImpl
+from candle_vllm.core.config import CACHE_TYPES, All2AllBackend, EngineConfig, ModelImpl, draft_error, draft_settings
 from candle_vllm.core.devices import Device
 from candle_vllm.core.errors import (
     ConfigError,
@@ -184,6 +184,8 @@ class LoadedModel(Loaded):
         Ranks after the first need no tower for it. Its tables are new, so call this before a runner uses them.
         """
         elsewhere = self.shard is not None and not self.shard.is_first
+        if self.config.answer_window is not None:  # positions in the cache are not those of the text
+            return self.decoder.rotary if isinstance(self.decoder, DecoderStack) else None
         if not self.config.rope.axes or (self.tower is None and not elsewhere):
             return None
         assert isinstance(self.decoder, DecoderStack)
@@ -364,7 +366,7 @@ def fit_settings(config: EngineConfig, model: ModelConfig | EncoderConfig) -> En
 
     Raises:
         ConfigError: the settings divide a model of transformers, or enable drafts or LoRA for one with its own cache;
-            a block would divide a group of pooled index keys.
+            they enable drafts for a model with an `answer_window`; a block would divide a group of pooled index keys.
     """
     if isinstance(model, ModelConfig) and config.block_size % model.index_pool:
         raise ConfigError(
@@ -375,6 +377,13 @@ def fit_settings(config: EngineConfig, model: ModelConfig | EncoderConfig) -> En
     if isinstance(model, ModelConfig) and model.compresses and config.block_size < LEAST_BLOCK:
         least = f"attention to compressed entries needs blocks of {LEAST_BLOCK} tokens or more"
         raise ConfigError(f"block_size={config.block_size}: {least}", "block_size")
+    if isinstance(model, ModelConfig) and model.answer_window is not None:
+        if draft_settings(config.speculative_config) is not None:
+            raise draft_error(
+                f"{model.model_type} reads its answer through a window, whose cache a rejected draft token would "
+                'overwrite: leave speculative_config out, or set "method": "none"'
+            )
+        return dataclasses.replace(config, speculative_config={"method": "none"})
     if not isinstance(model, ModelConfig) or model.implementation == "native":
         return config
     if config.ranks > 1:

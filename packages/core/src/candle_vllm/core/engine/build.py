@@ -329,6 +329,7 @@ def preparation_for(
         adapters=adapters,
         images=None if loaded.tower is None else loaded.tower.vision,
         open_objects=open_objects,
+        answer_window=loaded.config.answer_window,
     )
 
 
@@ -667,4 +668,5 @@ def model_info(loaded: LoadedModel | LoadedEncoder, engine: Engine) -> ModelInfo
         kv_cache_bytes=engine.cache_bytes,
         state_bytes=engine.state_bytes,
         index_bytes=engine.index_bytes,
+        answer_window=loaded.config.answer_window if isinstance(loaded, LoadedModel) else None,
     )

@@ -67,6 +67,7 @@ class ModelInfo(ShownStruct, frozen=True, kw_only=True):
         kv_cache_bytes: size of the KV cache, states of layers included; on a CPU, memory is allocated as it fills.
         state_bytes: the part of the cache for recurrent states: of running sequences, and checkpoints of prefixes.
         index_bytes: memory outside the cache for the indexer of sparse attention: its scores and chosen positions.
+        answer_window: see `ModelConfig`; tokens of an answer that are sent as a prompt then have other results.
     """
 
     unshown: ClassVar[frozenset[str]] = frozenset(
@@ -81,6 +82,7 @@ class ModelInfo(ShownStruct, frozen=True, kw_only=True):
             "kv_cache_bytes",
             "state_bytes",
             "index_bytes",
+            "answer_window",
             "model_sampling",
             "max_images",
             "image_text",
@@ -118,3 +120,4 @@ class ModelInfo(ShownStruct, frozen=True, kw_only=True):
     kv_cache_bytes: int = 0
     state_bytes: int = 0
     index_bytes: int = 0
+    answer_window: int | None = None

@@ -90,7 +90,7 @@ class Rotary:
         N is at most the number of tokens passed to `make_room`; the rows are valid until the next call.
         """
         assert len(places) <= self._room
-        for table in self.tables:
+        for table in self.tables if len(places) else ():
             numbers = np.asarray(table)  # the array shares its memory
             numbers[self.first_turned : self.first_turned + len(places)] = numbers[
                 self.sources(places), np.arange(len(self._axes))

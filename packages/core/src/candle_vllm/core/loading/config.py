@@ -67,6 +67,8 @@ class ModelConfig:
             `latent` is twice `nope`: a key and its gates.
         index_top: maximum number of positions that the indexer chooses for a query.
         index_pool: number of neighbouring positions that the indexer chooses together; it must divide the block size.
+        answer_window: in every layer, a generated token attends to the prompt and to this number of last generated
+            tokens, including itself (reference sliding window attention); None for all tokens.
     """
 
     model_type: str
@@ -93,6 +95,7 @@ class ModelConfig:
     index: LatentSizes | None = None
     index_top: int = 0
     index_pool: int = 1
+    answer_window: int | None = None
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -110,7 +113,7 @@ class ModelConfig:
             raise InvalidFileError(f"the vocabulary has {self.vocab_size} tokens; it must have 1 to {MAX_COUNT}")
         if not 0 < self.norm_eps < 1:
             raise InvalidFileError(f"the epsilon of the model's norms is {self.norm_eps}; it must be between 0 and 1")
-        for window in self.sliding_windows:
+        for window in (*self.sliding_windows, self.answer_window):
             if window is not None and not 0 < window <= MAX_COUNT:
                 raise InvalidFileError(
                     f"the model's config says its sliding window is {window} tokens; it must be 1 to {MAX_COUNT}"

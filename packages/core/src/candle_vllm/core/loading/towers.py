@@ -51,6 +51,7 @@ TOWERS: Mapping[str, Mapping[str, str]] = MappingProxyType(
         "InternVLForConditionalGeneration": _INTERNVL,
         "KimiK25ForConditionalGeneration": _KIMI,
         "Kimi_K25ForConditionalGeneration": _KIMI,  # the spelling of transformers
+        "KimiVLForConditionalGeneration": {"deepseek_v3": "DeepseekV3ForCausalLM"},
         "Lfm2VlForConditionalGeneration": {"lfm2": "Lfm2ForCausalLM"},
         "LightOnOcrForConditionalGeneration": {"qwen3": "Qwen3ForCausalLM"},
         "Llama4ForConditionalGeneration": {"llama4_text": "Llama4ForCausalLM"},
@@ -84,6 +85,8 @@ TOWERS: Mapping[str, Mapping[str, str]] = MappingProxyType(
         "Qwen3VLForConditionalGeneration": {"qwen3_vl_text": "Qwen3ForCausalLM"},
         "Qwen3VLMoeForConditionalGeneration": {"qwen3_vl_moe_text": "Qwen3MoeForCausalLM"},
         "Step3p7ForConditionalGeneration": {"step3p5": "Step3p5ForCausalLM"},
+        "UnlimitedOCRForCausalLM": {"unlimited_ocr_text": "UnlimitedOcrForCausalLM"},
+        "UnlimitedOcrForConditionalGeneration": {"unlimited_ocr_text": "UnlimitedOcrForCausalLM"},
         "Qwen3_5ForConditionalGeneration": {"qwen3_5_text": "Qwen3_5ForCausalLM"},
         "Qwen3_5MoeForConditionalGeneration": {"qwen3_5_moe_text": "Qwen3_5MoeForCausalLM"},
     }
@@ -94,6 +97,7 @@ FLAT = frozenset({
     "DeepseekOCR2ForCausalLM", "DeepseekOCRForCausalLM", "DotsOCRForCausalLM", "GOTQwenForCausalLM",
     "Glm5NextForConditionalGeneration", "HunYuanVLForConditionalGeneration", "PaddleOCRVLForConditionalGeneration",
     "Phi3VForCausalLM", "Qwen2VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration",
+    "UnlimitedOCRForCausalLM",
 })  # fmt: skip
 """Architectures whose published configs have the text model's keys beside `vision_config`, without a `text_config`."""
 

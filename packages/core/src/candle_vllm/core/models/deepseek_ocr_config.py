@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Config of the vision encoders of DeepSeek-OCR 1: SAM's (`sam_config.py`) and CLIP's, in the original format."""
+"""Config of the vision encoders of DeepSeek-OCR 1 and Unlimited-OCR: SAM's (`sam_config.py`) and CLIP's."""
 
 from __future__ import annotations
 
@@ -11,13 +11,20 @@ from typing import Any
 from candle_vllm.core.errors import InvalidFileError
 from candle_vllm.core.fields import Fields
 from candle_vllm.core.loading.config import MAX_LAYERS
-from candle_vllm.core.models.sam_config import SamConfig, completed, sam_from_gguf, sam_from_original, shared
+from candle_vllm.core.models.sam_config import (
+    SamConfig,
+    completed,
+    sam_from_gguf,
+    sam_from_hf,
+    sam_from_original,
+    shared,
+)
 from candle_vllm.core.models.siglip import processor_of_gguf
 from candle_vllm.core.models.tower_family import TowerConfig
 from candle_vllm.core.quantization.tensors import StoredTensor
 from candle_vllm.core.vision.preprocessing import MAX_TILE, NOTHING
 
-_TILE, _MOST_TILES = 640, 9
+_TILE, _MOST_TILES, _MOST_OF_UNLIMITED = 640, 9, 32
 _EPS = 1e-5  # of the norms of CLIP's encoder
 
 
@@ -57,20 +64,44 @@ def config_from_hf(
     fields: Fields, processor: Fields, text_size: int, said: Mapping[str, Any] = NOTHING
 ) -> DeepseekOcrTowerConfig:
     """Read `config.json` of the original repository, and the settings of images."""
+    first, own = _original(fields.section("vision_config"))
+    return _config(processor, said, first, text_size, **own)
+
+
+def unlimited_from_hf(
+    fields: Fields, processor: Fields, text_size: int, said: Mapping[str, Any] = NOTHING
+) -> DeepseekOcrTowerConfig:
+    """Read `config.json` of Unlimited-OCR, in the original or transformers' format, and the settings of images."""
     vision = fields.section("vision_config")
+    if "width" in vision:
+        first, own = _original(vision)
+    else:
+        clip = vision.section("encoder_config")
+        clip.choice("hidden_act", "quick_gelu", "quick_gelu")
+        size = clip.count("hidden_size", 1024)
+        first = sam_from_hf(vision.section("sam_config").with_absent(mlp_dim=3072, downsample_channels=[512, 1024]))
+        own = {
+            "size": size,
+            "inner": clip.count("intermediate_size", 4096),
+            "layers": clip.count("num_hidden_layers", 24, most=MAX_LAYERS),
+            "heads": clip.count("num_attention_heads", 16),
+            "side": clip.count("image_size", 224, most=MAX_TILE) // clip.count("patch_size", 14),
+            "eps": clip.get("layer_norm_eps", float, _EPS),
+        }
+    return _config(processor, said, first, text_size, most=_MOST_OF_UNLIMITED, **own)
+
+
+def _original(vision: Fields) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The arguments of `SamConfig`, and the sizes of CLIP's encoder, in the original repositories."""
     clip = vision.section("width").section("clip-l-14-224")
     size = clip.count("width", 1024)
-    return _config(
-        processor,
-        said,
-        sam_from_original(vision, [512, size]),
-        text_size,
-        size=size,
-        inner=4 * size,
-        layers=clip.count("layers", 24, most=MAX_LAYERS),
-        heads=clip.count("heads", 16),
-        side=clip.count("image_size", 224, most=MAX_TILE) // clip.count("patch_size", 14),
-    )
+    return sam_from_original(vision, [512, size]), {
+        "size": size,
+        "inner": 4 * size,
+        "layers": clip.count("layers", 24, most=MAX_LAYERS),
+        "heads": clip.count("heads", 16),
+        "side": clip.count("image_size", 224, most=MAX_TILE) // clip.count("patch_size", 14),
+    }
 
 
 def config_from_gguf(fields: Fields, text_size: int, said: Mapping[str, Any] = NOTHING) -> DeepseekOcrTowerConfig:
@@ -100,16 +131,26 @@ def completed_clip(config: DeepseekOcrTowerConfig, tensors: Mapping[str, StoredT
 
 
 def _config(
-    processor: Fields, said: Mapping[str, Any], first: Mapping[str, Any], text_size: int, **own: Any
+    processor: Fields,
+    said: Mapping[str, Any],
+    first: Mapping[str, Any],
+    text_size: int,
+    *,
+    most: int = _MOST_TILES,
+    **own: Any,
 ) -> DeepseekOcrTowerConfig:
     if not 0 < own["side"] <= 256:
         raise InvalidFileError(
             f"{processor.path}: CLIP's encoder has {own['side']} rows of positions; it must be 1 to 256"
         )
-    values = shared(processor, said, _TILE, _MOST_TILES, first, ends=True)
+    if first["channels"][2] != own["size"]:
+        raise InvalidFileError(
+            f"{processor.path}: downsample_channels ends with {first['channels'][2]}; CLIP's encoder has {own['size']}"
+        )
+    values = shared(processor, said, _TILE, most, first, ends=True, fills=most == _MOST_OF_UNLIMITED)
     clip = TowerConfig(
         hidden_size=own["size"], intermediate_size=own["inner"], num_layers=own["layers"], num_heads=own["heads"],
-        norm_eps=_EPS, activation="quick_gelu", patch=1, side=own["side"], cell=1, text_size=text_size,
+        norm_eps=own.get("eps", _EPS), activation="quick_gelu", patch=1, side=own["side"], cell=1, text_size=text_size,
         rule=values["rule"], learned=own["side"],
     )  # fmt: skip
     layers = max(first["blocks"], clip.num_layers)

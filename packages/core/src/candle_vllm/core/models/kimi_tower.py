@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -155,11 +155,15 @@ def _usual(processor: Fields) -> Fields:
 
 def config_from_gguf(fields: Fields, text_size: int, said: Mapping[str, Any] = NOTHING) -> KimiTowerConfig:
     """Read the metadata of llama.cpp's `mmproj` files; keys begin with `clip.vision.`. See `with_grid`."""
+    patch = gguf_sizes(fields, _EPS)["patch"]
+    most = fields.count("image_max_pixels", MOST_PATCHES * patch**2, most=1 << 40) // patch**2
+    return config_of_file(fields, processor_of_gguf(fields, {"max_patches": most}), text_size, said)
+
+
+def config_of_file(fields: Fields, processor: Fields, text_size: int, said: Mapping[str, Any]) -> KimiTowerConfig:
+    """The same with these settings of images, by their names in `preprocessor_config.json`."""
     require_true(fields, "clip.use_gelu")
     values = gguf_sizes(fields, _EPS)
-    patch = values["patch"]
-    most = fields.count("image_max_pixels", MOST_PATCHES * patch**2, most=1 << 40) // patch**2
-    processor = processor_of_gguf(fields, {"max_patches": most})
     return _config(
         _usual(processor),
         said,
@@ -226,21 +230,27 @@ def _table(stored: StoredTensor, config: Any) -> StoredTensor:
 
 
 _AT, _LAYER, _BLOCK = "vision_tower.", "vision_tower.layers.{i}.", "v.blk.{i}."
-_OLD, _TO = "vision_tower.encoder.blocks.{i}.", "mm_projector."  # `_OLD` is of published files
-_QKV = [
-    WeightName(
-        f"layers.{{i}}.qkv:{part}.{kind}",
-        (f"{_LAYER}attn.{part}_proj.{kind}",
-         Seen(f"{_OLD}wqkv.{kind}", chain(row_part(number, 3), *([adjacent] if part != "v" else ())))),
-        (Seen(f"{_BLOCK}attn_{part}.{kind}", chain(*([_halves] if part != "v" else ()))),
-         Seen(f"{_BLOCK}attn_qkv.{kind}", chain(row_part(number, 3), *([_halves] if part != "v" else ())))),
-    )
-    for number, part in enumerate("qkv")
-    for kind in ("weight", "bias")
-]  # fmt: skip
+_OLD, _TO, _VL_TO = "vision_tower.encoder.blocks.{i}.", "mm_projector.", "multi_modal_projector."  # published: `_OLD`
+
+
+def qkv_names(rows: Callable[[StoredTensor, Any], StoredTensor]) -> list[WeightName]:
+    """Names of queries, keys and values; `rows` orders the rows of GGUF files' queries and keys."""
+    return [
+        WeightName(
+            f"layers.{{i}}.qkv:{part}.{kind}",
+            (f"{_LAYER}attn.{part}_proj.{kind}",
+             Seen(f"{_OLD}wqkv.{kind}", chain(row_part(number, 3), *([adjacent] if part != "v" else ())))),
+            (Seen(f"{_BLOCK}attn_{part}.{kind}", chain(*([rows] if part != "v" else ()))),
+             Seen(f"{_BLOCK}attn_qkv.{kind}", chain(row_part(number, 3), *([rows] if part != "v" else ())))),
+        )
+        for number, part in enumerate("qkv")
+        for kind in ("weight", "bias")
+    ]  # fmt: skip
+
+
 _PATCHES = pair("patches:", (_AT + "patch_embed.proj", _AT + "encoder.patch_embed.proj"), "v.patch_embd")
 _GRID = "patch_embed.pos_emb."
-WEIGHTS = (
+SHARED = (  # names that Kimi-VL's files have, too
     dataclasses.replace(_PATCHES[0], hf_view=patch_kernel, gguf_view=patch_kernel),
     _PATCHES[1],
     WeightName(
@@ -250,17 +260,17 @@ WEIGHTS = (
         hf_view=_table,
         gguf_view=_table,
     ),
-    *_QKV,
     *pair("layers.{i}.attention_norm:", (_LAYER + "norm1", _OLD + "norm0"), _BLOCK + "ln1"),
     *pair("layers.{i}.output:", (_LAYER + "attn.proj", _OLD + "wo"), _BLOCK + "attn_out"),
     *pair("layers.{i}.mlp_norm:", (_LAYER + "norm2", _OLD + "norm1"), _BLOCK + "ln2"),
     *pair("layers.{i}.mlp.up:", (_LAYER + "mlp.fc1", _OLD + "mlp.fc0"), _BLOCK + "ffn_up"),
     *pair("layers.{i}.mlp.down:", (_LAYER + "mlp.fc2", _OLD + "mlp.fc1"), _BLOCK + "ffn_down"),
     *pair("norm.last:", (_AT + "final_layernorm", _AT + "encoder.final_layernorm"), "v.post_ln"),
-    *pair("norm.projection:", _TO + "pre_norm", "mm.input_norm"),
-    *pair("joined:", (_TO + "in_proj", _TO + "proj.0"), "mm.1"),
-    *pair("projector:", (_TO + "out_proj", _TO + "proj.2"), "mm.2"),
+    *pair("norm.projection:", (_TO + "pre_norm", _VL_TO + "pre_norm"), "mm.input_norm"),
+    *pair("joined:", (_TO + "in_proj", _TO + "proj.0", _VL_TO + "linear_1"), "mm.1"),
+    *pair("projector:", (_TO + "out_proj", _TO + "proj.2", _VL_TO + "linear_2"), "mm.2"),
 )
+WEIGHTS = (*SHARED, *qkv_names(_halves))
 
 
 def prepared(tensors: Mapping[str, StoredTensor], config: TowerConfig) -> Mapping[str, StoredTensor]:

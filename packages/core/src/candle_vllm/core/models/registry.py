@@ -116,7 +116,6 @@ NOT_BUILT = frozenset(
     | {"RWKV7ForCausalLM", "rwkv7"}
     | {"BailingMoeV2_5ForCausalLM"}
     | {"Inkling2ForCausalLM", "Inkling2ForConditionalGeneration"}
-    | {"UnlimitedOcrForConditionalGeneration", "UnlimitedOCRForCausalLM"}
     | {"MiniMaxM3VLForCausalLM", "MiniMaxM3SparseForCausalLM", "MiniMaxM3SparseForConditionalGeneration", "minimax-m3"}
 )
 """Architectures for which docs/models.md lists what is missing."""
@@ -164,7 +163,7 @@ TOWER_FAMILIES = (
     "llava_onevision_tower", "llava_next_tower", "hunyuan_tower", "minicpmv_tower", "kimi_tower", "deepseek_ocr2_tower",
     "paligemma_tower", "minicpmv_canvas", "cohere2_vision_tower", "aya_vision_tower", "deepseek_ocr_tower",
     "granite4_vision_tower", "phi3v_tower", "got_ocr2_tower", "got_tower", "glm5_next_tower",
-    "exaone4_5_tower", "inkling_tower",
+    "exaone4_5_tower", "inkling_tower", "unlimited_ocr_tower", "kimi_vl_tower",
 )  # fmt: skip
 """The files of this folder with a `TowerFamily` as `FAMILY`."""
 

@@ -172,7 +172,14 @@ def completed(config: Any, tensors: Mapping[str, StoredTensor]) -> Any:
 
 
 def shared(
-    processor: Fields, said: Mapping[str, Any], tile: int, most: int, own: Mapping[str, Any], *, ends: bool = False
+    processor: Fields,
+    said: Mapping[str, Any],
+    tile: int,
+    most: int,
+    own: Mapping[str, Any],
+    *,
+    ends: bool = False,
+    fills: bool = False,
 ) -> dict[str, Any]:
     """The fields of a `SamConfig` that follow from the settings of images, with those in `own`.
 
@@ -181,9 +188,10 @@ def shared(
         tile, most: side of a tile, and maximum number of tiles of a grid, if the file does not have them.
         own: what `sam_from_hf` returns.
         ends: each row of embeddings ends with a vector.
+        fills: without a grid, an image is a tile of `size`, which it fills up to `maximum_pad_value` (Unlimited-OCR).
     """
     usual = {"tile_size": tile, "max_patches": most, "size": {"height": 1024, "width": 1024}}
-    rule, pixels = _rule(over(processor.with_absent(**usual), said), (cell := 4 * own["patch"]) * ends)
+    rule, pixels = _rule(over(processor.with_absent(**usual), said), (cell := 4 * own["patch"]) * ends, fills)
     if any(side % cell for side in pixels):
         raise InvalidFileError(f"{processor.path}: tiles of {pixels} pixels do not have whole cells of {cell} pixels")
     if own["hidden_size"] % 16:
@@ -201,17 +209,19 @@ def shared(
 
 
 class MarginRule(Rule, frozen=True, kw_only=True, tag=True):
-    """Rule of DeepSeek-OCR: one square tile, whose longer side the image fills.
+    """Rule of DeepSeek-OCR: one square tile, whose longer side the image fills, or both sides.
 
     Attributes:
         tile: pixels of the tile's side.
         margin: grey of the margins.
         ends: a vector follows each row of this number of pixels, and one the image; 0 for the latter alone.
+        fills: the image is stretched to the whole tile.
     """
 
     tile: int
     margin: int
     ends: int = 0
+    fills: bool = False
 
     def cut(self, height: int, width: int) -> Cut:
         """See `Rule`."""
@@ -221,7 +231,8 @@ class MarginRule(Rule, frozen=True, kw_only=True, tag=True):
     def tiles(self, picture: Picture) -> NDArray[np.uint8]:
         """See `Rule`."""
         scale, made = self.tile / max(picture.height, picture.width), np.empty((self.tile, self.tile, 3), np.uint8)
-        high, wide = (max(round(side * scale), 1) for side in (picture.height, picture.width))
+        sides = (picture.height, picture.width)
+        high, wide = (self.tile if self.fills else max(round(side * scale), 1) for side in sides)
         y, x = (self.tile - high) // 2, (self.tile - wide) // 2
         made[:] = self.margin
         made[y : y + high, x : x + wide] = resized(picture.pixels, high, wide, self.resample)
@@ -249,7 +260,7 @@ class RatioMarginRule(RatioRule, frozen=True, kw_only=True, tag=True):
         return with_whole(picture, self.cut(picture.height, picture.width), self.whole)
 
 
-def _rule(processor: Fields, ends: int) -> tuple[RatioMarginRule | MarginRule, tuple[int, ...]]:
+def _rule(processor: Fields, ends: int, fills: bool) -> tuple[RatioMarginRule | MarginRule, tuple[int, ...]]:
     """The rule of images, and the sides of tiles in pixels."""
     processor = processor.with_absent(resample=3, background_color=[127] * 3)
     tile, margin = processor.count("tile_size", most=MAX_TILE), processor.get("background_color", list)
@@ -259,7 +270,9 @@ def _rule(processor: Fields, ends: int) -> tuple[RatioMarginRule | MarginRule, t
     whole = MarginRule(tile=given.tile, margin=margin[0], ends=ends, **given.pixels)
     least, most = processor.count("min_patches", 2, most=64), processor.count("max_patches", most=64)
     if not processor.get("crop_to_patches", bool, True):
-        return msgspec.structs.replace(whole, tile=tile), (tile,)
+        tile = whole.tile if fills else tile
+        fills = fills and tile <= processor.count("maximum_pad_value", 640)
+        return msgspec.structs.replace(whole, tile=tile, fills=fills), (tile,)
     if not 2 <= least <= most:
         raise InvalidFileError(f"{processor.path}: min_patches is {least}; it must be 2 to max_patches, {most}")
     return RatioMarginRule(tile=tile, least=least, most=most, whole=whole, **whole.pixels), (tile, whole.tile)

@@ -102,9 +102,16 @@ class Beam:
 
 
 class BeamSearch:
-    """The search for the best continuations of one prompt; it has ended when `beams` is empty."""
+    """The search for the best continuations of one prompt; it has ended when `beams` is empty.
+
+    Raises:
+        InvalidParameterError: the model has an `answer_window`, and each step sends a beam's tokens as a prompt.
+    """
 
     def __init__(self, info: ModelInfo, params: BeamSearchParams, prompt_tokens: int) -> None:
+        if info.answer_window is not None:
+            said = f"use_beam_search: {info.name} reads its answer through a window, which a beam search does not have"
+            raise InvalidParameterError(said, "use_beam_search")
         self.beams = [Beam()]
         self._complete: list[Beam] = []
         self._params = params

@@ -38,6 +38,7 @@ class _Tail:
     """The layer's rows of a target sequence, from block `first` on; `run` passes their tokens as `Run.drafts`."""
 
     __slots__ = ("begin", "first", "table", "tokens")
+    answer_window = None
 
     def __init__(self, table: array[int], first: int, size: int) -> None:
         self.table, self.first, self.begin = table, first, first * size

@@ -187,6 +187,14 @@ def rotary_positions(scheduled: Seq[Run], query_start: Ints) -> RotaryPositions 
     return RotaryPositions(shifts, np.concatenate(rows), np.concatenate(places))
 
 
+def answer_positions(scheduled: Seq[Run], query_start: Ints) -> RotaryPositions | None:
+    """Return the rotary positions of a step whose generated tokens use slots in turn (`Sequence.place`)."""
+    shifts = [run.start - run.sequence.place(run.start) for run in scheduled]
+    if not any(shifts):
+        return None
+    return RotaryPositions(np.repeat(shifts, np.diff(query_start)), np.zeros(0, np.int64), np.zeros((0, 4), np.int64))
+
+
 def turns(turned: RotaryPositions, positions: Ints, first: int) -> Ints:
     """Return [T]: each token's rotary table row minus its position; image tokens have the rows from `first` on."""
     turns = turned.shifts.copy()
@@ -200,7 +208,7 @@ class Batch(msgspec.Struct, frozen=True, eq=False):
     Attributes:
         tokens: [4, T] `token_ids`, `positions`, `slots` and `sources`, one below the other.
         query_start: [R + 1] offsets into T; sequence r has the rows query_start[r]:query_start[r + 1].
-        context_lens: [R] tokens of each sequence, the new ones included.
+        context_lens: [R] tokens of each sequence, the new ones included; fewer with `Sequence.answer_window`.
         block_tables: [R, maximum blocks]; entries after the end of a sequence's context are not read.
         tables_version: the same object as in the previous step if the tables are the same.
         num_decodes: number of decoding runs, which are first and have one row each.
@@ -244,7 +252,7 @@ class Batch(msgspec.Struct, frozen=True, eq=False):
 
     @property
     def positions(self) -> Ints:
-        """[T] positions in the sequences."""
+        """[T] positions in the sequences' block tables; `turned` has what is added for the rotary embedding."""
         return self.tokens[1]
 
     @property
@@ -327,6 +335,8 @@ class BatchBuilder:
             drawn = {item.sequence: place for place, item in enumerate(before)}
             tokens[3, laid.query_start[1:] - 1] = [drawn.get(item.sequence, -1) for item in scheduled]
         special = self._special_rows(scheduled, laid.query_start, tokens[0]) if self._images or self._adapters else {}
+        if scheduled[0].sequence.answer_window is not None:
+            special["turned"] = answer_positions(scheduled, laid.query_start)
         batch = Batch(
             tokens=tokens,
             query_start=laid.query_start,
@@ -384,13 +394,12 @@ class BatchBuilder:
     def _by_arrays(self, scheduled: Seq[Run], tables: Ints, whole: bool) -> _Laid:
         """Lay out a step with numpy; `whole` is whether a token is sampled for every run."""
         count, size = len(scheduled), self._block_size
-        positions = np.array([run.start for run in scheduled])
+        positions, contexts = (np.array(each) for each in zip(*map(_places, scheduled)))
         if scheduled[-1].decodes:  # decoding runs are first, so all runs decode
             rows = places = self._up_to(count)
-            query_start, contexts = self._up_to(count + 1), positions + 1
+            query_start = self._up_to(count + 1)
         else:
             counts = np.array([run.count for run in scheduled])
-            contexts = positions + counts
             query_start = np.concatenate(([0], np.cumsum(counts)))
             rows, places = np.repeat(self._up_to(count), counts), query_start[1:] - 1  # rows of sequences' last tokens
             positions = self._up_to(len(rows)) + (positions - query_start[:-1])[rows]
@@ -449,7 +458,7 @@ class BatchBuilder:
         rows = [(item.sequence, item.admission) for item in scheduled]
         if rows != self._rows:
             self._rows, self._known = rows, [0] * len(rows)
-        needed = [(item.start + item.count - 1) // self._block_size + 1 for item in scheduled]
+        needed = [(_places(item)[1] - 1) // self._block_size + 1 for item in scheduled]
         if needed != self._known:
             self._version = object()
             if self._memory is None:
@@ -485,14 +494,23 @@ def _goes_on(scheduled: Seq[Run], last: Batch, before: Seq[Run]) -> TypeGuard[St
     return run.sequence is old.sequence and run.start == old.start + 1 and len(scheduled) == len(last.runs)
 
 
+def _places(run: Run) -> tuple[int, int]:
+    """Return the position in the block table of a run's first row, and the number of those that its last row reads."""
+    sequence, end = run.sequence, run.start + run.count
+    if sequence.answer_window is None:
+        return run.start, end
+    return sequence.place(run.start), sequence.num_places(end)
+
+
 def _by_hand(scheduled: Seq[Run], size: int) -> _Laid:
     """Lay out a few rows as `BatchBuilder._by_arrays` does, but without numpy: reading weights evicts numpy from the
     CPU caches, so one numpy call takes longer than this function."""
     ends, contexts, positions, slots, drawn = [0], list[int](), list[int](), list[int](), list[int]()
     for run in scheduled:
-        places, table = range(run.start, run.start + run.count), run.sequence.block_table
+        (first, context), table = _places(run), run.sequence.block_table
+        places = range(first, first + run.count)
         ends.append(ends[-1] + run.count)
-        contexts.append(places.stop)
+        contexts.append(context)
         positions += places
         slots += [table[place // size] * size + place % size for place in places] if size else [-1] * run.count
         drawn += range(ends[-1] - run.wanted, ends[-1])

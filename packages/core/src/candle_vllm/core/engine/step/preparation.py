@@ -135,6 +135,7 @@ class DecoderPreparation(Preparation):
         adapters: see `Preparation`.
         images: finds the positions of images in a prompt; None for a text-only model.
         open_objects: see `LlguidanceBackend`.
+        answer_window: see `ModelConfig`.
     """
 
     def __init__(
@@ -150,8 +151,10 @@ class DecoderPreparation(Preparation):
         adapters: AdapterStore | None = None,
         images: VisionInput | None = None,
         open_objects: bool = False,
+        answer_window: int | None = None,
     ) -> None:
         self.adapters = adapters
+        self._answer_window = answer_window
         self._images = images
         self._tokenizer, self._suppressed = tokenizer, [[index] for index in tokenizer.suppressed_token_ids]
         self._eos_token_ids = tuple(eos_token_ids)
@@ -189,6 +192,7 @@ class DecoderPreparation(Preparation):
         for index, own in enumerate(states):
             images = tuple(msgspec.structs.replace(each) for each in placed)
             sequence = Sequence(request, index, order=-1, entries=entries, images=images)
+            sequence.answer_window = self._answer_window
             made.append(LiveSequence(sequence, own, self._tokenizer, self._ends, max_length, predicted))
         return made
 
@@ -225,6 +229,7 @@ class DecoderPreparation(Preparation):
         whole = plan.method.positions != "last"  # the prefix cache has no hidden states
         params = msgspec.structs.replace(request.params, seed=0, skip_reading_prefix_cache=whole)
         sequence = Sequence(msgspec.structs.replace(request, params=params), 0, order=-1)
+        sequence.answer_window = self._answer_window
         sequence.entries = self._entries(request.adapters) if request.adapters else ()
         sequence.images = tuple(self._placed(request)) if request.images else ()
         return PooledText(sequence, plan)

@@ -39,6 +39,9 @@ A run gets pages of these layers when it is scheduled, and frees pages that have
 where no page is free. If a decoding sequence finds no free page, the last running sequence is preempted. A block
 without its page is not offloaded; a cached block that has lost its page is read from the KV tier again.
 
+If layers have a window over the answer alone (`ModelConfig.answer_window`), generated tokens use the same slots in
+turn, so a sequence stops growing. Their blocks are not published, and they run one by one, recomputed ones too.
+
 With `reproducible`, no answer depends on the memory that other requests use: a sequence is admitted when blocks for its
 full length are free and the pages suffice for all running sequences, so no sequence is preempted. Only blocks of
 prompts are published, because the kernels for prompts and for generated tokens differ.
@@ -169,7 +172,8 @@ class Scheduler:
             return step
         step = self._schedule()
         decode = len(step) == len(self.running) and step and step[-1].decodes  # decoding runs come first, so all decode
-        self._going = _Going(step, self.blocks.block_size) if decode and self.in_flight == 1 else None
+        straight = decode and self.in_flight == 1 and step[0].sequence.answer_window is None
+        self._going = _Going(step, self.blocks.block_size) if straight else None
         return step
 
     def _go_on(self, going: _Going) -> Step | None:
@@ -277,7 +281,7 @@ class Scheduler:
             return
         size = self.blocks.block_size
         hashes = sequence.hashes(size)
-        for position in range(first, last):
+        for position in range(first, min(last, len(hashes))):
             if not self.reproducible or (position + 1) * size <= sequence.num_prompt_tokens:
                 self.blocks.publish(sequence.block_table[position], hashes[position])
                 block = sequence.block_table[position]
@@ -303,7 +307,7 @@ class Scheduler:
             length, left = len(sequence.tokens) + sequence.num_ahead, sequence.num_uncomputed_tokens
             if left == 1 and length < sequence.max_length:
                 start = length - 1
-                if not self.blocks.extend(sequence, start):
+                if not self.blocks.extend(sequence, sequence.place(start)):
                     self._preempt(running[-1])
                     continue
                 if tries and (drafts := self._fitting_drafts(sequence, tried)):
@@ -399,7 +403,7 @@ class Scheduler:
                 deferred, held = deferred + 1, held + 1
                 continue
             hashes = self._shareable(sequence)
-            needed = self.blocks.blocks_for(sequence.num_tokens)
+            needed = self.blocks.blocks_for(sequence.num_places(sequence.num_tokens))
             if self.offloaded is not None:
                 if self.windows is not None:
                     self.windows.renew(hashes, self.offloaded.may_have)
@@ -469,11 +473,13 @@ class Scheduler:
         """Return the number of blocks that must stay free when a sequence is admitted."""
         if not self.reproducible:
             return len(self.running)  # each running sequence may soon need a block
-        later = self._blocks_at_full_length(sequence) - self.blocks.blocks_for(sequence.num_tokens)
+        now = self.blocks.blocks_for(sequence.num_places(sequence.num_tokens))
+        later = self._blocks_at_full_length(sequence) - now
         return later + sum(self._blocks_at_full_length(other) - len(other.block_table) for other in self.running)
 
     def _blocks_at_full_length(self, sequence: Sequence) -> int:
-        return self.blocks.blocks_for(min(sequence.max_length, self.blocks.num_blocks * self.blocks.block_size))
+        longest = sequence.num_places(sequence.max_length)
+        return self.blocks.blocks_for(min(longest, self.blocks.num_blocks * self.blocks.block_size))
 
     def _shareable(self, sequence: Sequence) -> list[bytes]:
         """Return hashes of the blocks that may come from the prefix cache; the last token is always computed."""

@@ -120,6 +120,7 @@ class Sequence:
         images: the images of its prompt, in order.
         state: state slots of a running sequence; None if no layer keeps a state.
         windowed: for each pool of `WindowedBlocks`, begin and end in the block table of the blocks with pages.
+        answer_window: see `ModelConfig.answer_window`; generated tokens then use this many slots in turn.
     """
 
     request: GenerationRequest
@@ -142,6 +143,7 @@ class Sequence:
     images: tuple[PlacedImage, ...] = ()
     state: SequenceState | None = None
     windowed: list[tuple[int, int]] = field(default_factory=list[tuple[int, int]])
+    answer_window: int | None = None
     adapted_from: tuple[int, ...] = ()
     _adapters: tuple[tuple[Adapter, float], ...] = field(default=(), init=False)
     _hashes: list[bytes] = field(default_factory=list[bytes], init=False)
@@ -173,6 +175,16 @@ class Sequence:
         self._adapters, self._hashes = adapters, []
         self.adapted_from = tuple(_activation(prompt, adapter.alora) for adapter, _ in adapters)
 
+    def place(self, position: int) -> int:
+        """Return the position in the block table of a token's keys: its own, or one that `answer_window` reuses."""
+        if self.answer_window is None or position < self.num_prompt_tokens:
+            return position
+        return self.num_prompt_tokens + (position - self.num_prompt_tokens) % self.answer_window
+
+    def num_places(self, tokens: int) -> int:
+        """Return how many positions in the block table the first `tokens` tokens use."""
+        return tokens if self.answer_window is None else min(tokens, self.num_prompt_tokens + self.answer_window)
+
     def append(self, token_id: int) -> None:
         """Append a sampled token."""
         self.tokens.append(token_id)
@@ -180,15 +192,23 @@ class Sequence:
             self.num_ahead -= 1
 
     def chunk(self, budget: int) -> int:
-        """Return how many uncomputed tokens the next run may have, at most `budget`, without splitting a span."""
+        """Return how many uncomputed tokens the next run may have, at most `budget`, without splitting a span.
+
+        With an `answer_window`, a generated token overwrites keys that the one before it reads: it runs alone.
+        """
         start = self.num_computed_tokens
+        if self.answer_window is not None:
+            budget = min(budget, max(self.num_prompt_tokens - start, 1))
         end = start + min(self.num_uncomputed_tokens, budget)
         for image in self.images if start < self.num_prompt_tokens else ():
             end = next((first for first, behind in image.spans if first < end < behind), end)
         return max(0, end - start)
 
     def hashes(self, block_size: int) -> list[bytes]:
-        """Return the hashes of all full blocks of the known tokens; they are cached while the sequence grows."""
+        """Return the hashes of all full blocks of the known tokens; they are cached while the sequence grows.
+
+        With an `answer_window` only blocks of the prompt have hashes: others are overwritten, and are not a prompt's.
+        """
         marks = defaultdict[int, bytes](bytes)
         for (adapter, scale), start in zip(self._adapters, self.adapted_from):
             if start < NO_LIMIT:  # a different order of adapters changes the hash, but not the answer
@@ -198,7 +218,8 @@ class Sequence:
                 marks[place] += mark
             if (end := image.given.prefix) and not self._hashes:  # all keys and values depend on the whole prefix
                 marks[0] += b"prefix" + array("q", [end, *self.tokens[:end]]).tobytes() + image.given.key
-        self._hashes = block_hashes(self.tokens, block_size, self.request.params.cache_salt, self._hashes, marks)
+        known = self.tokens if self.answer_window is None else self.tokens[: self.num_prompt_tokens]
+        self._hashes = block_hashes(known, block_size, self.request.params.cache_salt, self._hashes, marks)
         return self._hashes
 
 
