@@ -85,3 +85,10 @@ def llama_cpp_models() -> Path:
     return unpacked(
         archive, f"{name}/vendor/llama.cpp/models/", lambda path: path.startswith(wanted), CACHE / name / "models"
     )
+
+
+@pytest.fixture(autouse=True)
+def _random_numbers_do_not_depend_on_earlier_tests() -> None:
+    """A worker runs the files that it gets: what failed once with their numbers would not fail again."""
+    if (torch := sys.modules.get("torch")) is not None:
+        torch.manual_seed(0)
