@@ -26,7 +26,7 @@ _TOKENS, _SEQUENCES = StepNumber.TOKENS.value, StepNumber.SEQUENCES.value
 
 
 @emitted
-def _dot_4(e: Emitter, x: Int, addresses: Int, out: Int, lines: Int) -> None:
+def dot_4(e: Emitter, x: Int, addresses: Int, out: Int, lines: Int) -> None:
     """Write the products of 16 * `lines` floats at x with four rows, whose addresses are int64 [4], to float32 [4]."""
     b = e.b
     rows = [e.load(addresses, I64, 8 * n) for n in range(4)]
@@ -50,7 +50,7 @@ def _turn(x: int, cos: Any, sin: Any, half: int, sign: float) -> None:
 
 
 @njit
-def _copy(target: int, source: int, count: int) -> None:
+def copy_floats(target: int, source: int, count: int) -> None:
     to, values = float32_at(target), float32_at(source)
     for i in range(count):
         to[i] = values[i]
@@ -77,8 +77,8 @@ def write(row, thread, threads):
         if given.ratio != 0:
             width = 2 * size * (1 + given.overlaps)
             inputs = given.inputs + slot * given.width * 4
-            _copy(inputs, given.first + t * given.first_stride * 4, width)
-            _copy(inputs + width * 4, given.more + t * given.more_stride * 4, given.width - width)
+            copy_floats(inputs, given.first + t * given.first_stride * 4, width)
+            copy_floats(inputs + width * 4, given.more + t * given.more_stride * 4, given.width - width)
 
 
 @njit
@@ -137,7 +137,7 @@ def compress(row, thread, threads):
 
 
 @njit
-def _sequence_of(query_start: int, sequences: int, t: int) -> int:
+def sequence_of(query_start: int, sequences: int, t: int) -> int:
     r = 0
     while r + 1 < sequences and int64_at(query_start)[r + 1] <= t:
         r += 1
@@ -145,11 +145,11 @@ def _sequence_of(query_start: int, sequences: int, t: int) -> int:
 
 
 @njit
-def _entry(log: int, table: int, share: int, ratio: int, size: int, shift: int, number: int) -> int:
-    """Return the address of an entry."""
+def _entry(log: int, table: int, share: int, ratio: int, step: int, shift: int, number: int) -> int:
+    """Return the address of an entry; `step` is the number of floats from an entry to the next in a block."""
     last = (number + 1) * ratio - 1
     block = int64_at(table)[last >> shift]
-    return log + ((block << shift) * share + (last & ((1 << shift) - 1)) // ratio * size) * 4
+    return log + ((block << shift) * share + (last & ((1 << shift) - 1)) // ratio * step) * 4
 
 
 def make_choose(CHOOSES: int) -> Callable[..., None]:
@@ -170,16 +170,16 @@ def make_choose(CHOOSES: int) -> Callable[..., None]:
             if ended <= top or (CHOOSES == 1 and t % threads != thread):
                 continue
             sums = given.scratch + (t if few else thread) * given.scratch_size
-            table = given.log_tables + _sequence_of(given.query_start, sequences, t) * given.table_stride * 8
+            table = given.log_tables + sequence_of(given.query_start, sequences, t) * given.table_stride * 8
             weights = float32_at(given.weights + t * given.weight_stride * 4)
             for h in range(4 * quads):
                 addresses[h] = given.index_q + (t * given.index_stride + min(h, heads - 1) * size) * 4
             for n in range(ended if few == (CHOOSES == 0) else 0):
                 if few and n % threads != thread:
                     continue
-                key = _entry(given.log, table, given.share, given.ratio, size, given.block_shift, n)
+                key = _entry(given.log, table, given.share, given.ratio, given.step, given.block_shift, n)
                 for quad in range(quads):
-                    _dot_4(key, memory + 32 * quad, memory + 32 * quads + 16 * quad, size >> 4)
+                    dot_4(key, memory + 32 * quad, memory + 32 * quads + 16 * quad, size >> 4)
                 score = 0.0
                 for h in range(heads):
                     score += max(float(products[h]), 0.0) * float(weights[h])
@@ -204,7 +204,7 @@ def attend(row, thread, threads):
         position = int64_at(given.positions)[t]
         if t != listed:
             listed, count = t, 0
-            r = _sequence_of(given.query_start, sequences, t)
+            r = sequence_of(given.query_start, sequences, t)
             table, log_table = given.tables + r * given.table_stride * 8, given.log_tables + r * given.table_stride * 8
             for at in range(max(0, position - given.window + 1), position + 1):
                 slot = (int64_at(table)[at >> shift] << shift) + (at & mask)
@@ -220,7 +220,7 @@ def attend(row, thread, threads):
                 addresses[extra] = addresses[count - 1]
         q = given.q + (t * given.q_stride + h * size) * 4
         for quad in range((count + 3) >> 2):
-            _dot_4(q, memory + 32 * quad, memory + 8 * given.most + 16 * quad, size >> 4)
+            dot_4(q, memory + 32 * quad, memory + 8 * given.most + 16 * quad, size >> 4)
         sink = float(float32_at(given.sinks)[h])
         most = sink
         for j in range(count):

@@ -75,7 +75,7 @@ def record_compressed(
         scores = recorder.scratch(4 * most * max(FEW_TOKENS, limits.threads))
         row = row._replace(chosen=address_of(chosen))
         choosing = row._replace(log=address_of(logs.values), share=entry_share(layer.index_size, ratio))
-        choosing = choosing._replace(scratch=scores, scratch_size=4 * most)
+        choosing = choosing._replace(scratch=scores, scratch_size=4 * most, step=layer.index_size)
         for chooses in (0, 1):
             recorder.add(operation("compressed_attention.cpu:make_choose", chooses), choosing)
         most = layer.top
@@ -101,7 +101,7 @@ class LayerArguments(NamedTuple):
         ratio, overlaps: see `Groups`; a ratio of 0 means no entries.
         inputs, width: address of the cache of inputs, and its row width.
         first, more: addresses of inputs of entries and of index keys.
-        log, share: address of a log, and E.
+        log, share, step: address of a log, E, and for a choice the floats from an entry to the next in a block.
         column, bias: first column of the inputs that `compress` reads, and address of its bias.
         index_q, weights: addresses of queries and weights of the index.
         index_heads, index_size, top: Hi, Di, and the maximum number of entries of a token; 0 without an index.
@@ -158,3 +158,4 @@ class LayerArguments(NamedTuple):
     most: int = 0
     scratch: int = 0
     scratch_size: int = 0
+    step: int = 0

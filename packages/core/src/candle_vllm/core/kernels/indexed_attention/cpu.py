@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: MIT
+"""Attention to blocks of positions that an indexer chooses, on the CPU (step 6 of a request's life).
+
+Caches are float32 [B, S, width]. Sums have a fixed order, so that a token's bits depend on its own sequence alone.
+"""
+
+from __future__ import annotations
+
+import math
+
+from numba import njit
+
+from candle_vllm.core.kernels.activation_quant.cpu import rms_scale_within
+from candle_vllm.core.kernels.compressed_attention.cpu import copy_floats, dot_4, sequence_of
+from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber
+from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at, int32_at, int64_at, read, step_number
+from candle_vllm.core.kernels.cpu_runtime.tiles import add_rows
+from candle_vllm.core.kernels.indexed_attention.cpu_record import IndexedArguments
+
+_TOKENS, _SEQUENCES = StepNumber.TOKENS.value, StepNumber.SEQUENCES.value
+
+
+@njit
+def _turn(x: int, cos: int, sin: int, half: int) -> None:
+    """Rotate elements i and i + half of 2 * half floats."""
+    values, c, s = float32_at(x), float32_at(cos), float32_at(sin)
+    for i in range(half):
+        first, second = values[i], values[i + half]
+        values[i], values[i + half] = first * c[i] - second * s[i], second * c[i] + first * s[i]
+
+
+def write(row, thread, threads):
+    """Rotate queries in place; write rotated keys, values and index rows."""
+    given = read(IndexedArguments, row)
+    rows, size, half, kv_heads = step_number(row, _TOKENS), given.size, given.half, given.kv_heads
+    width = given.index_size + 2 * half
+    for t in range(rows * thread // threads, rows * (thread + 1) // threads):
+        place, slot = int64_at(given.positions)[t], int64_at(given.slots)[t]
+        if given.turns != 0:
+            place += int64_at(given.turns)[t]
+        cos, sin = given.cos + 4 * half * place, given.sin + 4 * half * place
+        for h in range(given.heads):
+            _turn(given.q + (t * given.q_stride + h * size) * 4, cos, sin, half)
+        for h in range(given.index_heads):
+            _turn(given.index_q + (t * given.index_q_stride + h * given.index_size) * 4, cos, sin, half)
+        keys, values = given.keys + slot * kv_heads * size * 4, given.values + slot * kv_heads * size * 4
+        copy_floats(keys, given.k + t * given.k_stride * 4, kv_heads * size)
+        copy_floats(values, given.v + t * given.v_stride * 4, kv_heads * size)
+        for h in range(kv_heads):
+            _turn(keys + h * size * 4, cos, sin, half)
+        index = given.index + slot * width * 4
+        copy_floats(index, given.key + t * given.key_stride * 4, given.index_size)
+        copy_floats(index + given.index_size * 4, cos, half)
+        copy_floats(index + (given.index_size + half) * 4, sin, half)
+
+
+def pool_keys(row, thread, threads):
+    """Write the pooled keys of the groups that end in this step."""
+    given = read(IndexedArguments, row)
+    rows, size, half, pool = step_number(row, _TOKENS), given.index_size, given.half, given.pool
+    width, norm = size + 2 * half, float32_at(given.norm)
+    for t in range(rows * thread // threads, rows * (thread + 1) // threads):
+        slot = int64_at(given.slots)[t]
+        if (slot + 1) % pool != 0:
+            continue
+        first, last = given.index + (slot - pool + 1) * width * 4, given.index + slot * width * 4
+        source, out = float32_at(first), float32_at(last)
+        for i in range(size):
+            total = 0.0
+            for j in range(pool):
+                total += float(source[j * width + i])
+            out[i] = total / pool
+        scale = rms_scale_within(last, size, given.eps)
+        for i in range(size):
+            out[i] = out[i] * scale * norm[i]
+        _turn(last, first + size * 4, first + (size + half) * 4, half)
+
+
+@njit
+def _list(addresses: int, cache: int, step: int, table: int, shift: int, at: int) -> None:
+    """Write the address of a position's row, `step` bytes from one slot to the next."""
+    slot = (int64_at(table)[at >> shift] << shift) + (at & ((1 << shift) - 1))
+    int64_at(addresses)[0] = cache + slot * step
+
+
+def attend(row, thread, threads):
+    """Attention of the query heads that share a key head, for one token at a time."""
+    given = read(IndexedArguments, row)
+    kv_heads, size, shift, pool, most = given.kv_heads, given.size, given.block_shift, given.pool, given.most
+    group, step, top = given.heads // kv_heads, 4 * kv_heads * size, given.top // pool
+    total, sequences = step_number(row, _TOKENS) * kv_heads, step_number(row, _SEQUENCES)
+    keys = given.scratch + thread * 20 * most
+    values, scores = keys + 8 * most, keys + 16 * most
+    weights = float32_at(scores)
+    for unit in range(total * thread // threads, total * (thread + 1) // threads):
+        t = unit // kv_heads
+        head = unit - t * kv_heads
+        seen = int64_at(given.positions)[t] + 1
+        table = given.tables + sequence_of(given.query_start, sequences, t) * given.table_stride * 8
+        chooses = given.chosen != 0 and seen // pool > top
+        count = top * pool + seen % pool if chooses else seen
+        for n in range((count + 3) & ~3):
+            at = min(n, count - 1)
+            if chooses and at < top * pool:
+                at = int(int32_at(given.chosen + 4 * t * top)[at // pool]) * pool + at % pool
+            elif chooses:
+                at += seen - count
+            _list(keys + 8 * n, given.keys + 4 * head * size, step, table, shift, at)
+            _list(values + 8 * n, given.values + 4 * head * size, step, table, shift, at)
+        for h in range(head * group, (head + 1) * group):
+            q = given.q + (t * given.q_stride + h * size) * 4
+            for quad in range((count + 3) >> 2):
+                dot_4(q, keys + 32 * quad, scores + 16 * quad, size >> 4)
+            largest = float(weights[0]) * given.scale
+            for j in range(1, count):
+                largest = max(largest, float(weights[j]) * given.scale)
+            sums = 0.0
+            for j in range(count):
+                weight = math.exp(float(weights[j]) * given.scale - largest)
+                weights[j] = weight
+                sums += weight
+            for j in range(count):
+                weights[j] = float(weights[j]) / sums
+            add_rows(given.out + (t * given.out_stride + h * size) * 4, values, scores, count, 0, size >> 4, 0)

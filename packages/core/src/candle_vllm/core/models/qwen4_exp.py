@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: MIT
+"""Qwen4 (Qwen3.8-Flash-Next): delta nets and attention to chosen blocks between gated residual streams, with experts.
+
+Delta nets, attention and experts are those of Qwen3.5 (`qwen3_next.py`); `qwen4_exp_parts.py` has the residual streams
+and the indexer, `ngram_embeddings.py` the embeddings of hashed n-grams that some layers add to the streams first.
+Layers for multi-token prediction are not loaded. Source: transformers' `Qwen4ExpTextModel`.
+Shapes: T tokens, N streams, E hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from candle_vllm.core.kernels.recorded import Value
+from candle_vllm.core.layers.attention import StepInput
+from candle_vllm.core.layers.delta_net import GatedDeltaNet
+from candle_vllm.core.layers.embedding import Embedding
+from candle_vllm.core.layers.moe import SparseMLP
+from candle_vllm.core.layers.parameters import Placement
+from candle_vllm.core.layers.rotary import Rotary
+from candle_vllm.core.loading.views import flattened, plus_one
+from candle_vllm.core.loading.weights import WeightName
+from candle_vllm.core.models import qwen3_next
+from candle_vllm.core.models.attention_names import HF
+from candle_vllm.core.models.family import Family
+from candle_vllm.core.models.ngram_embeddings import NGramLayer, joined
+from candle_vllm.core.models.qwen4_exp_config import Qwen4ExpConfig, config_from_hf
+from candle_vllm.core.models.qwen4_exp_parts import Attention, GatedResidual
+from candle_vllm.core.models.residual_streams import StreamCopies
+from candle_vllm.core.models.stack import DecoderStack
+
+
+class Block:
+    """One decoder layer: streams [T, N * E] -> [T, N * E], without a separate residual."""
+
+    def __init__(self, config: Qwen4ExpConfig, layer: int, rotary: Rotary, placement: Placement) -> None:
+        size, ngrams = config.hidden_size, config.ngrams
+        self.ngrams = NGramLayer(config, layer, placement) if ngrams is not None and layer in ngrams.hashes else None
+        self.attention_streams, self.mlp_streams = (GatedResidual(config, placement) for _ in range(2))
+        self.attention: GatedDeltaNet | Attention
+        if layer in config.delta_layers:
+            self.attention = GatedDeltaNet(layer, size, config.delta, config.norm_eps, placement, gate=config.gate)
+        else:
+            self.attention = Attention(config, layer, rotary, placement)
+        assert config.mixture is not None
+        self.mlp = SparseMLP(size, config.mixture, placement)
+
+    def __call__(self, x: Value, residual: Value | None, step: StepInput) -> tuple[Value, None]:
+        assert residual is None
+        x = x if self.ngrams is None else self.ngrams(x, step)
+        read, gates = self.attention_streams(x)
+        x = self.attention_streams.write(x, self.attention(read, step), gates)
+        read, gates = self.mlp_streams(x)
+        return self.mlp_streams.write(x, self.mlp(read), gates), None
+
+
+class Qwen4Exp(DecoderStack):
+    """The decoder: token ids [T] -> hidden states [T, E] -> logits [T, V]."""
+
+    norm = None  # the streams are normalised as `GatedResidual` reads them
+
+    def __init__(self, config: Qwen4ExpConfig, placement: Placement) -> None:
+        self.config, vocabulary = config, (config.vocab_size, config.hidden_size)
+        self.embed = Embedding(*vocabulary, placement)
+        self.rotary = Rotary(config.rope, config.max_position, placement)
+        self.copies = StreamCopies(config.streams, placement)
+        self.layers = [Block(config, layer, self.rotary, placement) for layer in range(config.num_layers)]
+        self.streams = GatedResidual(config, placement, writes=False)
+        self.head = None if config.tie_embeddings else Embedding(*vocabulary, placement)
+
+    def begun(self, token_ids: Value, x: Value, step: StepInput) -> StepInput:
+        """See `DecoderStack.begun`."""
+        step.shared["token_ids"] = token_ids
+        return super().begun(token_ids, x, step)
+
+    def start(self, token_ids: Value, step: StepInput) -> Value:
+        """See `DecoderStack.start`; the result is the streams side by side, [T, N * E]."""
+        return self.copies(super().start(token_ids, step))
+
+    def _normed(self, x: Value, residual: Value | None) -> Value:
+        assert residual is None
+        return self.streams(x)[0]
+
+
+# ---- weight names ----------------------------------------------------------------------------------------------------
+
+
+def _streams(to: str, name: str) -> list[WeightName]:
+    """The table rows of a `GatedResidual`."""
+    parts = {"down": "input_mix_weight_down", "up": "input_mix_weight_up", "inject": "block_inject_weight"}
+    lines = [WeightName(f"{to}.{part}:weight", f"{name}.{hf}.weight", None) for part, hf in parts.items()]
+    return [*lines, WeightName(f"{to}.norm:weight", f"{name}.hc_norm.weight", None, plus_one)]
+
+
+_INDEX, _NGRAMS = "layers.{i}.attention.index", "layers.{i}.ngrams"
+_ATTENTION, _PLE = HF + "self_attn.indexer.", HF + "ple."
+_BUFFERS = {"factors": "layer_multipliers", "sizes": "ngram_heads_vocab_sizes", "offsets": "ngram_heads_offsets"}
+WEIGHTS = [
+    *qwen3_next.WEIGHTS,
+    *_streams("streams", "model.hyper_connection_mixer"),
+    *_streams("layers.{i}.attention_streams", HF + "attn_hyper_connection"),
+    *_streams("layers.{i}.mlp_streams", HF + "mlp_hyper_connection"),
+    WeightName(f"{_INDEX}.inputs:weight", _ATTENTION + "index_qk_proj.weight", None),
+    WeightName(f"{_INDEX}.q_norm:weight", _ATTENTION + "q_layernorm.weight", None, plus_one),
+    WeightName(f"{_INDEX}.k_norm:weight", _ATTENTION + "k_layernorm.weight", None, plus_one),
+    WeightName(f"{_NGRAMS}.key:weight", _PLE + "key_proj.weight", None),
+    WeightName(f"{_NGRAMS}.value:weight", _PLE + "value_proj.weight", None),
+    *(
+        WeightName(f"{_NGRAMS}.{to}_norm:weight", f"{_PLE}norm_{to}.weight", None, plus_one)
+        for to in ("key", "query", "conv")
+    ),
+    WeightName(f"{_NGRAMS}:taps", _PLE + "conv1d.weight", None, flattened),
+    WeightName(f"{_NGRAMS}.table:weight", _PLE + "ple_embedding.ngram_embedding.weight", None),
+    *(WeightName(f"{_NGRAMS}:{to}", f"{_PLE}ple_embedding.{name}", None) for to, name in _BUFFERS.items()),
+]
+
+
+FAMILY = Family(
+    hf={"Qwen4ExpForCausalLM": "qwen4_exp_text"},
+    config_from_hf=config_from_hf,
+    build=lambda config, placement, _: Qwen4Exp(config, placement),
+    weights=WEIGHTS,
+    ignored=qwen3_next.ignored,
+    prepared=joined,
+)
