@@ -168,6 +168,22 @@ class NGramTable:
         return {"weight": self}
 
 
+class TokenNumbers:
+    """The ids of a step's tokens plus 1, in `count` equal columns: the inputs of the states of ids."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+
+    def __call__(self, token_ids: Value) -> Value:
+        """Return fp32 [T, count] for ids [T]; in recorded steps before any other value is recorded."""
+        if isinstance(token_ids, RecordedTokens):
+            return token_ids.looked_up(self._rows, self._count)
+        return (token_ids + 1).float()[:, None].expand(-1, self._count).contiguous()
+
+    def _rows(self, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        return np.broadcast_to((token_ids + 1).astype(np.float32)[:, None], (len(token_ids), self._count))
+
+
 class NGramLayer:
     """Adds to streams x [T, S * E] by the n-grams that end at each token.
 
@@ -176,32 +192,25 @@ class NGramLayer:
 
     def __init__(self, config: Any, layer: int, placement: Placement) -> None:
         ngrams, streams, size, eps = config.ngrams, config.streams, config.hidden_size, config.norm_eps
-        channels, self._before, self._ngrams = streams * size, ngrams.longest - 1, ngrams
+        channels, before, self._ngrams = streams * size, ngrams.longest - 1, ngrams
         self.cache, self.table = config.num_layers + layer, NGramTable(ngrams, layer)
         self.key, self.value = Linear(ngrams.size, channels, placement), Linear(ngrams.size, size, placement)
         self.key_norm, self.query_norm, self.conv_norm = (StreamNorms(streams, size, eps, placement) for _ in range(3))
         self._taps, self._constant = placement.empty(channels, ngrams.taps), placement.constant
-        ids = np.eye(ngrams.longest, dtype=np.float32)[self._before - 1 :: -1]  # row s takes the id s + 1 tokens before
+        ids = np.eye(ngrams.longest, dtype=np.float32)[before - 1 :: -1]  # row s takes the id s + 1 tokens before
         self._shift = placement.constant(np.ascontiguousarray(ids))
         each = np.tile(np.eye(streams, dtype=np.float32), 3)
         self._sum = placement.constant(each[None])
 
     def __call__(self, x: Value, step: StepInput) -> Value:
         conv, ids = step.caches[self.cache]
-        token_ids = step.shared["token_ids"]
-        if isinstance(token_ids, RecordedTokens):
-            numbers = token_ids.looked_up(self._numbers, self._before)
-        else:
-            numbers = (token_ids + 1).float()[:, None].expand(-1, self._before).contiguous()
+        token_ids, numbers = step.shared["ids"]
         before = short_conv(numbers, self._shift, None, ids, step.states)
         found = self.table(token_ids, before)
         value = self.value(found)
         made = gate_streams(self.key_norm(self.key(found)), self.query_norm(x), value)
         mixed = short_conv(self.conv_norm(made), self._spread, None, conv, step.states, silu=True)
         return mix_streams(side_by_side(x, made, mixed), self._sum, level=False)
-
-    def _numbers(self, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        return np.broadcast_to((token_ids + 1).astype(np.float32)[:, None], (len(token_ids), self._before))
 
     def finish(self) -> None:
         """See `Finishes`; put zeros between the taps."""

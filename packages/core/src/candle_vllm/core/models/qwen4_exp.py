@@ -21,7 +21,7 @@ from candle_vllm.core.loading.weights import WeightName
 from candle_vllm.core.models import qwen3_next
 from candle_vllm.core.models.attention_names import HF
 from candle_vllm.core.models.family import Family
-from candle_vllm.core.models.ngram_embeddings import NGramLayer, joined
+from candle_vllm.core.models.ngram_embeddings import NGramLayer, TokenNumbers, joined
 from candle_vllm.core.models.qwen4_exp_config import Qwen4ExpConfig, config_from_hf
 from candle_vllm.core.models.qwen4_exp_parts import Attention, GatedResidual
 from candle_vllm.core.models.residual_streams import StreamCopies
@@ -61,18 +61,16 @@ class Qwen4Exp(DecoderStack):
         self.config, vocabulary = config, (config.vocab_size, config.hidden_size)
         self.embed = Embedding(*vocabulary, placement)
         self.rotary = Rotary(config.rope, config.max_position, placement)
+        self.numbers = None if config.ngrams is None else TokenNumbers(config.ngrams.longest - 1)
         self.copies = StreamCopies(config.streams, placement)
         self.layers = [Block(config, layer, self.rotary, placement) for layer in range(config.num_layers)]
         self.streams = GatedResidual(config, placement, writes=False)
         self.head = None if config.tie_embeddings else Embedding(*vocabulary, placement)
 
-    def begun(self, token_ids: Value, x: Value, step: StepInput) -> StepInput:
-        """See `DecoderStack.begun`."""
-        step.shared["token_ids"] = token_ids
-        return super().begun(token_ids, x, step)
-
     def start(self, token_ids: Value, step: StepInput) -> Value:
         """See `DecoderStack.start`; the result is the streams side by side, [T, N * E]."""
+        if self.numbers is not None:
+            step.shared["ids"] = token_ids, self.numbers(token_ids)
         return self.copies(super().start(token_ids, step))
 
     def _normed(self, x: Value, residual: Value | None) -> Value:
