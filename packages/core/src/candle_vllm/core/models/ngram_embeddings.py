@@ -69,7 +69,12 @@ class StreamNorms:
     """An RMS norm of each of S streams with its own weight: x [T, S * E] -> [T, S * E], divided by `divisor`."""
 
     def __init__(self, streams: int, size: int, eps: float, placement: Placement, divisor: int = 1) -> None:
-        self._flat, self._shape, self.eps, self._divisor = placement.empty(streams * size), (streams, size), eps, divisor
+        self._flat, self._shape, self.eps, self._divisor = (
+            placement.empty(streams * size),
+            (streams, size),
+            eps,
+            divisor,
+        )
 
     def __call__(self, x: Value) -> Value:
         x = side_by_side(x) if isinstance(x, Recorded) else x  # recorded norms overwrite heads

@@ -67,7 +67,10 @@ class Qwen4ExpConfig(Qwen3NextConfig):
 def config_from_hf(fields: Fields, model_type: str) -> Qwen4ExpConfig:
     """Read `config.json` of qwen4_exp_text."""
     fields = fields.with_defaults(**_USUAL)
-    values = {**fields.values, **dict.fromkeys((f"{fields.prefix}decoder_sparse_step", f"{fields.prefix}mlp_only_layers"))}
+    values = {
+        **fields.values,
+        **dict.fromkeys((f"{fields.prefix}decoder_sparse_step", f"{fields.prefix}mlp_only_layers")),
+    }
     kinds = fields.get("layer_types", list, None)
     if kinds is not None:
         named = ["full_attention" if kind == "indexed_attention" else kind for kind in kinds]

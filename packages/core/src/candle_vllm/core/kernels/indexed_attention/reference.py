@@ -37,12 +37,12 @@ def choose_blocks(
     return choose(q, torch.ones(q.shape[:2], device=q.device), cache, rows, layer.top, layer.pool)
 
 
-def attend_chosen(
-    attend: Callable[..., torch.Tensor], chosen: torch.Tensor, pool: int
-) -> Callable[..., torch.Tensor]:
+def attend_chosen(attend: Callable[..., torch.Tensor], chosen: torch.Tensor, pool: int) -> Callable[..., torch.Tensor]:
     """Return a function as `attend`, see `kernels/attention`, by which tokens attend to `chosen` positions [T, top]."""
 
-    def attend_rows(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, rows: Any, **scores: Any) -> torch.Tensor:
+    def attend_rows(
+        q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, rows: Any, **scores: Any
+    ) -> torch.Tensor:
         parts = zip(*(chosen_rows(cache, rows, chosen, pool) for cache in (keys, values)))
         return torch.cat([attend(q[p], k, v, own, **scores) for (p, k, own), (_, v, _) in parts])
 
