@@ -397,14 +397,13 @@ QWEN4_EXP = {  # a choice of 6 groups of 4 positions, and up to 3 more positions
     "rope_parameters": QWEN35_ROPE,
     "eos_token_id": 7,
 }
-QWEN4_EXP_PLAIN = {  # other sizes: groups of 16, two streams, longer n-grams, no n-grams in a layer, SiLU gates
+QWEN4_EXP_PLAIN = {  # other sizes: groups of 16, two streams, fewer heads of n-grams, SiLU gates
     "layer_types": ["linear_attention", "full_attention", "linear_attention"],
     "hc_count": 2,
     "hc_lowrank": 24,
     "ple_layer_ids": [3],
     "ple_embed_dim": 48,
-    "ple_conv_kernel_size": 3,
-    "ngram_size": 4,
+    "ple_conv_kernel_size": 2,
     "heads_per_ngram": 1,
     "seed": 5,
     "split_ngram_parts": 1,

@@ -20,10 +20,12 @@ from candle_vllm.core.loading.views import flattened, plus_one
 from candle_vllm.core.loading.weights import WeightName
 from candle_vllm.core.models import qwen3_next
 from candle_vllm.core.models.attention_names import HF
+from candle_vllm.core.models.block_index import Attention
 from candle_vllm.core.models.family import Family
-from candle_vllm.core.models.ngram_embeddings import NGramLayer, TokenNumbers, joined
+from candle_vllm.core.models.ngram_layer import NGramLayer, TokenNumbers
+from candle_vllm.core.models.ngram_table import joined
 from candle_vllm.core.models.qwen4_exp_config import Qwen4ExpConfig, config_from_hf
-from candle_vllm.core.models.qwen4_exp_parts import Attention, GatedResidual
+from candle_vllm.core.models.qwen4_exp_parts import GatedResidual
 from candle_vllm.core.models.residual_streams import StreamCopies
 from candle_vllm.core.models.stack import DecoderStack
 

@@ -4,25 +4,20 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
-import math
 from typing import Any
-
-import numpy as np
 
 from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
 from candle_vllm.core.fields import Fields
-from candle_vllm.core.kernels.ngram import NGramHash
 from candle_vllm.core.kernels.recorded import GateKind
 from candle_vllm.core.loading.cache_specs import CacheSpec, PagedSpec, SharedKVSpec
 from candle_vllm.core.loading.config import LatentSizes
 from candle_vllm.core.models import qwen3_next_config
-from candle_vllm.core.models.ngram_embeddings import NGrams
+from candle_vllm.core.models.ngram_hash import NGrams, ngrams_from_hf
 from candle_vllm.core.models.qwen3_next_config import Qwen3NextConfig
 from candle_vllm.core.models.residual_streams import MOST_STREAMS
 
 _POOLS = (1, 2, 4, 8, 16, 32, 64, 128)
-_MOST_HEADS, _MOST_SPAN, _MOST_HASHED = 1024, 16, 1 << 28
+_MOST_HEADS = 1024
 _USUAL = {"linear_num_key_heads": 16, "linear_num_value_heads": 32, "linear_key_head_dim": 128, "head_dim": 256,
           "linear_value_head_dim": 128, "linear_conv_kernel_dim": 4, "partial_rotary_factor": 1.0}  # fmt: skip
 _GATES: dict[str, GateKind] = {"silu": "silu", "sigmoid": "sigmoid"}
@@ -67,17 +62,14 @@ class Qwen4ExpConfig(Qwen3NextConfig):
 def config_from_hf(fields: Fields, model_type: str) -> Qwen4ExpConfig:
     """Read `config.json` of qwen4_exp_text."""
     fields = fields.with_defaults(**_USUAL)
-    values = {
-        **fields.values,
-        **dict.fromkeys((f"{fields.prefix}decoder_sparse_step", f"{fields.prefix}mlp_only_layers")),
-    }
+    values = dict(fields.values) | {f"{fields.prefix}{key}": None for key in ("decoder_sparse_step", "mlp_only_layers")}
     kinds = fields.get("layer_types", list, None)
     if kinds is not None:
         named = ["full_attention" if kind == "indexed_attention" else kind for kind in kinds]
         values[f"{fields.prefix}layer_types"] = named
     base = qwen3_next_config.config_from_hf(Fields(values, fields.path, fields.prefix), "qwen4_exp_text")
     assert base.mixture is not None
-    flags = {field.name: getattr(base, field.name) for field in dataclasses.fields(base)} | {"model_type": model_type}
+    flags: dict[str, Any] = {field.name: getattr(base, field.name) for field in dataclasses.fields(base)}
     mixture = dataclasses.replace(base.mixture, renormalise=fields.get("norm_topk_prob", bool, True))
     streams = fields.count("hc_count", 4, most=MOST_STREAMS)
     if streams < 2:
@@ -92,70 +84,14 @@ def config_from_hf(fields: Fields, model_type: str) -> Qwen4ExpConfig:
         raise UnsupportedModelError(
             f"{fields.path}: the indexer needs one key head (indexer_kv_heads), of {base.rope.dim} elements or more"
         )
+    eos = next(iter(base.eos_token_ids), None)
     gate = fields.choice("output_gate_type", fields.get("hidden_act", str, "silu"), *_GATES)
+    index = LatentSizes(heads=heads, nope=size, rope=0, latent=size, value=0)
+    flags |= {"model_type": model_type, "mixture": mixture, "index": index, "index_top": top + pool - 1}
     return Qwen4ExpConfig(
-        **flags
-        | {
-            "mixture": mixture,
-            "index": LatentSizes(heads=heads, nope=size, rope=0, latent=size, value=0),
-            "index_top": top + pool - 1,
-            "index_pool": pool,
-        },
+        **flags | {"index_pool": pool},
         streams=streams,
         mix_rank=fields.count("hc_lowrank", 320),
         gate=_GATES[gate],
-        ngrams=_ngrams(fields, base),
+        ngrams=ngrams_from_hf(fields, base.delta_layers, base.hidden_size, base.vocab_size, eos),
     )
-
-
-# ---- n-grams ---------------------------------------------------------------------------------------------------------
-
-
-def _ngrams(fields: Fields, config: Qwen3NextConfig) -> NGrams | None:
-    """The layers with n-grams, which `ple_layer_ids` counts from 1; None without such layers."""
-    ids = fields.get("ple_layer_ids", list, [])
-    if not all(type(each) is int and each - 1 in config.delta_layers for each in ids):
-        raise InvalidFileError(f"{fields.path}: ple_layer_ids is {ids!r:.80}, not layers with delta nets, from 1 on")
-    if not ids:
-        return None
-    size, longest = fields.count("ple_embed_dim", config.hidden_size), fields.count("ngram_size", 3, most=_MOST_SPAN)
-    heads, taps = fields.count("heads_per_ngram", 8), fields.count("ple_conv_kernel_size", 4, most=_MOST_SPAN)
-    count = (longest - 1) * heads
-    if not 0 < count * len(ids) <= _MOST_HEADS or size % count:
-        raise InvalidFileError(f"{fields.path}: ple_embed_dim {size} cannot be divided into {count} heads of n-grams")
-    if taps < 2 or (taps - 1) * longest >= _MOST_SPAN:
-        raise UnsupportedModelError(
-            f"{fields.path}: a convolution of {taps} taps (ple_conv_kernel_size), {longest} tokens apart (ngram_size), "
-            f"is not implemented: 2 taps or more, within {_MOST_SPAN} tokens, are"
-        )
-    if not config.eos_token_ids or not 0 <= (eos := config.eos_token_ids[0]) < config.vocab_size:
-        raise InvalidFileError(f"{fields.path}: eos_token_id is missing, by which n-grams begin")
-    base, padding = fields.count("ngram_vocab_size_base", 20_000_000, most=_MOST_HASHED), 128
-    padding = fields.count("make_ngram_vocab_size_divisible_by", padding)
-    hashes, rows, prime = dict[int, NGramHash](), dict[int, int](), base - 1
-    for number, layer in enumerate(sorted(set(ids))):
-        sizes = list[int]()
-        while len(sizes) < count:
-            prime = next(each for each in itertools.count(prime + 1) if _is_prime(each))
-            sizes.append(prime)
-        factors = _factors(config.vocab_size, longest, number, fields.get("seed", int, 1234))
-        offsets = np.cumsum([0, *sizes[:-1]], dtype=np.int64)
-        hashes[layer - 1] = NGramHash(np.array(factors, np.int64), np.array(sizes, np.int64), offsets, eos)
-        rows[layer - 1] = -(-sum(sizes) // padding) * padding
-    return NGrams(size, longest, heads, taps, hashes, rows)
-
-
-def _is_prime(number: int) -> bool:
-    return number > 1 and all(number % divisor for divisor in range(2, math.isqrt(number) + 1))
-
-
-def _factors(vocabulary: int, count: int, layer: int, seed: int) -> list[int]:
-    """The factors of a layer's hashes: odd numbers from SplitMix64 (Steele et al., 2014), by which no product overflows."""
-    gamma, mask, found = 0x9E3779B97F4A7C15, (1 << 64) - 1, list[int]()
-    bound = max(1, ((1 << 63) - 1) // vocabulary // 2)
-    for index in range(count):
-        value = (seed + 10007 * layer + gamma * (index + 2)) & mask
-        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-            value = ((value ^ (value >> shift)) * factor) & mask
-        found.append(2 * ((value ^ (value >> 31)) % bound) + 1)
-    return found

@@ -9,23 +9,16 @@ Shapes: T tokens, N streams, E hidden, H heads of D elements, Hi index heads of 
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 
-from candle_vllm.core.kernels.indexed_attention import IndexedLayer
-from candle_vllm.core.kernels.recorded import Recorded, Value
+from candle_vllm.core.kernels.recorded import Value
 from candle_vllm.core.kernels.side_by_side import side_by_side
 from candle_vllm.core.kernels.silu_mul import gated
 from candle_vllm.core.kernels.stream_mix import mix_streams
-from candle_vllm.core.layers.attention import StepInput
 from candle_vllm.core.layers.linear import Linear
-from candle_vllm.core.layers.norm import RMSNorm
 from candle_vllm.core.layers.parameters import Placement
-from candle_vllm.core.layers.rotary import Rotary
-from candle_vllm.core.models import qwen3_next
 from candle_vllm.core.models.llama import times
-from candle_vllm.core.models.ngram_embeddings import StreamNorms
+from candle_vllm.core.models.ngram_layer import StreamNorms
 from candle_vllm.core.models.qwen4_exp_config import Qwen4ExpConfig
 
 
@@ -57,48 +50,3 @@ class GatedResidual:
     def write(self, x: Value, result: Value, gates: Value | None) -> Value:
         """Return the streams after the sublayer's result [T, E]."""
         return mix_streams(side_by_side(x, result), self._table, gates, level=False)
-
-
-class BlockIndex:
-    """Scores blocks of positions; see `kernels/indexed_attention`."""
-
-    def __init__(self, config: Qwen4ExpConfig, layer: int, placement: Placement) -> None:
-        assert config.index is not None
-        self.cache, self.size = config.num_layers + layer, config.index.nope
-        self.widths = (config.index.heads * self.size, self.size)
-        self.inputs = Linear(config.hidden_size, sum(self.widths), placement)
-        self.q_norm, self.k_norm = (RMSNorm(self.size, config.norm_eps, placement) for _ in range(2))
-
-    def __call__(self, x: Value) -> tuple[Value, Value]:
-        """Return normalised queries [T, Hi, Di] and keys [T, Di] of x [T, E]."""
-        q, key = self.inputs(x).split(self.widths, -1)
-        return self.q_norm(q.unflatten(-1, (-1, self.size))), key
-
-
-class Attention(qwen3_next.Attention):
-    """Attention of Qwen3.5 to chosen positions: x [T, E] -> [T, E]."""
-
-    def __init__(self, config: Qwen4ExpConfig, layer: int, rotary: Rotary, placement: Placement) -> None:
-        super().__init__(config, layer, rotary, placement)
-        self.layer, self.rotary, self.top, self.pool = layer, rotary, config.index_top, config.index_pool
-        self.index = BlockIndex(config, layer, placement)
-
-    def __call__(self, x: Value, step: StepInput) -> Value:
-        q, gate, k, v = self.qkv(x).split(tuple(self.shards.values()), dim=-1)
-        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in (q, k, v))  # [T, H, D] and twice [T, K, D]
-        index_q, key = self.index(x)
-        norm, cache = self.index.k_norm, step.caches[self.index.cache]
-        layer = IndexedLayer(self.attend.scale, self.top, self.pool, norm.weight, norm.eps, *self.rotary.tables)
-        if isinstance(q, Recorded):
-            from candle_vllm.core.kernels.indexed_attention.cpu_record import record_attention
-
-            q, k = self.q_norm(q), self.k_norm(k)
-            caches = step.caches[self.layer], cache
-            return self.output(gated(record_attention(q, k, v, index_q, key, layer, caches), gate, "sigmoid"))
-        from candle_vllm.core.kernels.indexed_attention.reference import attend_chosen, choose_blocks, write_keys
-
-        write_keys(key, layer, cache.keys, step.positions, step.slots)
-        chosen = choose_blocks(self.rotary.queries(index_q, step.positions), layer, cache.keys, step.rows)
-        if chosen is not None:
-            step = dataclasses.replace(step, attend=attend_chosen(step.attend, chosen, self.pool))
-        return self.output(gated(self.attend(q, k, v, step).flatten(1), gate, "sigmoid"))

@@ -106,6 +106,8 @@ class LayerArguments(NamedTuple):
         index_q, weights: addresses of queries and weights of the index.
         index_heads, index_size, top: Hi, Di, and the maximum number of entries of a token; 0 without an index.
         chosen: address of chosen entries, int32 [T, top]; 0 if tokens attend to all.
+        kv_heads, turns: for `cpu_blocks.py` K, and the address of int64 [T], a token's row in `cos` and `sin` minus its
+            position; 0 without M-RoPE.
         most: maximum number of rows and entries of a token, a multiple of 16.
         scratch, scratch_size: address of scratch memory, and for a choice the bytes of a token's scores.
     """
@@ -159,3 +161,5 @@ class LayerArguments(NamedTuple):
     scratch: int = 0
     scratch_size: int = 0
     step: int = 0
+    kv_heads: int = 0
+    turns: int = 0

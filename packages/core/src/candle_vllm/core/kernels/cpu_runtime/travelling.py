@@ -52,6 +52,9 @@ def functions(isa: Isa) -> Iterator[tuple[str, tuple[int, ...]]]:
         "collectives.cpu:stand_together",
         "column_order.cpu:column_order",
         "compressed_attention.cpu:attend",
+        "compressed_attention.cpu_blocks:attend",
+        "compressed_attention.cpu_blocks:pool_keys",
+        "compressed_attention.cpu_blocks:write",
         "compressed_attention.cpu:compress",
         "compressed_attention.cpu:write",
         "cpu_runtime.walk:do_parts",
@@ -65,6 +68,8 @@ def functions(isa: Isa) -> Iterator[tuple[str, tuple[int, ...]]]:
         "moe.cpu:combine",
         "moe.cpu:experts",
         "moe.cpu:route",
+        "ngram.cpu:gate_streams",
+        "ngram.cpu:look_up",
         "position_scale.cpu:position_scale",
         "sampling.cpu:adjust",
         "sampling.cpu:draw_rows",
@@ -92,6 +97,7 @@ def functions(isa: Isa) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield "word_linear.cpu:make_linear", (isa,)
     for convolution in itertools.product((3, 4), (0, 1), (0, 1)):  # taps, SiLU, gates
         yield "short_conv.cpu:make_short_conv", convolution
+    yield "short_conv.cpu:make_short_conv", (10, 1, 0)  # 4 taps, 3 tokens apart
     for kind in range(4):
         yield "scale_cap.cpu:make_scale_cap", (kind,)
     for gate in itertools.product(range(5), (0, 1)):

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: MIT
+"""Tables of embeddings of hashed n-grams (Qwen4), which stay in their files: 98 GiB in Qwen3.8-Flash-Next."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from candle_vllm.core.errors import InvalidFileError
+from candle_vllm.core.kernels.cpu_runtime.operation import address_of, operation
+from candle_vllm.core.kernels.ngram import LookUpArguments
+from candle_vllm.core.kernels.recorded import RecordedTokens, Value
+from candle_vllm.core.loading.tensors import Checkpoint
+from candle_vllm.core.loading.weights import Parameter
+from candle_vllm.core.models.ngram_hash import NGrams
+from candle_vllm.core.quantization.tensors import StoredTensor
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Parts(StoredTensor):
+    """Tensors whose rows form one matrix."""
+
+    parts: tuple[StoredTensor, ...]
+
+    @property
+    def path(self) -> Any:
+        return self.parts[0].path
+
+    def raw(self) -> NDArray[Any]:
+        return np.concatenate([part.raw() for part in self.parts])
+
+    def release(self) -> None:
+        """See `StoredTensor.release`."""
+        for part in self.parts:
+            part.release()
+
+
+def joined(checkpoint: Checkpoint) -> Checkpoint:
+    """Join the stored parts `shard_0`, `shard_1`, ... of each table of n-grams."""
+    found, first = dict(checkpoint.tensors), ".ngram_embedding.shard_0.weight"
+    for name in [name for name in found if name.endswith(first)]:
+        whole = name.replace(".shard_0.", ".")
+        parts = tuple(_shards(found, whole.removesuffix("weight")))
+        shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
+        if len({(part.shape[1:], part.type_name) for part in parts}) > 1 or len(shape) != 2 or whole in found:
+            raise InvalidFileError(f"{checkpoint.path}: the parts of {whole} do not form a matrix")
+        found[whole] = Parts(whole, shape, parts[0].type_name, sum(part.nbytes for part in parts), parts)
+    return checkpoint.with_tensors(found)
+
+
+def _shards(found: dict[str, StoredTensor], start: str) -> Iterator[StoredTensor]:
+    number = 0
+    while (name := f"{start}shard_{number}.weight") in found and found[name].shape:
+        yield found.pop(name)
+        number += 1
+
+
+class NGramTable:
+    """Rows of a table of n-grams for tokens; the table stays in its file, and is its own parameter "weight".
+
+    A type other than float32 and bfloat16 is decoded to float32 in memory.
+    """
+
+    sections = 1
+
+    def __init__(self, ngrams: NGrams, layer: int) -> None:
+        self.hashes, self._parts = ngrams.hashes[layer], list[NDArray[Any]]()
+        self.shape = ngrams.rows[layer], ngrams.size // len(self.hashes.sizes)
+
+    def __call__(self, token_ids: Value, before: Value) -> Value:
+        """Return [T, P] for ids [T] and `before` [T, longest - 1], see `kernels/ngram`."""
+        if isinstance(token_ids, RecordedTokens):
+            return self._record(token_ids, before)
+        import torch
+
+        rows = self.hashes.rows(token_ids.cpu().numpy().astype(np.int64), before.cpu().numpy())
+        return torch.from_numpy(self._rows(rows)).to(before.device)
+
+    def _record(self, token_ids: RecordedTokens, before: Any) -> Value:
+        from candle_vllm.core.kernels.cpu_runtime.values import buffer_value
+
+        recorder, hashes, (_, size) = before.recorder, self.hashes, self.shape
+        heads = len(hashes.sizes)
+        out, parts = recorder.buffer(heads * size), self._parts
+        starts = np.cumsum([0, *map(len, parts)], dtype=np.int64)
+        addresses = np.array([recorder.keep_array(part) for part in parts], np.int64)
+        arrays = map(recorder.keep_array, (hashes.factors, hashes.sizes, hashes.offsets, starts, addresses))
+        place = address_of(token_ids.numbers), before.address, before.buffer.stride, before.width
+        to = len(parts), parts[0].itemsize, address_of(out.array), out.stride
+        recorder.add(
+            operation("ngram.cpu:look_up"), LookUpArguments._make([*place, heads, size, hashes.eos, *arrays, *to])
+        )
+        return buffer_value(recorder, out)
+
+    def _rows(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        starts = np.cumsum([0, *map(len, self._parts)])
+        part_of, found = np.searchsorted(starts, rows, "right") - 1, np.empty((*rows.shape, self.shape[1]), np.float32)
+        for number in np.unique(part_of):
+            chosen = part_of == number
+            values = self._parts[number][rows[chosen] - starts[number]]
+            bits = values.dtype == np.uint16
+            found[chosen] = (values.astype(np.uint32) << 16).view(np.float32) if bits else values
+        return found.reshape(len(rows), -1)
+
+    def fill(self, stored: StoredTensor) -> str | None:
+        """Keep the tensor's parts of the file mapped."""
+        kinds = {"F32": np.float32, "BF16": np.uint16}
+        parts = stored.parts if isinstance(stored, Parts) else (stored,)
+        self._parts = [
+            part.raw().view(kinds[part.type_name]) if part.type_name in kinds else part.load("F32") for part in parts
+        ]
+        return None
+
+    def parameters(self) -> Mapping[str, Parameter]:
+        """The table."""
+        return {"weight": self}
+
+
+class HashNumbers:
+    """Parameter of numbers that a config determines: stored ones must be the same."""
+
+    sections = 1
+
+    def __init__(self, numbers: NDArray[np.int64]) -> None:
+        self._numbers, self.shape = numbers, numbers.shape
+
+    def fill(self, stored: StoredTensor) -> str | None:
+        """Compare the numbers."""
+        if stored.dtype != "I64" or not np.array_equal(stored.load(None), self._numbers):
+            raise InvalidFileError(f"{stored.path}: {stored.name} does not have the numbers of the config's n-grams")
+        return None
