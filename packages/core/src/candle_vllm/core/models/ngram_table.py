@@ -75,10 +75,8 @@ class NGramTable:
         """Return [T, P] for ids [T] and `before` [T, longest - 1], see `kernels/ngram`."""
         if isinstance(token_ids, RecordedTokens):
             return self._record(token_ids, before)
-        import torch
-
         rows = self.hashes.rows(token_ids.cpu().numpy().astype(np.int64), before.cpu().numpy())
-        return torch.from_numpy(self._rows(rows)).to(before.device)
+        return before.new_tensor(self._rows(rows))
 
     def _record(self, token_ids: RecordedTokens, before: Any) -> Value:
         from candle_vllm.core.kernels.cpu_runtime.values import buffer_value

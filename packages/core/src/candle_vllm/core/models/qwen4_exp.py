@@ -31,10 +31,11 @@ from candle_vllm.core.models.stack import DecoderStack
 
 
 class Block:
-    """One decoder layer: streams [T, N * E] -> [T, N * E], without a separate residual."""
+    """One decoder layer: streams [T, N * E] -> [T, N * E], without a separate residual; layer 0 reads x [T, E]."""
 
     def __init__(self, config: Qwen4ExpConfig, layer: int, rotary: Rotary, placement: Placement) -> None:
         size, ngrams = config.hidden_size, config.ngrams
+        self.copies = None if layer else StreamCopies(config.streams, placement)
         self.ngrams = NGramLayer(config, layer, placement) if ngrams is not None and layer in ngrams.hashes else None
         self.attention_streams, self.mlp_streams = (GatedResidual(config, placement) for _ in range(2))
         self.attention: GatedDeltaNet | Attention
@@ -47,6 +48,7 @@ class Block:
 
     def __call__(self, x: Value, residual: Value | None, step: StepInput) -> tuple[Value, None]:
         assert residual is None
+        x = x if self.copies is None else self.copies(x)
         x = x if self.ngrams is None else self.ngrams(x, step)
         read, gates = self.attention_streams(x)
         x = self.attention_streams.write(x, self.attention(read, step), gates)
@@ -64,16 +66,15 @@ class Qwen4Exp(DecoderStack):
         self.embed = Embedding(*vocabulary, placement)
         self.rotary = Rotary(config.rope, config.max_position, placement)
         self.numbers = None if config.ngrams is None else TokenNumbers(config.ngrams.longest - 1)
-        self.copies = StreamCopies(config.streams, placement)
         self.layers = [Block(config, layer, self.rotary, placement) for layer in range(config.num_layers)]
         self.streams = GatedResidual(config, placement, writes=False)
         self.head = None if config.tie_embeddings else Embedding(*vocabulary, placement)
 
     def start(self, token_ids: Value, step: StepInput) -> Value:
-        """See `DecoderStack.start`; the result is the streams side by side, [T, N * E]."""
+        """See `DecoderStack.start`; also give the tokens to layers with n-grams."""
         if self.numbers is not None:
             step.shared["ids"] = token_ids, self.numbers(token_ids)
-        return self.copies(super().start(token_ids, step))
+        return super().start(token_ids, step)
 
     def _normed(self, x: Value, residual: Value | None) -> Value:
         assert residual is None
@@ -114,7 +115,7 @@ WEIGHTS = [
 
 
 FAMILY = Family(
-    hf={"Qwen4ExpForCausalLM": "qwen4_exp_text"},
+    hf={"Qwen4ExpForCausalLM": "qwen4_exp"},
     config_from_hf=config_from_hf,
     build=lambda config, placement, _: Qwen4Exp(config, placement),
     weights=WEIGHTS,
