@@ -91,7 +91,12 @@ class NGramLayer:
     """Adds to streams x [T, S * E] by the n-grams that end at each token.
 
     Parameters: "taps" [S * E, taps] of the convolution, "factors", "sizes" and "offsets" as `HashNumbers`.
+
+    Attributes:
+        checks: whether the checkpoint has the numbers of hashes.
     """
+
+    checks = False
 
     def __init__(self, config: Any, layer: int, placement: Placement) -> None:
         ngrams, streams, size, eps = config.ngrams, config.streams, config.hidden_size, config.norm_eps
@@ -124,5 +129,5 @@ class NGramLayer:
     def parameters(self) -> Mapping[str, Parameter]:
         """Every parameter that must be loaded."""
         hashes = self.table.hashes
-        numbers = {"factors": hashes.factors, "sizes": hashes.sizes, "offsets": hashes.offsets}
+        numbers = {"factors": hashes.factors, "sizes": hashes.sizes, "offsets": hashes.offsets} if self.checks else {}
         return {"taps": TensorParameter(self._taps)} | {name: HashNumbers(each) for name, each in numbers.items()}

@@ -16,6 +16,7 @@ from candle_vllm.core.layers.embedding import Embedding
 from candle_vllm.core.layers.moe import SparseMLP
 from candle_vllm.core.layers.parameters import Placement
 from candle_vllm.core.layers.rotary import Rotary
+from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.views import flattened, plus_one
 from candle_vllm.core.loading.weights import WeightName
 from candle_vllm.core.models import qwen3_next
@@ -61,12 +62,15 @@ class Qwen4Exp(DecoderStack):
 
     norm = None  # the streams are normalised as `GatedResidual` reads them
 
-    def __init__(self, config: Qwen4ExpConfig, placement: Placement) -> None:
+    def __init__(self, config: Qwen4ExpConfig, placement: Placement, checkpoint: Checkpoint) -> None:
         self.config, vocabulary = config, (config.vocab_size, config.hidden_size)
         self.embed = Embedding(*vocabulary, placement)
         self.rotary = Rotary(config.rope, config.max_position, placement)
         self.numbers = None if config.ngrams is None else TokenNumbers(config.ngrams.longest - 1)
         self.layers = [Block(config, layer, self.rotary, placement) for layer in range(config.num_layers)]
+        for block in self.layers:  # files may leave out the numbers of hashes
+            if block.ngrams is not None:
+                block.ngrams.checks = any(name.endswith("layer_multipliers") for name in checkpoint.tensors)
         self.streams = GatedResidual(config, placement, writes=False)
         self.head = None if config.tie_embeddings else Embedding(*vocabulary, placement)
 
@@ -117,7 +121,7 @@ WEIGHTS = [
 FAMILY = Family(
     hf={"Qwen4ExpForCausalLM": "qwen4_exp"},
     config_from_hf=config_from_hf,
-    build=lambda config, placement, _: Qwen4Exp(config, placement),
+    build=Qwen4Exp,
     weights=WEIGHTS,
     ignored=qwen3_next.ignored,
     prepared=joined,
