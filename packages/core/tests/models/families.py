@@ -1062,6 +1062,7 @@ TOWERS: Mapping[str, str] = {
     "MuseGlimmerForConditionalGeneration": "MuseGlimmerForCausalLM",
     "Qwen3_5ForConditionalGeneration": "Qwen3_5ForCausalLM",
     "Qwen3_5MoeForConditionalGeneration": "Qwen3_5MoeForCausalLM",
+    "Qwen4ExpForConditionalGeneration": "Qwen4ExpForCausalLM",
     "Step3p7ForConditionalGeneration": "Step3p5ForCausalLM",
 }
 """Classes of multimodal models, and those whose rows stand for their text towers; see `test_towers.py`."""

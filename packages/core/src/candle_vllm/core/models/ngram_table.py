@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -22,7 +24,11 @@ from candle_vllm.core.quantization.tensors import StoredTensor
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Parts(StoredTensor):
-    """Tensors whose rows form one matrix."""
+    """Tensors whose rows form one table of n-grams.
+
+    Attributes:
+        parts: the tensors.
+    """
 
     parts: tuple[StoredTensor, ...]
 
@@ -39,24 +45,31 @@ class Parts(StoredTensor):
             part.release()
 
 
+_WHOLE = re.compile(r"(.*\.ngram_embedding\.)(?:shard_0\.)?weight|per_layer_token_embd\.weight")
+
+
 def joined(checkpoint: Checkpoint) -> Checkpoint:
-    """Join the stored parts `shard_0`, `shard_1`, ... of each table of n-grams."""
-    found, first = dict(checkpoint.tensors), ".ngram_embedding.shard_0.weight"
-    for name in [name for name in found if name.endswith(first)]:
-        whole = name.replace(".shard_0.", ".")
-        parts = tuple(_shards(found, whole.removesuffix("weight")))
-        shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
-        if len({(part.shape[1:], part.type_name) for part in parts}) > 1 or len(shape) != 2 or whole in found:
+    """Join the stored parts `shard_0`, `shard_1`, ... of each table of n-grams, or wrap its only part, as `Parts`."""
+    found = dict(checkpoint.tensors)
+    for name, start in [(name, match[1]) for name in found if (match := _WHOLE.fullmatch(name))]:
+        parts = tuple(_shards(found, start)) if name.endswith("shard_0.weight") else (found.pop(name),)
+        whole = f"{start}weight" if start else name
+        if len({(part.shape[1:], part.type_name) for part in parts}) > 1 or len(parts[0].shape) != 2 or whole in found:
             raise InvalidFileError(f"{checkpoint.path}: the parts of {whole} do not form a matrix")
+        shape = sum(part.shape[0] for part in parts), parts[0].shape[1]
         found[whole] = Parts(whole, shape, parts[0].type_name, sum(part.nbytes for part in parts), parts)
     return checkpoint.with_tensors(found)
 
 
 def _shards(found: dict[str, StoredTensor], start: str) -> Iterator[StoredTensor]:
-    number = 0
-    while (name := f"{start}shard_{number}.weight") in found and found[name].shape:
-        yield found.pop(name)
-        number += 1
+    for number in itertools.count():
+        if (part := found.pop(f"{start}shard_{number}.weight", None)) is None:
+            return
+        yield part
+
+
+MAPPED = {"F32": np.float32, "BF16": np.uint16}
+"""Types of tables that stay in their files, and numpy's types of their bits."""
 
 
 class NGramTable:
@@ -106,10 +119,9 @@ class NGramTable:
 
     def fill(self, stored: StoredTensor) -> str | None:
         """Keep the tensor's parts of the file mapped."""
-        kinds = {"F32": np.float32, "BF16": np.uint16}
         parts = stored.parts if isinstance(stored, Parts) else (stored,)
         self._parts = [
-            part.raw().view(kinds[part.type_name]) if part.type_name in kinds else part.load("F32") for part in parts
+            part.raw().view(MAPPED[part.type_name]) if part.type_name in MAPPED else part.load("F32") for part in parts
         ]
         return None
 

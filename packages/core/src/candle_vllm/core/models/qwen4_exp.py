@@ -67,10 +67,9 @@ class Qwen4Exp(DecoderStack):
         self.embed = Embedding(*vocabulary, placement)
         self.rotary = Rotary(config.rope, config.max_position, placement)
         self.numbers = None if config.ngrams is None else TokenNumbers(config.ngrams.longest - 1)
-        self.layers = [Block(config, layer, self.rotary, placement) for layer in range(config.num_layers)]
-        for block in self.layers:  # files may leave out the numbers of hashes
-            if block.ngrams is not None:
-                block.ngrams.checks = any(name.endswith("layer_multipliers") for name in checkpoint.tensors)
+        self.layers = blocks = [Block(config, layer, self.rotary, placement) for layer in range(config.num_layers)]
+        for ngrams in filter(None, (block.ngrams for block in blocks)):  # files may leave out the numbers of hashes
+            ngrams.checks = any(name.endswith("layer_multipliers") for name in checkpoint.tensors)
         self.streams = GatedResidual(config, placement, writes=False)
         self.head = None if config.tie_embeddings else Embedding(*vocabulary, placement)
 
