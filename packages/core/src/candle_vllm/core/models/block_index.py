@@ -36,7 +36,7 @@ class BlockIndex:
         assert config.index is not None
         self.cache, self.heads, self.size = config.num_layers + layer, config.index.heads, config.index.nope
         self.rotary, self.top, self.pool = rotary, config.index_top, config.index_pool
-        self.inputs = Linear(config.hidden_size, (self.heads + 1) * self.size, placement)
+        self.inputs = Linear(config.hidden_size, {"q": self.heads * self.size, "k": self.size}, placement)
         self.q_norm, self.k_norm = (RMSNorm(self.size, config.norm_eps, placement) for _ in range(2))
 
     def __call__(self, x: Value) -> tuple[Value, Value]:

@@ -19,7 +19,7 @@ from candle_vllm.core.fields import Fields
 from candle_vllm.core.kernels.short_conv import state_shape
 from candle_vllm.core.loading.cache_specs import StatePart, StateSpec
 
-_MOST_HEADS, _MOST_SPAN, _MOST_ROWS = 1024, 16, 1 << 28
+MOST_HEADS, MOST_SPAN, _MOST_ROWS = 1024, 16, 1 << 28
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -73,6 +73,18 @@ class NGrams:
         """Kernel size of the convolution with zeros between its taps."""
         return (self.taps - 1) * self.longest + 1
 
+    def checked(self, fields: Fields, vocab_size: int) -> NGrams:
+        """Return these n-grams, which `fields` describe, after a check of their sizes and ids."""
+        taps, longest, ends = self.taps, self.longest, {each.eos for each in self.hashes.values()}
+        if taps < 2 or self.span > MOST_SPAN:
+            raise UnsupportedModelError(
+                f"{fields.path}: a convolution of {taps} taps (ple_conv_kernel_size), {longest} tokens apart "
+                f"(ngram_size), is not implemented: 2 taps or more, within {MOST_SPAN} tokens, are"
+            )
+        if not all(0 <= eos < vocab_size for eos in ends):
+            raise InvalidFileError(f"{fields.path}: n-grams need an eos_token_id that is a token, not {[*ends]}")
+        return self
+
     def state(self, channels: int) -> StateSpec:
         """The state that a layer stores for a sequence: inputs of the convolution, and ids."""
         before = self.longest - 1
@@ -96,27 +108,20 @@ def ngrams_from_hf(
         raise InvalidFileError(f"{fields.path}: ple_layer_ids is {ids!r:.80}, not layers with delta nets, from 1 on")
     if not ids:
         return None
-    size, longest = fields.count("ple_embed_dim", hidden_size), fields.count("ngram_size", 3, most=_MOST_SPAN)
-    heads, taps = fields.count("heads_per_ngram", 8), fields.count("ple_conv_kernel_size", 4, most=_MOST_SPAN)
+    size, longest = fields.count("ple_embed_dim", hidden_size), fields.count("ngram_size", 3, most=MOST_SPAN)
+    heads, taps = fields.count("heads_per_ngram", 8), fields.count("ple_conv_kernel_size", 4, most=MOST_SPAN)
     count = (longest - 1) * heads
-    if not 0 < count * len(ids) <= _MOST_HEADS or size % count:
+    if not 0 < count * len(ids) <= MOST_HEADS or size % count:
         raise InvalidFileError(f"{fields.path}: ple_embed_dim {size} cannot be divided into {count} heads of n-grams")
-    if taps < 2 or (taps - 1) * longest >= _MOST_SPAN:
-        raise UnsupportedModelError(
-            f"{fields.path}: a convolution of {taps} taps (ple_conv_kernel_size), {longest} tokens apart (ngram_size), "
-            f"is not implemented: 2 taps or more, within {_MOST_SPAN} tokens, are"
-        )
-    if eos is None or not 0 <= eos < vocab_size:
-        raise InvalidFileError(f"{fields.path}: eos_token_id is {eos}, not a token, by which n-grams begin")
     primes = filter(_is_prime, itertools.count(fields.count("ngram_vocab_size_base", 20_000_000, most=_MOST_ROWS)))
     padding, seed = fields.count("make_ngram_vocab_size_divisible_by", 128), fields.get("seed", int, 1234)
     hashes, rows = dict[int, NGramHash](), dict[int, int]()
     for number, layer in enumerate(sorted(set(ids))):
         sizes = np.array(list(itertools.islice(primes, count)), np.int64)
         factors = np.array(_factors(vocab_size, longest, seed + 10007 * number), np.int64)
-        hashes[layer - 1] = NGramHash(factors, sizes, np.cumsum(sizes) - sizes, eos)
+        hashes[layer - 1] = NGramHash(factors, sizes, np.cumsum(sizes) - sizes, -1 if eos is None else eos)
         rows[layer - 1] = -(-int(sizes.sum()) // padding) * padding
-    return NGrams(size, longest, taps, hashes, rows)
+    return NGrams(size, longest, taps, hashes, rows).checked(fields, vocab_size)
 
 
 def _is_prime(number: int) -> bool:

@@ -45,6 +45,7 @@ class Parts(StoredTensor):
             part.release()
 
 
+GGUF_TABLE = "per_layer_token_embd.weight"
 _WHOLE = re.compile(r"(.*\.ngram_embedding\.)(?:shard_0\.)?weight|per_layer_token_embd\.weight")
 
 

@@ -17,15 +17,14 @@ from candle_vllm.core.layers.moe import SparseMLP
 from candle_vllm.core.layers.parameters import Placement
 from candle_vllm.core.layers.rotary import Rotary
 from candle_vllm.core.loading.tensors import Checkpoint
-from candle_vllm.core.loading.views import flattened, plus_one
-from candle_vllm.core.loading.weights import WeightName
 from candle_vllm.core.models import qwen3_next
-from candle_vllm.core.models.attention_names import HF
 from candle_vllm.core.models.block_index import Attention
-from candle_vllm.core.models.family import Family
+from candle_vllm.core.models.family import Architecture, Family
 from candle_vllm.core.models.ngram_layer import NGramLayer, TokenNumbers
 from candle_vllm.core.models.ngram_table import joined
 from candle_vllm.core.models.qwen4_exp_config import Qwen4ExpConfig, config_from_hf
+from candle_vllm.core.models.qwen4_exp_gguf import config_from_gguf, gguf_keys
+from candle_vllm.core.models.qwen4_exp_names import WEIGHTS
 from candle_vllm.core.models.qwen4_exp_parts import GatedResidual
 from candle_vllm.core.models.residual_streams import StreamCopies
 from candle_vllm.core.models.stack import DecoderStack
@@ -84,44 +83,14 @@ class Qwen4Exp(DecoderStack):
         return self.streams(x)[0]
 
 
-# ---- weight names ----------------------------------------------------------------------------------------------------
-
-
-def _streams(to: str, name: str) -> list[WeightName]:
-    """The table rows of a `GatedResidual`."""
-    parts = {"down": "input_mix_weight_down", "up": "input_mix_weight_up", "inject": "block_inject_weight"}
-    lines = [WeightName(f"{to}.{part}:weight", f"{name}.{hf}.weight", None) for part, hf in parts.items()]
-    return [*lines, WeightName(f"{to}.norm:weight", f"{name}.hc_norm.weight", None, plus_one)]
-
-
-_INDEX, _NGRAMS = "layers.{i}.attention.index", "layers.{i}.ngrams"
-_ATTENTION, _PLE = HF + "self_attn.indexer.", HF + "ple."
-_BUFFERS = {"factors": "layer_multipliers", "sizes": "ngram_heads_vocab_sizes", "offsets": "ngram_heads_offsets"}
-WEIGHTS = [
-    *qwen3_next.WEIGHTS,
-    *_streams("streams", "model.hyper_connection_mixer"),
-    *_streams("layers.{i}.attention_streams", HF + "attn_hyper_connection"),
-    *_streams("layers.{i}.mlp_streams", HF + "mlp_hyper_connection"),
-    WeightName(f"{_INDEX}.inputs:weight", _ATTENTION + "index_qk_proj.weight", None),
-    WeightName(f"{_INDEX}.q_norm:weight", _ATTENTION + "q_layernorm.weight", None, plus_one),
-    WeightName(f"{_INDEX}.k_norm:weight", _ATTENTION + "k_layernorm.weight", None, plus_one),
-    WeightName(f"{_NGRAMS}.key:weight", _PLE + "key_proj.weight", None),
-    WeightName(f"{_NGRAMS}.value:weight", _PLE + "value_proj.weight", None),
-    *(
-        WeightName(f"{_NGRAMS}.{to}_norm:weight", f"{_PLE}norm_{to}.weight", None, plus_one)
-        for to in ("key", "query", "conv")
-    ),
-    WeightName(f"{_NGRAMS}:taps", _PLE + "conv1d.weight", None, flattened),
-    WeightName(f"{_NGRAMS}.table:weight", _PLE + "ple_embedding.ngram_embedding.weight", None),
-    *(WeightName(f"{_NGRAMS}:{to}", f"{_PLE}ple_embedding.{name}", None) for to, name in _BUFFERS.items()),
-]
-
-
 FAMILY = Family(
     hf={"Qwen4ExpForCausalLM": "qwen4_exp"},
+    gguf=("qwen4exp",),
     config_from_hf=config_from_hf,
+    config_from_gguf=config_from_gguf,
     build=Qwen4Exp,
     weights=WEIGHTS,
     ignored=qwen3_next.ignored,
     prepared=joined,
+    as_gguf={"qwen4_exp": Architecture(name="qwen4exp", more=gguf_keys, every=True, norm=True)},
 )

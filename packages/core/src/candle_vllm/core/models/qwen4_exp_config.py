@@ -69,29 +69,44 @@ def config_from_hf(fields: Fields, model_type: str) -> Qwen4ExpConfig:
         values[f"{fields.prefix}layer_types"] = named
     base = qwen3_next_config.config_from_hf(Fields(values, fields.path, fields.prefix), "qwen4_exp_text")
     assert base.mixture is not None
-    flags: dict[str, Any] = {field.name: getattr(base, field.name) for field in dataclasses.fields(base)}
     mixture = dataclasses.replace(base.mixture, renormalise=fields.get("norm_topk_prob", bool, True))
-    streams = fields.count("hc_count", 4, most=MOST_STREAMS)
-    if streams < 2:
-        raise InvalidFileError(f"{fields.path}: {fields.prefix}hc_count is {streams}; it must be 2 to {MOST_STREAMS}")
-    top, pool = fields.count("indexer_budget"), fields.count("indexer_compress_ratio")
-    heads, size = fields.count("indexer_n_heads", most=_MOST_HEADS), fields.count("indexer_head_dim", most=_MOST_HEADS)
-    if pool not in _POOLS:
-        raise UnsupportedModelError(f"{fields.path}: indexer_compress_ratio {pool} is not implemented, but {_POOLS}")
-    if top % pool:
-        raise InvalidFileError(f"{fields.path}: indexer_budget {top} is not a multiple of {pool} tokens of a block")
-    if size < base.rope.dim or fields.count("indexer_kv_heads") != 1:
-        raise UnsupportedModelError(
-            f"{fields.path}: the indexer needs one key head (indexer_kv_heads), of {base.rope.dim} elements or more"
-        )
-    eos = next(iter(base.eos_token_ids), None)
-    gate = fields.choice("output_gate_type", fields.get("hidden_act", str, "silu"), *_GATES)
-    index = LatentSizes(heads=heads, nope=size, rope=0, latent=size, value=0)
-    flags |= {"model_type": model_type, "mixture": mixture, "index": index, "index_top": top + pool - 1}
-    return Qwen4ExpConfig(
-        **flags | {"index_pool": pool},
-        streams=streams,
+    base = dataclasses.replace(base, mixture=mixture, model_type=model_type)
+    if fields.count("indexer_kv_heads") != 1:
+        raise UnsupportedModelError(f"{fields.path}: indexer_kv_heads other than 1 is not implemented")
+    eos, sizes = next(iter(base.eos_token_ids), None), (base.hidden_size, base.vocab_size)
+    return qwen4_config(
+        fields,
+        base,
+        index=tuple(fields.count(f"indexer_{key}") for key in ("n_heads", "head_dim", "budget", "compress_ratio")),
+        streams=fields.count("hc_count", 4),
         mix_rank=fields.count("hc_lowrank", 320),
-        gate=_GATES[gate],
-        ngrams=ngrams_from_hf(fields, base.delta_layers, base.hidden_size, base.vocab_size, eos),
+        gate=_GATES[fields.choice("output_gate_type", fields.get("hidden_act", str, "silu"), *_GATES)],
+        ngrams=ngrams_from_hf(fields, base.delta_layers, *sizes, eos),
     )
+
+
+def qwen4_config(
+    fields: Fields, base: Qwen3NextConfig, *, index: tuple[int, ...], streams: int, **own: Any
+) -> Qwen4ExpConfig:
+    """Make the config from that of Qwen3.5.
+
+    Args:
+        fields: the file, for errors.
+        base: Qwen3.5's config.
+        index: heads of the indexer, their size, positions that are chosen, and positions of a group.
+        streams, own: the further fields.
+    """
+    flags: dict[str, Any] = {field.name: getattr(base, field.name) for field in dataclasses.fields(base)}
+    heads, size, top, pool = index
+    if not 2 <= streams <= MOST_STREAMS:
+        raise InvalidFileError(f"{fields.path}: there are {streams} residual streams; 2 to {MOST_STREAMS} are possible")
+    if pool not in _POOLS:
+        raise UnsupportedModelError(f"{fields.path}: groups of {pool} positions are not implemented, but {_POOLS}")
+    if top % pool or not base.rope.dim <= size <= _MOST_HEADS or heads > _MOST_HEADS:
+        raise InvalidFileError(
+            f"{fields.path}: an indexer of {heads} heads of {size} elements, which chooses {top} positions in groups "
+            f"of {pool}, is not possible: whole groups, and {base.rope.dim} to {_MOST_HEADS} elements are"
+        )
+    latent = LatentSizes(heads=heads, nope=size, rope=0, latent=size, value=0)
+    flags |= {"index": latent, "index_top": top + pool - 1, "index_pool": pool}
+    return Qwen4ExpConfig(**flags, streams=streams, **own)

@@ -110,7 +110,6 @@ serves the requested name, so the most common families come first."""
 NOT_BUILT = frozenset(
     {"deepseek4"}
     | {"KimiK3ForConditionalGeneration", "kimi-k3"}
-    | {"qwen4exp"}
     | {"RWKV7ForCausalLM", "rwkv7"}
     | {"UnlimitedOcrForConditionalGeneration", "UnlimitedOCRForCausalLM"}
     | {"MiniMaxM3VLForCausalLM", "MiniMaxM3SparseForCausalLM", "MiniMaxM3SparseForConditionalGeneration", "minimax-m3"}
