@@ -81,6 +81,7 @@ LLAMA_CPP = (
     "Mamba biases",
     "Jamba dense",
     "GLM-5.3-Flash pools",
+    "Qwen4 plain",
 )  # refused for its sake: see `test_gguf_families.py`
 UNKNOWN = (  # to llama.cpp, and DeepSeek V4, whose GGUF files are not read
     *("OLMo Hybrid", "OLMo Hybrid turned", "GPT-Neo", "GPT-J", "OPT", "OPT-350m"),

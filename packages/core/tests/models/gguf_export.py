@@ -939,7 +939,7 @@ def _qwen4_exp(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) 
         elif part == "index_qk_proj":
             found |= {f"{at}indexer.q_proj.weight": data[:queries], f"{at}indexer.k_proj.weight": data[queries:]}
         elif ".indexer." in name:
-            found[f"{at}indexer.{part[0]}_norm.weight"] = data + 1
+            found[f"{at}indexer.{part[0]}_norm.weight"] = data
         elif ".ple." in name and part == "conv1d":
             found[f"{at}ple_conv1d.weight"] = data[:, 0]
         elif ".ple." in name:

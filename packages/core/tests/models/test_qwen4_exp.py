@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -156,9 +155,9 @@ def test_rows_are_those_of_transformers(keys: dict[str, Any]) -> None:
     assert ours is not None
     for number in range(2):
         theirs, found = Qwen4ExpTextNGramEmbedding(config, config.ple_embed_dim, number, number), ours.hashes[number]
-        assert found.factors.tolist() == theirs.layer_multipliers.tolist()
-        assert found.sizes.tolist() == theirs.head_vocab_sizes
-        assert found.offsets.tolist() == theirs.head_offsets
+        assert [*found.factors] == theirs.layer_multipliers.tolist()
+        assert [*found.sizes] == theirs.head_vocab_sizes
+        assert [*found.offsets] == theirs.head_offsets
         assert ours.rows[number] == len(theirs.ngram_embedding.weight)
 
 
@@ -182,7 +181,7 @@ def test_stored_hashes_must_be_those_of_the_config(folder: Path, tmp_path: Path)
     (name, *_) = [name for name in weights if name.endswith("layer_multipliers")]
     made = changed(folder, tmp_path / "made")
     save_file(weights | {name: weights[name] + 2}, made / "model.safetensors")
-    with pytest.raises(InvalidFileError, match="layer_multipliers does not have the numbers of the config's n-grams"):
+    with pytest.raises(InvalidFileError, match="layer_multipliers has other numbers than the config's n-grams"):
         load(made)
     plain = {key: value for key, value in weights.items() if value.dtype is not torch.int64}
     save_file(plain, made / "model.safetensors")
@@ -292,7 +291,7 @@ def test_a_published_description() -> None:
     ngrams = config.ngrams
     assert (ngrams.size, ngrams.longest, ngrams.taps, ngrams.rows) == (2560, 3, 4, {1: 128 * 2500012})
     assert (ngrams.hashes[1].sizes[0], ngrams.hashes[1].eos, len(ngrams.hashes[1].sizes)) == (20000003, 248044, 16)
-    assert int(np.abs(ngrams.hashes[1].factors).max()) * 248319 < 1 << 63
+    assert max(ngrams.hashes[1].factors) * 248319 < 1 << 63
     assert read(ple_layer_ids=None).ngrams is None
     assert read(decoder_sparse_step=2, mlp_only_layers=[0]).sparse_layers == frozenset(range(48))
 

@@ -22,32 +22,38 @@ from candle_vllm.core.loading.cache_specs import StatePart, StateSpec
 MOST_HEADS, MOST_SPAN, _MOST_ROWS = 1024, 16, 1 << 28
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True)
 class NGramHash:
     """How a layer's n-grams of up to N tokens become rows; see `kernels/ngram`.
 
     Attributes:
-        factors: int64 [N].
-        sizes, offsets: of each head, int64 [heads].
+        factors: N factors.
+        sizes, offsets: of each head.
         eos: the id that begins a text.
     """
 
-    factors: NDArray[np.int64]
-    sizes: NDArray[np.int64]
-    offsets: NDArray[np.int64]
+    factors: tuple[int, ...]
+    sizes: tuple[int, ...]
+    offsets: tuple[int, ...]
     eos: int
+
+    @property
+    def arrays(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """Factors int64 [N], sizes int64 [heads] and offsets int64 [heads]."""
+        factors, sizes, offsets = (np.array(each, np.int64) for each in (self.factors, self.sizes, self.offsets))
+        return factors, sizes, offsets
 
     def rows(self, token_ids: NDArray[np.int64], before: NDArray[np.float32]) -> NDArray[np.int64]:
         """Return the row of each head, [T, heads], for ids [T] and the ids before them plus 1, [T, N - 1]."""
-        mixed, ended, found = token_ids * self.factors[0], np.zeros(len(token_ids), bool), list[NDArray[np.int64]]()
-        for sizes, earlier, factor in zip(
-            np.split(self.sizes, before.shape[1]), before.T, self.factors[1:], strict=True
-        ):
+        (factors, sizes, offsets), found = self.arrays, list[NDArray[np.int64]]()
+        mixed, ended = token_ids * factors[0], np.zeros(len(token_ids), bool)
+        by_length = zip(np.split(sizes, before.shape[1]), before.T, factors[1:], strict=True)
+        for own, earlier, factor in by_length:
             token = earlier.astype(np.int64) - 1
             ended |= (token < 0) | (token == self.eos)
             mixed = mixed ^ np.where(ended, self.eos, token) * factor
-            found.append(mixed[:, None] % sizes)
-        return np.concatenate(found, 1) + self.offsets
+            found.append(mixed[:, None] % own)
+        return np.concatenate(found, 1) + offsets
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,10 +123,11 @@ def ngrams_from_hf(
     padding, seed = fields.count("make_ngram_vocab_size_divisible_by", 128), fields.get("seed", int, 1234)
     hashes, rows = dict[int, NGramHash](), dict[int, int]()
     for number, layer in enumerate(sorted(set(ids))):
-        sizes = np.array(list(itertools.islice(primes, count)), np.int64)
-        factors = np.array(_factors(vocab_size, longest, seed + 10007 * number), np.int64)
-        hashes[layer - 1] = NGramHash(factors, sizes, np.cumsum(sizes) - sizes, -1 if eos is None else eos)
-        rows[layer - 1] = -(-int(sizes.sum()) // padding) * padding
+        sizes = tuple(itertools.islice(primes, count))
+        factors = tuple(_factors(vocab_size, longest, seed + 10007 * number))
+        *offsets, total = itertools.accumulate(sizes, initial=0)
+        hashes[layer - 1] = NGramHash(factors, sizes, tuple(offsets), -1 if eos is None else eos)
+        rows[layer - 1] = -(-total // padding) * padding
     return NGrams(size, longest, taps, hashes, rows).checked(fields, vocab_size)
 
 

@@ -27,7 +27,7 @@ from candle_vllm.core.layers.attention import StepInput
 from candle_vllm.core.layers.linear import Linear
 from candle_vllm.core.layers.parameters import Placement, TensorParameter, on_host
 from candle_vllm.core.loading.weights import Parameter
-from candle_vllm.core.models.ngram_table import HashNumbers, NGramTable
+from candle_vllm.core.models.ngram_table import NGramTable
 
 
 class StreamNorms:
@@ -90,13 +90,8 @@ def gate_streams(key: Any, query: Any, value: Any) -> Value:
 class NGramLayer:
     """Adds to streams x [T, S * E] by the n-grams that end at each token.
 
-    Parameters: "taps" [S * E, taps] of the convolution, "factors", "sizes" and "offsets" as `HashNumbers`.
-
-    Attributes:
-        checks: whether the checkpoint has the numbers of hashes.
+    Its parameter "taps" is [S * E, taps].
     """
-
-    checks = False
 
     def __init__(self, config: Any, layer: int, placement: Placement) -> None:
         ngrams, streams, size, eps = config.ngrams, config.streams, config.hidden_size, config.norm_eps
@@ -128,6 +123,4 @@ class NGramLayer:
 
     def parameters(self) -> Mapping[str, Parameter]:
         """Every parameter that must be loaded."""
-        hashes = self.table.hashes
-        numbers = {"factors": hashes.factors, "sizes": hashes.sizes, "offsets": hashes.offsets} if self.checks else {}
-        return {"taps": TensorParameter(self._taps)} | {name: HashNumbers(each) for name, each in numbers.items()}
+        return {"taps": TensorParameter(self._taps)}

@@ -100,7 +100,7 @@ class NGramTable:
         out, parts = recorder.buffer(heads * size), self._parts
         starts = np.cumsum([0, *map(len, parts)], dtype=np.int64)
         addresses = np.array([recorder.keep_array(part) for part in parts], np.int64)
-        arrays = map(recorder.keep_array, (hashes.factors, hashes.sizes, hashes.offsets, starts, addresses))
+        arrays = map(recorder.keep_array, (*hashes.arrays, starts, addresses))
         place = address_of(token_ids.numbers), before.address, before.buffer.stride, before.width
         to = len(parts), parts[0].itemsize, address_of(out.array), out.stride
         recorder.add(
@@ -131,16 +131,18 @@ class NGramTable:
         return {"weight": self}
 
 
-class HashNumbers:
-    """Parameter of numbers that a config determines: stored ones must be the same."""
+BUFFERS = {"factors": "layer_multipliers", "sizes": "ngram_heads_vocab_sizes", "offsets": "ngram_heads_offsets"}
+"""Names in safetensors files of the numbers of an `NGramHash`, which a config determines and files may leave out."""
 
-    sections = 1
 
-    def __init__(self, numbers: NDArray[np.int64]) -> None:
-        self._numbers, self.shape = numbers, numbers.shape
-
-    def fill(self, stored: StoredTensor) -> str | None:
-        """Compare the numbers."""
-        if stored.dtype != "I64" or not np.array_equal(stored.load(None), self._numbers):
-            raise InvalidFileError(f"{stored.path}: {stored.name} does not have the numbers of the config's n-grams")
-        return None
+def check_hashes(ngrams: NGrams, checkpoint: Checkpoint) -> None:
+    """Raise InvalidFileError if a file has other numbers of hashes than `ngrams`."""
+    for layer, hashes in ngrams.hashes.items():
+        for part, name in BUFFERS.items():
+            stored = checkpoint.tensors.get(f"model.layers.{layer}.ple.ple_embedding.{name}")
+            numbers = np.array(getattr(hashes, part), np.int64)
+            if stored is None:
+                continue
+            fits = (stored.dtype, stored.shape) == ("I64", numbers.shape)
+            if not fits or not np.array_equal(stored.load(None), numbers):
+                raise InvalidFileError(f"{stored.path}: {stored.name} has other numbers than the config's n-grams")

@@ -21,7 +21,7 @@ from candle_vllm.core.models import qwen3_next
 from candle_vllm.core.models.block_index import Attention
 from candle_vllm.core.models.family import Architecture, Family
 from candle_vllm.core.models.ngram_layer import NGramLayer, TokenNumbers
-from candle_vllm.core.models.ngram_table import joined
+from candle_vllm.core.models.ngram_table import BUFFERS, check_hashes, joined
 from candle_vllm.core.models.qwen4_exp_config import Qwen4ExpConfig, config_from_hf
 from candle_vllm.core.models.qwen4_exp_gguf import config_from_gguf, gguf_keys
 from candle_vllm.core.models.qwen4_exp_names import WEIGHTS
@@ -65,10 +65,11 @@ class Qwen4Exp(DecoderStack):
         self.config, vocabulary = config, (config.vocab_size, config.hidden_size)
         self.embed = Embedding(*vocabulary, placement)
         self.rotary = Rotary(config.rope, config.max_position, placement)
-        self.numbers = None if config.ngrams is None else TokenNumbers(config.ngrams.longest - 1)
-        self.layers = blocks = [Block(config, layer, self.rotary, placement) for layer in range(config.num_layers)]
-        for ngrams in filter(None, (block.ngrams for block in blocks)):  # files may leave out the numbers of hashes
-            ngrams.checks = any(name.endswith("layer_multipliers") for name in checkpoint.tensors)
+        self.numbers = None
+        if config.ngrams is not None:
+            check_hashes(config.ngrams, checkpoint)
+            self.numbers = TokenNumbers(config.ngrams.longest - 1)
+        self.layers = [Block(config, layer, self.rotary, placement) for layer in range(config.num_layers)]
         self.streams = GatedResidual(config, placement, writes=False)
         self.head = None if config.tie_embeddings else Embedding(*vocabulary, placement)
 
@@ -83,6 +84,11 @@ class Qwen4Exp(DecoderStack):
         return self.streams(x)[0]
 
 
+def ignored(config: Qwen4ExpConfig) -> list[str]:
+    """Names that Qwen3.5 ignores, and the numbers of hashes, which `check_hashes` reads."""
+    return [*qwen3_next.ignored(config), rf".*\.ple_embedding\.({'|'.join(BUFFERS.values())})"]
+
+
 FAMILY = Family(
     hf={"Qwen4ExpForCausalLM": "qwen4_exp"},
     gguf=("qwen4exp",),
@@ -90,7 +96,7 @@ FAMILY = Family(
     config_from_gguf=config_from_gguf,
     build=Qwen4Exp,
     weights=WEIGHTS,
-    ignored=qwen3_next.ignored,
+    ignored=ignored,
     prepared=joined,
     as_gguf={"qwen4_exp": Architecture(name="qwen4exp", more=gguf_keys, every=True, norm=True)},
 )

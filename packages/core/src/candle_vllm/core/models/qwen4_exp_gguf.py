@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
 from candle_vllm.core.fields import Fields
 from candle_vllm.core.loading.tensors import Checkpoint
@@ -56,21 +54,20 @@ def _ngrams(fields: Fields, config: Qwen3NextConfig, checkpoint: Checkpoint) -> 
     factors, sizes, offsets = (_numbers(fields, f"ple.{name}") for name in names)
     stored = checkpoint.tensors.get(GGUF_TABLE)
     rows = stored.shape[0] if stored is not None and stored.shape else 0
-    if (len(factors), len(sizes), len(offsets)) != (longest, heads, heads) or heads < 1 or (sizes < 1).any():
+    if (len(factors), len(sizes), len(offsets)) != (longest, heads, heads) or heads < 1 or min(sizes) < 1:
         raise InvalidFileError(f"{fields.path}: {fields.prefix}ple.{', '.join(names)} do not fit {heads} heads")
-    if (offsets < 0).any() or (offsets > rows - sizes).any():
+    if any(offset + size > rows for offset, size in zip(offsets, sizes, strict=True)):
         raise InvalidFileError(f"{fields.path}: {GGUF_TABLE} has {rows} rows, too few for its hashes")
-    eos = fields.get("ple.eos_token_id", int)
-    hashes, number = {layers[0]: NGramHash(factors, sizes, offsets, eos)}, layers[0]
+    hashes = {layers[0]: NGramHash(factors, sizes, offsets, fields.get("ple.eos_token_id", int))}
     size = heads * fields.count("embedding_length_per_layer_input")
-    return NGrams(size, longest, taps, hashes, {number: rows}).checked(fields, config.vocab_size)
+    return NGrams(size, longest, taps, hashes, {layers[0]: rows}).checked(fields, config.vocab_size)
 
 
-def _numbers(fields: Fields, key: str) -> Any:
+def _numbers(fields: Fields, key: str) -> tuple[int, ...]:
     values = fields.get(key, list)
     if not all(type(value) is int and 0 <= value < 1 << 62 for value in values):
         raise InvalidFileError(f"{fields.path}: {fields.prefix + key} is {values!r:.80}, not whole numbers")
-    return np.array(values, np.int64)
+    return tuple(values)
 
 
 def gguf_keys(config: Any) -> dict[str, Any]:
@@ -104,7 +101,7 @@ def gguf_keys(config: Any) -> dict[str, Any]:
         "ple.conv_kernel": ngrams.taps,
         "ple.eos_token_id": hashes.eos,
         "embedding_length_per_layer_input": ngrams.size // heads,
-        "ple.layer_multipliers": hashes.factors.tolist(),
-        "ple.head_vocab_sizes": hashes.sizes.tolist(),
-        "ple.head_offsets": hashes.offsets.tolist(),
+        "ple.layer_multipliers": list(hashes.factors),
+        "ple.head_vocab_sizes": list(hashes.sizes),
+        "ple.head_offsets": list(hashes.offsets),
     }

@@ -34,7 +34,6 @@ def _index_rows(part: str) -> View:
 
 _INDEX, _NGRAMS = "layers.{i}.attention.index", "layers.{i}.ngrams"
 _ATTENTION, _PLE = HF + "self_attn.indexer.", HF + "ple."
-_BUFFERS = {"factors": "layer_multipliers", "sizes": "ngram_heads_vocab_sizes", "offsets": "ngram_heads_offsets"}
 WEIGHTS = [
     *qwen3_next.WEIGHTS,
     *_streams("streams", "model.hyper_connection_mixer", "output_hc"),
@@ -67,5 +66,4 @@ WEIGHTS = [
     ),
     WeightName(f"{_NGRAMS}:taps", _PLE + "conv1d.weight", GG + "ple_conv1d.weight", flattened),
     WeightName(f"{_NGRAMS}.table:weight", _PLE + "ple_embedding.ngram_embedding.weight", GGUF_TABLE),
-    *(WeightName(f"{_NGRAMS}:{to}", f"{_PLE}ple_embedding.{name}", None) for to, name in _BUFFERS.items()),
 ]
