@@ -23,7 +23,7 @@ from candle_vllm.core.models.family import Architecture, Family
 from candle_vllm.core.models.ngram_layer import NGramLayer, TokenNumbers
 from candle_vllm.core.models.ngram_table import BUFFERS, check_hashes, joined
 from candle_vllm.core.models.qwen4_exp_config import Qwen4ExpConfig, config_from_hf
-from candle_vllm.core.models.qwen4_exp_gguf import config_from_gguf, gguf_keys
+from candle_vllm.core.models.qwen4_exp_gguf import config_from_gguf, gguf_keys, require_gguf
 from candle_vllm.core.models.qwen4_exp_names import WEIGHTS
 from candle_vllm.core.models.qwen4_exp_parts import GatedResidual
 from candle_vllm.core.models.residual_streams import StreamCopies
@@ -98,5 +98,5 @@ FAMILY = Family(
     weights=WEIGHTS,
     ignored=ignored,
     prepared=joined,
-    as_gguf={"qwen4_exp": Architecture(name="qwen4exp", more=gguf_keys, every=True, norm=True)},
+    as_gguf={"qwen4_exp": Architecture(name="qwen4exp", more=gguf_keys, otherwise=require_gguf, every=True, norm=True)},
 )

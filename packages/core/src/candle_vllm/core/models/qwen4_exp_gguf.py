@@ -70,17 +70,26 @@ def _numbers(fields: Fields, key: str) -> tuple[int, ...]:
     return tuple(values)
 
 
-def gguf_keys(config: Any) -> dict[str, Any]:
-    """The metadata in addition to that of every model.
+def require_gguf(config: Any) -> dict[str, Any]:
+    """Return no fields for `Architecture.otherwise`.
 
     Raises:
-        UnsupportedModelError: llama.cpp does not support several layers with n-grams, or other gates.
+        UnsupportedModelError: llama.cpp does not support several layers with n-grams, or other gates than sigmoids.
     """
+    several = config.ngrams is not None and len(config.ngrams.hashes) > 1
+    lacks = ["several layers with n-grams"] * several
+    lacks += [f"output_gate_type {config.gate}"] * (config.gate != "sigmoid")
+    if lacks:
+        raise UnsupportedModelError(
+            f"llama.cpp's qwen4exp does not support {', '.join(lacks)}; serve it from its folder with `isq` to "
+            "quantise it"
+        )
+    return {}
+
+
+def gguf_keys(config: Any) -> dict[str, Any]:
+    """The metadata in addition to that of every model."""
     at, ngrams = "attention.indexer.", config.ngrams
-    if ngrams is not None and len(ngrams.hashes) > 1:
-        raise UnsupportedModelError("llama.cpp's qwen4exp does not support several layers with n-grams")
-    if config.gate != "sigmoid":
-        raise UnsupportedModelError(f"llama.cpp's qwen4exp does not support output_gate_type {config.gate}")
     pools = [0 if layer in config.delta_layers else config.index_pool for layer in range(config.num_layers)]
     keys = qwen3_next_config.qwen35_keys(config) | {
         "hyper_connection.count": config.streams,
