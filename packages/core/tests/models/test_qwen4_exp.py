@@ -232,7 +232,7 @@ def test_what_is_around_a_sequence_changes_nothing(folder: Path) -> None:
         "max_tokens": 70,
         "ignore_eos": True,
         "logprobs": 1,
-        "allowed_token_ids": [*range(40)],
+        "allowed_token_ids": [*range(6)],
     }
     ngram = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 2}
 
@@ -256,13 +256,20 @@ def test_what_is_around_a_sequence_changes_nothing(folder: Path) -> None:
             return found, engine.stats()
 
     alone, _ = run(enable_prefix_caching=False, max_num_seqs=1, speculative_config=None)
-    few_blocks = {"kv_cache_memory": 1400 << 10, "state_cache_gb": 4e-4, "max_model_len": 256}
+    few_blocks: dict[str, Any] = {
+        "speculative_config": {"method": "none"},
+        "kv_cache_memory": 1150 << 10,
+        "state_cache_gb": 4e-4,
+        "max_model_len": 256,
+    }
     small, stats = run(n=1, max_num_batched_tokens=45, max_num_seqs=4, **few_blocks)
     assert small == alone
     assert stats.preemptions > 0
     drafted, stats = run(speculative_config=ngram, max_num_batched_tokens=45, max_num_seqs=4)
     assert drafted == alone
-    assert 0 < stats.accepted_draft_tokens < stats.draft_tokens
+    assert stats.accepted_draft_tokens > 0
+    repeats = load(folder).config.tie_embeddings  # a model with one table repeats a token
+    assert repeats or stats.accepted_draft_tokens < stats.draft_tokens
     assert stats.cached_prompt_tokens > 0
 
 

@@ -112,7 +112,7 @@ TEXTS: dict[str, dict[str, Any]] = {
     "qwen3_vl_moe": EXPERTS,
     "qwen3_5": HYBRID,
     "qwen3_5_moe": EXPERTS | {"shared_expert_intermediate_size": 56} | HYBRID,
-    "qwen4_exp": QWEN4_EXP | {"head_dim": 64, "eos_token_id": 258},
+    "qwen4_exp": QWEN4_EXP | {"head_dim": 64, "eos_token_id": END},
 }
 """What text models have beside `SMALL`."""
 DEEP = ("qwen3_vl", "qwen3_vl_moe")
