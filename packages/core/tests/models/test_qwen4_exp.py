@@ -258,7 +258,7 @@ def test_what_is_around_a_sequence_changes_nothing(folder: Path) -> None:
     alone, _ = run(enable_prefix_caching=False, max_num_seqs=1, speculative_config=None)
     few_blocks: dict[str, Any] = {
         "speculative_config": {"method": "none"},
-        "kv_cache_memory": 1150 << 10,
+        "kv_cache_memory": 950 << 10,
         "state_cache_gb": 4e-4,
         "max_model_len": 256,
     }

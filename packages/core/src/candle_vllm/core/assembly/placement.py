@@ -319,7 +319,7 @@ def room_for_weights(
 
 def _memory_of(placement: Placement, tensor: StoredTensor) -> int:
     if isinstance(tensor, Parts):
-        return 0 if tensor.type_name in MAPPED else 4 * tensor.numel
+        return 4 * tensor.numel if placement.recorded and tensor.type_name not in MAPPED else 0
     if placement.recorded and tensor.name in TABLES and not isinstance(tensor, Viewed):
         return 0  # the table stays in its mapped file
     if placement.weight_memory is None and not placement.keeps_quantised:

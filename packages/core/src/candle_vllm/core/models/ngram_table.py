@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import re
 from collections.abc import Iterator, Mapping
@@ -17,6 +18,7 @@ from candle_vllm.core.kernels.cpu_runtime.operation import address_of, operation
 from candle_vllm.core.kernels.ngram import LookUpArguments
 from candle_vllm.core.kernels.recorded import RecordedTokens, Value
 from candle_vllm.core.loading.tensors import Checkpoint
+from candle_vllm.core.loading.views import Constant
 from candle_vllm.core.loading.weights import Parameter
 from candle_vllm.core.models.ngram_hash import NGrams
 from candle_vllm.core.quantization.tensors import StoredTensor
@@ -70,19 +72,19 @@ def _shards(found: dict[str, StoredTensor], start: str) -> Iterator[StoredTensor
 
 
 MAPPED = {"F32": np.float32, "BF16": np.uint16}
-"""Types of tables that stay in their files, and numpy's types of their bits."""
+"""Types of tables that recorded steps read from their files, and numpy's types of their bits."""
 
 
 class NGramTable:
     """Rows of a table of n-grams for tokens; the table stays in its file, and is its own parameter "weight".
 
-    A type other than float32 and bfloat16 is decoded to float32 in memory.
+    In recorded steps a type other than float32 and bfloat16 is decoded to float32 in memory.
     """
 
     sections = 1
 
     def __init__(self, ngrams: NGrams, layer: int) -> None:
-        self.hashes, self._parts = ngrams.hashes[layer], list[NDArray[Any]]()
+        self.hashes, self._parts = ngrams.hashes[layer], list[StoredTensor]()
         self.shape = ngrams.rows[layer], ngrams.size // len(self.hashes.sizes)
 
     def __call__(self, token_ids: Value, before: Value) -> Value:
@@ -97,7 +99,7 @@ class NGramTable:
 
         recorder, hashes, (_, size) = before.recorder, self.hashes, self.shape
         heads = len(hashes.sizes)
-        out, parts = recorder.buffer(heads * size), self._parts
+        out, parts = recorder.buffer(heads * size), self._arrays
         starts = np.cumsum([0, *map(len, parts)], dtype=np.int64)
         addresses = np.array([recorder.keep_array(part) for part in parts], np.int64)
         arrays = map(recorder.keep_array, (*hashes.arrays, starts, addresses))
@@ -108,21 +110,27 @@ class NGramTable:
         )
         return buffer_value(recorder, out)
 
+    @functools.cached_property
+    def _arrays(self) -> list[NDArray[Any]]:
+        """The parts as recorded steps read them, [rows, D] each."""
+        return [
+            part.raw().view(MAPPED[part.type_name]) if part.type_name in MAPPED else part.load("F32")
+            for part in self._parts
+        ]
+
     def _rows(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        starts = np.cumsum([0, *map(len, self._parts)])
+        starts = np.cumsum([0, *(part.shape[0] for part in self._parts)])
         part_of, found = np.searchsorted(starts, rows, "right") - 1, np.empty((*rows.shape, self.shape[1]), np.float32)
         for number in np.unique(part_of):
             chosen = part_of == number
-            values = self._parts[number][rows[chosen] - starts[number]]
-            bits = values.dtype == np.uint16
-            found[chosen] = (values.astype(np.uint32) << 16).view(np.float32) if bits else values
+            found[chosen] = self._parts[number].select(rows[chosen] - starts[number]).load("F32")
         return found.reshape(len(rows), -1)
 
     def fill(self, stored: StoredTensor) -> str | None:
         """Keep the tensor's parts of the file mapped."""
         parts = stored.parts if isinstance(stored, Parts) else (stored,)
         self._parts = [
-            part.raw().view(MAPPED[part.type_name]) if part.type_name in MAPPED else part.load("F32") for part in parts
+            Constant(each.name, each.shape, each.type_name, each.nbytes, each.path, each.raw()) for each in parts
         ]
         return None
 
