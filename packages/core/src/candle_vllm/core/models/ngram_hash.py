@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
-from candle_vllm.core.fields import Fields
+from candle_vllm.core.fields import MAX_COUNT, Fields
 from candle_vllm.core.kernels.short_conv import state_shape
 from candle_vllm.core.loading.cache_specs import StatePart, StateSpec
 
@@ -47,6 +47,7 @@ class NGramHash:
         """Return the row of each head, [T, heads], for ids [T] and the ids before them plus 1, [T, N - 1]."""
         (factors, sizes, offsets), found = self.arrays, list[NDArray[np.int64]]()
         mixed, ended = token_ids * factors[0], np.zeros(len(token_ids), bool)
+        before = np.where((before >= 0) & (before <= MAX_COUNT), before, 0)  # memory that no kernel has written yet
         by_length = zip(np.split(sizes, before.shape[1]), before.T, factors[1:], strict=True)
         for own, earlier, factor in by_length:
             token = earlier.astype(np.int64) - 1

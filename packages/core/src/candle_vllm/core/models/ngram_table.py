@@ -137,20 +137,3 @@ class NGramTable:
     def parameters(self) -> Mapping[str, Parameter]:
         """The table."""
         return {"weight": self}
-
-
-BUFFERS = {"factors": "layer_multipliers", "sizes": "ngram_heads_vocab_sizes", "offsets": "ngram_heads_offsets"}
-"""Names in safetensors files of the numbers of an `NGramHash`, which a config determines and files may leave out."""
-
-
-def check_hashes(ngrams: NGrams, checkpoint: Checkpoint) -> None:
-    """Raise InvalidFileError if a file has other numbers of hashes than `ngrams`."""
-    for layer, hashes in ngrams.hashes.items():
-        for part, name in BUFFERS.items():
-            stored = checkpoint.tensors.get(f"model.layers.{layer}.ple.ple_embedding.{name}")
-            numbers = np.array(getattr(hashes, part), np.int64)
-            if stored is None:
-                continue
-            fits = (stored.dtype, stored.shape) == ("I64", numbers.shape)
-            if not fits or not np.array_equal(stored.load(None), numbers):
-                raise InvalidFileError(f"{stored.path}: {stored.name} has other numbers than the config's n-grams")

@@ -9,6 +9,9 @@ Shapes: T tokens, N streams, E hidden, V vocabulary.
 
 from __future__ import annotations
 
+import numpy as np
+
+from candle_vllm.core.errors import InvalidFileError
 from candle_vllm.core.kernels.recorded import Value
 from candle_vllm.core.layers.attention import StepInput
 from candle_vllm.core.layers.delta_net import GatedDeltaNet
@@ -20,8 +23,9 @@ from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.models import qwen3_next
 from candle_vllm.core.models.block_index import Attention
 from candle_vllm.core.models.family import Architecture, Family
+from candle_vllm.core.models.ngram_hash import NGrams
 from candle_vllm.core.models.ngram_layer import NGramLayer, TokenNumbers
-from candle_vllm.core.models.ngram_table import BUFFERS, check_hashes, joined
+from candle_vllm.core.models.ngram_table import joined
 from candle_vllm.core.models.qwen4_exp_config import Qwen4ExpConfig, config_from_hf
 from candle_vllm.core.models.qwen4_exp_gguf import config_from_gguf, gguf_keys, require_gguf
 from candle_vllm.core.models.qwen4_exp_names import WEIGHTS
@@ -82,6 +86,23 @@ class Qwen4Exp(DecoderStack):
     def _normed(self, x: Value, residual: Value | None) -> Value:
         assert residual is None
         return self.streams(x)[0]
+
+
+BUFFERS = {"factors": "layer_multipliers", "sizes": "ngram_heads_vocab_sizes", "offsets": "ngram_heads_offsets"}
+"""Names in safetensors files of the numbers of an `NGramHash`, which a config determines and files may leave out."""
+
+
+def check_hashes(ngrams: NGrams, checkpoint: Checkpoint) -> None:
+    """Raise InvalidFileError if a file has other numbers of hashes than `ngrams`."""
+    for layer, hashes in ngrams.hashes.items():
+        for part, name in BUFFERS.items():
+            stored = checkpoint.tensors.get(f"model.layers.{layer}.ple.ple_embedding.{name}")
+            numbers = np.array(getattr(hashes, part), np.int64)
+            if stored is None:
+                continue
+            fits = (stored.dtype, stored.shape) == ("I64", numbers.shape)
+            if not fits or not np.array_equal(stored.load(None), numbers):
+                raise InvalidFileError(f"{stored.path}: {stored.name} has other numbers than the config's n-grams")
 
 
 def ignored(config: Qwen4ExpConfig) -> list[str]:
