@@ -143,6 +143,8 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "biases of Mamba 2": ("Nemotron-H biases", {}, r"ssm_in\.bias, ssm_out\.bias"),
     "biases of Mamba 2 alone": ("Mamba 2 biases", {}, r"ssm_in\.bias, ssm_out\.bias"),
     "biases of Mamba 1": ("Jamba dense", {}, r"ssm_in\.bias, ssm_out\.bias"),
+    "tables": ("Qwen4", {"ple_layer_ids": [1, 2]}, "several layers with n-grams"),
+    "gates": ("Qwen4", {"output_gate_type": "silu"}, "output_gate_type silu"),
     "convolutions": ("LFM2 biases", {}, r"shortconv\.in_proj\.bias, .* shortconv\.out_proj\.bias"),
 }
 

@@ -372,6 +372,51 @@ QWEN35_ROPE = {
 }
 QWEN35 = QWEN3_NEXT | {"rope_parameters": QWEN35_ROPE}
 
+QWEN4_EXP = {  # a choice of 6 groups of 4 positions, and up to 3 more positions; n-grams that some tokens end
+    "num_hidden_layers": 3,
+    "head_dim": 32,
+    "layer_types": ["linear_attention", "linear_attention", "indexed_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 6,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
+    "num_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+    "hc_lowrank": 32,
+    "ple_layer_ids": [2],
+    "ple_embed_dim": 128,
+    "heads_per_ngram": 2,
+    "ngram_vocab_size_base": 50,
+    "split_ngram_parts": 4,
+    "indexer_n_heads": 16,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 16,
+    "indexer_budget": 24,
+    "indexer_compress_ratio": 4,
+    "output_gate_type": "sigmoid",
+    "rope_parameters": QWEN35_ROPE,
+    "eos_token_id": 7,
+}
+QWEN4_EXP_PLAIN = {  # other sizes: groups of 16, two streams, fewer heads of n-grams, SiLU gates
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "hc_count": 2,
+    "hc_lowrank": 24,
+    "ple_layer_ids": [1, 3],
+    "ple_embed_dim": 48,
+    "ple_conv_kernel_size": 2,
+    "heads_per_ngram": 1,
+    "seed": 5,
+    "split_ngram_parts": 1,
+    "indexer_budget": 32,
+    "indexer_compress_ratio": 16,
+    "indexer_head_dim": 32,
+    "output_gate_type": None,
+    "norm_topk_prob": False,
+    "tie_word_embeddings": True,
+}
+
 # published factors scale by up to 12 and 0.22; the scores' must differ from D^-0.5
 GRANITE = {
     "embedding_multiplier": 3.0,
@@ -969,6 +1014,8 @@ ROWS: Mapping[str, Row] = {
     "Inkling full layers": Row("inkling_text", INKLING_DENSE, undecided=0.1, common=False),
     "Kimi Linear": Row("kimi_linear", KIMI_LINEAR, "kimi-linear", undecided=0.1),
     "Nemotron-H biases": Row("nemotron_h", NEMOTRON_H | NEMOTRON_BIASES, common=False),
+    "Qwen4": Row("qwen4_exp_text", QWEN4_EXP, "qwen4exp", undecided=0.2, common=False),
+    "Qwen4 plain": Row("qwen4_exp_text", QWEN4_EXP | QWEN4_EXP_PLAIN, undecided=0.2, common=False),
     "OLMo": Row("olmo", {"hidden_size": 128}, "olmo", common=False),
     "OLMo clip": Row("olmo", {"hidden_size": 128, "clip_qkv": 0.5}, "olmo"),
     "OLMo biases": Row("olmo", {"attention_bias": True, "clip_qkv": 0.5}, common=False),
@@ -1082,6 +1129,7 @@ TOWERS: Mapping[str, str] = {
     "MuseGlimmerForConditionalGeneration": "MuseGlimmerForCausalLM",
     "Qwen3_5ForConditionalGeneration": "Qwen3_5ForCausalLM",
     "Qwen3_5MoeForConditionalGeneration": "Qwen3_5MoeForCausalLM",
+    "Qwen4ExpForConditionalGeneration": "Qwen4ExpForCausalLM",
     "Step3p7ForConditionalGeneration": "Step3p5ForCausalLM",
 }
 """Classes of multimodal models, and those whose rows stand for their text towers; see `test_towers.py`."""

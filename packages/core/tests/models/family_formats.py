@@ -16,7 +16,7 @@ from packages.core.tests.models.tiny import config_of
 from packages.core.tests.quantization.format_writers import WRITERS
 
 _KEPT_PLAIN = re.compile(
-    r"embed|lm_head|altup\.|\.gate\.(wg\.)?weight|router|norm|shared_expert_gate|kv_b_proj|g_proj|in_proj_(a|b|ba)\.|linear_attn\.[ab]_proj|(self_attn|attention)\.b_proj"
+    r"embed|lm_head|altup\.|\.gate\.(wg\.)?weight|router|norm|shared_expert_gate|block_inject|kv_b_proj|g_proj|in_proj_(a|b|ba)\.|linear_attn\.[ab]_proj|(self_attn|attention)\.b_proj"
 )
 """What the makers of quantised checkpoints leave alone."""
 

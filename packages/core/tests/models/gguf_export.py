@@ -17,6 +17,7 @@ from gguf import (
     MODEL_ARCH_NAMES,
     ExpertGatingFuncType,
     GGMLQuantizationType,
+    GGUFValueType,
     GGUFWriter,
     RopeScalingType,
     get_tensor_name_map,
@@ -39,14 +40,18 @@ def export_gguf(folder: Path, path: Path, architecture: str, *, quantization: st
     kind = GGMLQuantizationType[quantization]
     writer = GGUFWriter(path, architecture)
     _shared(writer, config)
-    tensors = {name: tensor.float().numpy() for name, tensor in load_file(folder / "model.safetensors").items()}
+    stored = load_file(folder / "model.safetensors").items()
+    tensors = {name: (x.float() if x.is_floating_point() else x).numpy() for name, x in stored}
     if config.get("tie_word_embeddings"):
         tensors.pop("lm_head.weight", None)
     tensors = CONVERTERS.get(architecture, _plain)(writer, config, tensors)
     near = MODEL_ARCH.DOTS1  # of an architecture that the package does not know yet
-    known = {"deepseek32": "glm-dsa", "glm5-next": "kimi-linear", "bailingmoe3": "kimi-linear"}.get(
-        architecture, architecture.removesuffix("-assistant")
-    )
+    known = {
+        "deepseek32": "glm-dsa",
+        "glm5-next": "kimi-linear",
+        "bailingmoe3": "kimi-linear",
+        "qwen4exp": "qwen35moe",
+    }.get(architecture, architecture.removesuffix("-assistant"))
     arch = next((arch for arch, name in MODEL_ARCH_NAMES.items() if name == known), near)
     names = get_tensor_name_map(MODEL_ARCH(arch), config["num_hidden_layers"] + 1)  # there may be one behind the last
     for name, data in tensors.items():
@@ -55,6 +60,7 @@ def export_gguf(folder: Path, path: Path, architecture: str, *, quantization: st
         kernels = (
             "shortconv.conv" in found
             or "ssm_conv1d_" in found
+            or "ple_conv1d" in found
             or found.endswith(("ssm_conv1d.weight", "ssm_a", "ssm_d", "ssm_norm.weight"))
         )
         kept = "ffn_gate_inp" in found or "altup_" in found or kernels or found.endswith(".bias")  # of experts
@@ -909,6 +915,62 @@ def _glm5_next(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) 
     return found
 
 
+def _qwen4_exp(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
+    """Qwen3.5's layers with residual streams, an index of groups, and one table of n-grams."""
+    arch = writer.arch
+    kinds = ["full_attention" if kind == "indexed_attention" else kind for kind in config["layer_types"]]
+    constants = {name.split(".")[-1]: data for name, data in tensors.items() if data.dtype == np.int64}
+    parts = [name for name in tensors if ".ngram_embedding." in name]
+    assert len(constants) == 3, "llama.cpp has one layer with n-grams"
+    table = np.concatenate([tensors[name] for name in sorted(parts)])
+    kept = {name: data for name, data in tensors.items() if name not in parts and data.dtype != np.int64}
+    made = _qwen3_next(writer, {**config, "layer_types": kinds}, kept)
+    writer.add_uint32(f"{arch}.hyper_connection.count", config["hc_count"])
+    writer.add_uint32(f"{arch}.hyper_connection.low_rank", config["hc_lowrank"])
+    writer.add_indexer_head_count(config["indexer_n_heads"])
+    writer.add_indexer_key_length(config["indexer_head_dim"])
+    writer.add_indexer_top_k(config["indexer_budget"])
+    ratio, recurrent = config["indexer_compress_ratio"], "linear_attention"
+    writer.add_array(f"{arch}.attention.compress_ratios", [0 if kind == recurrent else ratio for kind in kinds])
+    writer.add_array(f"{arch}.ple.layers", [layer - 1 for layer in config["ple_layer_ids"]])
+    writer.add_uint32(f"{arch}.ple.ngram_size", config["ngram_size"])
+    writer.add_uint32(f"{arch}.ple.heads_per_ngram", config["heads_per_ngram"])
+    writer.add_uint32(f"{arch}.ple.conv_kernel", config["ple_conv_kernel_size"])
+    writer.add_uint32(f"{arch}.ple.eos_token_id", config["eos_token_id"])
+    writer.add_uint32(f"{arch}.embedding_length_per_layer_input", table.shape[1])
+    for key, name in (
+        ("layer_multipliers", "layer_multipliers"),
+        ("head_offsets", "ngram_heads_offsets"),
+        ("head_vocab_sizes", "ngram_heads_vocab_sizes"),
+    ):
+        values = constants[name].tolist()
+        writer.add_key_value(f"{arch}.ple.{key}", values, GGUFValueType.ARRAY, GGUFValueType.UINT64)
+    found, queries = Tensors(), config["indexer_n_heads"] * config["indexer_head_dim"]
+    ends = {
+        "input_mix_weight_down": "down",
+        "input_mix_weight_up": "up",
+        "block_inject_weight": "inject",
+        "hc_norm": "norm",
+    }
+    for name, data in made.items():
+        at, part = f"blk.{name.split('.')[2]}." if name.startswith("model.layers.") else "", name.split(".")[-2]
+        if ".hyper_connection_mixer." in name:
+            found[f"output_hc_{ends[part]}.weight"] = data
+        elif "_hyper_connection." in name:
+            found[f"{at}hc_{'attn' if 'attn_hyper' in name else 'ffn'}_{ends[part]}.weight"] = data
+        elif part == "index_qk_proj":
+            found |= {f"{at}indexer.q_proj.weight": data[:queries], f"{at}indexer.k_proj.weight": data[queries:]}
+        elif ".indexer." in name:
+            found[f"{at}indexer.{part[0]}_norm.weight"] = data
+        elif ".ple." in name and part == "conv1d":
+            found[f"{at}ple_conv1d.weight"] = data[:, 0]
+        elif ".ple." in name:
+            found[f"{at}ple_{part.removesuffix('_proj')}.weight"] = data + part.startswith("norm_")
+        else:
+            found[name] = data
+    return {**found, "per_layer_token_embd.weight": table}
+
+
 def _olmo(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
     """Norms without weights, the clip of q, k and v, and rows of q and k in pairs of neighbours."""
     writer.add_layer_norm_eps(1e-5)
@@ -1303,6 +1365,7 @@ CONVERTERS: Mapping[str, Convert] = {
     "qwen3next": _qwen3_next,
     "qwen35": _qwen3_next,
     "qwen35moe": _qwen3_next,
+    "qwen4exp": _qwen4_exp,
     "deepseek2-ocr": _deepseek_ocr,
     "glm4moe": _glm4_moe,
     "gpt-oss": _gpt_oss,

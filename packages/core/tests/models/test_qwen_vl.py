@@ -51,7 +51,7 @@ from candle_vllm.core.models.registry import family_from_hf
 from candle_vllm.core.remote import RemoteEngine
 from candle_vllm.core.vision.preprocessing import window_order
 from packages.core.tests.engine.drafted import same_times
-from packages.core.tests.models.families import QWEN35
+from packages.core.tests.models.families import QWEN4_EXP, QWEN35
 from packages.core.tests.models.peft_adapters import randomise as randomise_adapter
 from packages.core.tests.models.published_configs import CONFIGS
 from packages.core.tests.models.sight import (
@@ -94,7 +94,7 @@ KINDS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 KINDS["qwen3_vl_moe"] = KINDS["qwen3_vl"]
 KINDS["qwen3_5"] = {key: value for key, value in KINDS["qwen3_vl"].items() if key != "deepstack_visual_indexes"}
-KINDS["qwen3_5_moe"] = KINDS["qwen3_5"]
+KINDS["qwen3_5_moe"] = KINDS["qwen4_exp"] = KINDS["qwen3_5"]
 EXPERTS = {
     "num_experts": 4,
     "num_experts_per_tok": 2,
@@ -112,10 +112,11 @@ TEXTS: dict[str, dict[str, Any]] = {
     "qwen3_vl_moe": EXPERTS,
     "qwen3_5": HYBRID,
     "qwen3_5_moe": EXPERTS | {"shared_expert_intermediate_size": 56} | HYBRID,
+    "qwen4_exp": QWEN4_EXP | {"head_dim": 64, "eos_token_id": END},
 }
 """What text models have beside `SMALL`."""
 DEEP = ("qwen3_vl", "qwen3_vl_moe")
-HYBRIDS = ("qwen3_5", "qwen3_5_moe")
+HYBRIDS = ("qwen3_5", "qwen3_5_moe", "qwen4_exp")
 NEWEST = (*DEEP, *HYBRIDS)
 SOME = ("qwen2_5_vl", "qwen3_vl", "qwen3_5_moe")  # of each text model: plain, with layers to add to, with states
 JOINED = [(kind, joined) for kind in KINDS for joined in (False, True)]
@@ -323,6 +324,8 @@ def test_answers_survive_preemption_and_guesses(eager: bool, folder: Path) -> No
     held = 100_000 * (1 + eager)
     if read_json(folder / "config.json")["model_type"] in HYBRIDS:
         held = 500_000 * (1 + eager)  # half of it is for states
+    if read_json(folder / "config.json")["model_type"] == "qwen4_exp":
+        held = 2_200_000  # keys and values are float32 in the compiled steps too
     small: dict[str, Any] = {"kv_cache_memory": held, "block_size": 16, "max_model_len": 256}
     preempted = False
     with InferenceEngine(folder, op_by_op=eager, **small, speculative_config={"method": "none"}) as engine:
@@ -361,6 +364,7 @@ def test_a_text_alone_has_the_bits_of_the_text_model(folder: Path, tmp_path: Pat
         "qwen3_vl_moe": ("Qwen3MoeForCausalLM", "qwen3_moe"),
         "qwen3_5": ("Qwen3_5ForCausalLM", "qwen3_5_text"),
         "qwen3_5_moe": ("Qwen3_5MoeForCausalLM", "qwen3_5_moe_text"),
+        "qwen4_exp": ("Qwen4ExpForCausalLM", "qwen4_exp_text"),
     }
     architecture, kind = named.get(config["model_type"], ("Qwen2ForCausalLM", "qwen2"))
     text = config["text_config"] | {"architectures": [architecture], "model_type": kind, "norm_topk_prob": True}
@@ -494,6 +498,8 @@ def published(config: dict[str, Any]) -> None:
     rope = text.pop("rope_parameters")
     text["rope_theta"] = rope["rope_theta"]
     text["rope_scaling"] = {"mrope_interleaved": True, "rope_type": "default", "mrope_section": rope["mrope_section"]}
+    if config["model_type"] == "qwen4_exp":  # by default whole heads rotate
+        text["rope_scaling"]["partial_rotary_factor"] = rope["partial_rotary_factor"]
     config["vision_config"]["model_type"] = config["model_type"]
 
 

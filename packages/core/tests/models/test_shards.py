@@ -70,7 +70,7 @@ def logits_of(source: Path, size: int, chunks: list[int], **settings: Any) -> li
     return in_threads(size, work)
 
 
-WHOLE = ("OLMo", "MiniMax", "DeepSeek-V4")
+WHOLE = ("OLMo", "MiniMax", "DeepSeek-V4", "Qwen4")
 
 
 @pytest.mark.one_of_each(8)

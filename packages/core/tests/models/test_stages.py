@@ -62,7 +62,7 @@ def logits_of(source: Path, size: int, stages: int, chunks: list[int], **setting
 
 COMMON = ["Llama", "Phi", "Gemma 2", "gpt-oss", "DeepSeek-V3"]
 # Layers read keys, or chosen positions, of other layers, get embeddings of their own, or have several streams.
-REFUSED = ("Gemma-4 shared keys", "Gemma-3n", "GLM-5", "DeepSeek-V4")
+REFUSED = ("Gemma-4 shared keys", "Gemma-3n", "GLM-5", "DeepSeek-V4", "Qwen4")
 WHOLE_NORMS = ("OLMo", "MiniMax")  # of all heads, which are not divided
 CASES = [
     (name, size)

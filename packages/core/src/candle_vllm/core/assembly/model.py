@@ -375,7 +375,7 @@ def fit_settings(config: EngineConfig, model: ModelConfig | EncoderConfig) -> En
             "block_size",
         )
     if isinstance(model, ModelConfig) and model.compresses and config.block_size < LEAST_BLOCK:
-        least = f"attention to compressed entries needs blocks of {LEAST_BLOCK} tokens or more"
+        least = f"attention to compressed entries or chosen blocks needs blocks of {LEAST_BLOCK} tokens or more"
         raise ConfigError(f"block_size={config.block_size}: {least}", "block_size")
     if isinstance(model, ModelConfig) and model.answer_window is not None:
         if draft_settings(config.speculative_config) is not None:

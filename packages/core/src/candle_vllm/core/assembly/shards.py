@@ -347,7 +347,7 @@ class _Units(NamedTuple):
         """Return why the model cannot be divided among `size` ranks; None if it can."""
         heads, kv = config.num_heads, config.num_kv_heads
         if size > 1 and config.compresses:
-            return "all heads attend to the same compressed entries"
+            return "all heads attend to the same compressed entries, or to the same blocks"
         if size > 1 and getattr(config, "whole_norms", False):
             return "one of its norms or thresholds needs all heads, or the whole feed-forward layer"
         if config.latent is None and size > kv and (size % kv or heads % size or heads // size % self.heads):

@@ -110,17 +110,17 @@ def _copy(writer: GGUFWriter, key: str, value: Any, code: int, element: int) -> 
 
 def _add(writer: GGUFWriter, key: str, value: Any) -> None:
     kinds = {bool: "BOOL", int: "UINT32", float: "FLOAT32", str: "STRING"}
-    signed = key.endswith((".token_type", ".deepstack_mapping"))
+    signed, long = key.endswith((".token_type", ".deepstack_mapping")), ".ple." in key and isinstance(value, list)
     for number in value if isinstance(value, list) else [value]:
         large = isinstance(number, float) and _FLOAT32 < abs(number) < math.inf
-        if large or (type(number) is int and not -signed <= number < 1 << 32):
+        if large or (type(number) is int and not -signed <= number < 1 << (64 if long else 32)):
             raise UnsupportedModelError(f"GGUF's {key} cannot store the number {number}")
     if isinstance(value, bytes):
         writer.add_key_value(key, value, GGUFValueType.ARRAY, sub_type=GGUFValueType.UINT8)
     elif not isinstance(value, list):
         writer.add_key_value(key, value, GGUFValueType[kinds[type(value)]])
     elif value:
-        kind = "INT32" if signed else kinds[type(value[0])]
+        kind = "INT32" if signed else "UINT64" if long else kinds[type(value[0])]
         writer.add_key_value(key, value, GGUFValueType.ARRAY, sub_type=GGUFValueType[kind])
 
 

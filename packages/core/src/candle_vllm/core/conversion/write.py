@@ -185,6 +185,7 @@ def _plan(
             raise AdapterError(f"{files.name} is an encoder, and adapters are merged into decoders")
         return _encoder_plan(config, files, files.config, checkpoint, *encoder)
     family, model = family_from_hf(described, files.config, checkpoint.tensors)
+    checkpoint = checkpoint if family.prepared is None else family.prepared(checkpoint)
     if is_headed(described.get("architectures")):
         raise UnsupportedModelError(f"{files.config}: GGUF files are not written for heads of scores and classes")
     if adapters:

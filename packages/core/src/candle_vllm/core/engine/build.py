@@ -483,7 +483,7 @@ def cache_kinds(config: EngineConfig, model: LoadedModel | Described) -> tuple[C
             (name, dtype != "auto" and not model.placement.recorded,
              f"{asked} needs the compiled kernels, which do not run this model: {change}"),
             (name, kind.is_quantised and (model.config.latent is not None or model.config.compresses),
-             f"{asked} is not supported with latent attention or compressed entries, whose KV cache is small already: "
+             f"{asked} is not supported with latent attention, compressed entries or chosen blocks: "
              "leave it out"),
             *((name, not kind.fits(dim), f"{asked} stores blocks of {BLOCK} elements, and the head size of this model, "
                f"{dim}, is not a multiple of that: leave it out")

@@ -16,7 +16,7 @@ from candle_vllm.core.errors import InvalidFileError
 from candle_vllm.core.kernels.delta_rule import delta_rule
 from candle_vllm.core.kernels.delta_rule.layout import DeltaGates, kept_inputs
 from candle_vllm.core.kernels.delta_rule.layout import state_shape as delta_shape
-from candle_vllm.core.kernels.recorded import Value
+from candle_vllm.core.kernels.recorded import GateKind, Value
 from candle_vllm.core.kernels.short_conv import short_conv
 from candle_vllm.core.kernels.short_conv import state_shape as conv_shape
 from candle_vllm.core.kernels.silu_mul import gated
@@ -81,6 +81,7 @@ class GatedDeltaNet:
         apart: checkpoints store q, k and v as three matrices, the parts "q", "k" and "v" of `inputs`, and the kernels
             of their convolutions as the parts "q.taps", "k.taps" and "v.taps"; otherwise "qkv" and "taps".
         strength: see `DeltaGates`.
+        gate: activation of the gate of the result.
     """
 
     def __init__(
@@ -93,8 +94,9 @@ class GatedDeltaNet:
         *,
         apart: bool = False,
         strength: float = 1.0,
+        gate: GateKind = "silu",
     ) -> None:
-        self.layer, self.sizes = layer, sizes
+        self.layer, self.sizes, self._gate = layer, sizes, gate
         heads, values, channels = self.sizes.heads, self.sizes.parts[2], self.sizes.channels
         mixed = dict(zip("qkv", self.sizes.parts, strict=True)) if apart else {"qkv": channels}
         self.apart, self.widths = apart, (channels, values, heads, heads)
@@ -111,7 +113,7 @@ class GatedDeltaNet:
         parts = short_conv(qkv, self.taps, None, tail, step.states, silu=True).split(self.sizes.parts, dim=-1)
         q, k, v = (part.unflatten(-1, (-1, dim)) for part, dim in zip(parts, (key, key, value), strict=True))
         mixed = delta_rule(q, k, v, a, b, self.gates, state, step.states, scale=key**-0.5)  # [T, Hv, Dv]
-        return self.result(gated(self.norm(mixed).flatten(1), z, "silu"))
+        return self.result(gated(self.norm(mixed).flatten(1), z, self._gate))
 
     def parameters(self) -> Mapping[str, Parameter]:
         """Return every parameter that must be loaded."""

@@ -146,7 +146,7 @@ class ModelConfig:
 
     @property
     def compresses(self) -> bool:
-        """Whether layers attend to compressed entries, see `kernels/compressed_attention`."""
+        """Whether layers attend to compressed entries or chosen blocks, see `kernels/compressed_attention`."""
         return False
 
     @property

@@ -316,7 +316,7 @@ def rope_from_hf(fields: Fields, head_dim: int, max_position: int) -> RopeConfig
 
 def _interleaves(name: str) -> bool:
     """Whether a text model of this name, in Hugging Face or GGUF files, interleaves the axes of M-RoPE."""
-    return name.replace("_", "").startswith(("qwen3vl", "qwen35"))
+    return name.replace("_", "").startswith(("qwen3vl", "qwen35", "qwen4"))
 
 
 def _axes(fields: Fields, sections: list[Any], dim: int, *, interleaved: bool) -> tuple[int, ...]:

@@ -89,6 +89,7 @@ TOWERS: Mapping[str, Mapping[str, str]] = MappingProxyType(
         "UnlimitedOcrForConditionalGeneration": {"unlimited_ocr_text": "UnlimitedOcrForCausalLM"},
         "Qwen3_5ForConditionalGeneration": {"qwen3_5_text": "Qwen3_5ForCausalLM"},
         "Qwen3_5MoeForConditionalGeneration": {"qwen3_5_moe_text": "Qwen3_5MoeForCausalLM"},
+        "Qwen4ExpForConditionalGeneration": {"qwen4_exp_text": "Qwen4ExpForCausalLM"},
     }
 )
 """For each multimodal architecture: model_type of `text_config` (the first is the default), and text architecture."""
@@ -209,7 +210,7 @@ def text_fields(
     deep = Fields(config, path).section("vision_config").get("deepstack_visual_indexes", list, [])
     values["n_deepstack_layers"] = len(deep)  # GGUF's name of the key
     values |= {key: config[key] for key in _DEEP if architecture.startswith("Granite4Vision") and key in config}
-    values["eos_token_id"] = [*_ids(config, path), *_ids(text, path)]
+    values["eos_token_id"] = [*_ids(text, path), *_ids(config, path)]
     values["tie_word_embeddings"] = _tied((Fields(config, path), Fields(text, path)), tensors)
     return allowed[model_type], Fields({prefix + key: value for key, value in values.items()}, path, prefix)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The vision encoders of Qwen2-VL, Qwen2.5-VL, Qwen3-VL and Qwen3.5, with their projection to the text model.
+"""The vision encoders of Qwen2-VL, Qwen2.5-VL, Qwen3-VL, Qwen3.5 and Qwen4, with their projection to the text model.
 
 Each block is x + attention(norm(x)), then x + mlp(norm(x)); queries and keys rotate by the row and the column of
 their patch. Attention is over the whole image, in most layers of Qwen2.5-VL over a window of it.
@@ -7,7 +7,7 @@ After the last norm, cells of 2 x 2 patches become one vector, which two matrice
 Images keep their own size, in multiples of a cell. For the patch kernels a still image is two equal frames.
 Qwen3-VL also has learned positions, of a grid that is interpolated to the image's grid. It projects the outputs of some
 layers to embeddings too, which are added to the hidden states after the text model's first layers (DeepStack).
-The vision encoder of Qwen3.5 (3.6, 3.8) is Qwen3-VL's without DeepStack.
+The vision encoder of Qwen3.5 (3.6, 3.8) and Qwen4 is Qwen3-VL's without DeepStack.
 Source: Wang et al., 2024, arXiv:2409.12191; Bai et al., 2025, arXiv:2502.13923 and arXiv:2511.21631.
 Shapes: T patches, E hidden, P elements of a patch, C cells, D head size.
 """
@@ -97,7 +97,7 @@ def config_from_hf(
 ) -> QwenTowerConfig:
     """Read `config.json` and `preprocessor_config.json` of all these families."""
     vision, named = fields.section("vision_config"), fields.get("architectures", list)[0]
-    third = named.startswith("Qwen3")
+    third = named.startswith(("Qwen3", "Qwen4"))
     patch, cell = vision.count("patch_size", 16 if third else 14), vision.count("spatial_merge_size", 2, most=64)
     check_sizes(vision, processor, patch, cell, temporal_patch_size=FRAMES)
     layers = vision.count("depth", 27 if third else 32, most=MAX_LAYERS)
@@ -415,6 +415,7 @@ FAMILY = TowerFamily(
         "Qwen3VLMoeForConditionalGeneration": "qwen3_vl_moe",
         "Qwen3_5ForConditionalGeneration": "qwen3_5",
         "Qwen3_5MoeForConditionalGeneration": "qwen3_5_moe",
+        "Qwen4ExpForConditionalGeneration": "qwen4_exp",
     },
     gguf=("qwen2vl_merger", "qwen2.5vl_merger", "qwen3vl_merger"),
     settings=("min_pixels", "max_pixels", "size.shortest_edge", "size.longest_edge"),

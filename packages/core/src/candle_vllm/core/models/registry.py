@@ -46,6 +46,7 @@ FAMILIES = (
     "qwen_moe",
     "glm4_moe",
     "qwen3_next",
+    "qwen4_exp",
     "olmo_hybrid",
     "gpt_oss",
     "phi",
@@ -112,7 +113,6 @@ serves the requested name, so the most common families come first."""
 NOT_BUILT = frozenset(
     {"deepseek4"}
     | {"KimiK3ForConditionalGeneration", "kimi-k3"}
-    | {"Qwen4ExpForCausalLM", "Qwen4ExpForConditionalGeneration", "qwen4exp"}
     | {"RWKV7ForCausalLM", "rwkv7"}
     | {"BailingMoeV2_5ForCausalLM"}
     | {"Inkling2ForCausalLM", "Inkling2ForConditionalGeneration"}

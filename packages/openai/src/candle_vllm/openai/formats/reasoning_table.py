@@ -20,9 +20,9 @@ REASONING_FORMATS: tuple[ReasoningFormat, ...] = (
             "interns1 smollm3"
         ),
         model_types=words(
-            "qwen3 qwen3_moe qwen3_next qwen3_vl qwen3_vl_moe qwen3_5 qwen3_5_moe deepseek_v3 deepseek_v32 "
-            "deepseek_v4 deepseek_v41 deepseek_v41_text glm4_moe glm4_moe_lite glm_moe_dsa glm5_next glm5_next_text "
-            "minimax_m1 minimax_m2 kimi_k2 nemotron_h step3_text step3p5 olmo3 smollm3"
+            "qwen3 qwen3_moe qwen3_next qwen3_vl qwen3_vl_moe qwen3_5 qwen3_5_moe qwen4_exp deepseek_v3 "
+            "deepseek_v32 deepseek_v4 deepseek_v41 deepseek_v41_text glm4_moe glm4_moe_lite glm_moe_dsa glm5_next "
+            "glm5_next_text minimax_m1 minimax_m2 kimi_k2 nemotron_h step3_text step3p5 olmo3 smollm3"
         ),
     ),
     ReasoningFormat(

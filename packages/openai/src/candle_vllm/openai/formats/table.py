@@ -79,7 +79,7 @@ TOOL_FORMATS: tuple[ToolFormat, ...] = (
         named=shapes.QWEN_NAMED,
         ends_thoughts=True,
         aliases=shapes.words("qwen_coder qwen3_xml qwen3_5 nemotron_3 step3p5 mimo"),
-        model_types=shapes.words("qwen3_5 qwen3_5_moe nemotron_h nemotron_h_moe step3p5 step35"),
+        model_types=shapes.words("qwen3_5 qwen3_5_moe qwen4_exp nemotron_h nemotron_h_moe step3p5 step35"),
     ),
     ToolFormat(
         "seed_oss",

@@ -155,7 +155,8 @@ def _refuse_unsupported(config: EngineConfig, loaded: LoadedModel) -> None:
          f"kv_cache_dtype={config.kv_cache_dtype!r} is for the CPU: on a GPU set 'int8_per_token_head', which has the "
          "size of q8_0, or leave it out"),
         ("kv_cache_dtype", config.kv_cache_dtype != "auto" and loaded.decoder.config.compresses,
-         f"kv_cache_dtype={config.kv_cache_dtype!r} is not supported with compressed entries: leave it out"),
+         f"kv_cache_dtype={config.kv_cache_dtype!r} is not supported with compressed entries or chosen blocks: leave "
+         "it out"),
         *((name, getattr(config, name) is not None,
            f"on a GPU keys and values have one type: leave {name} out, or set kv_cache_dtype for both")
           for name in ("key_cache_dtype", "value_cache_dtype")),

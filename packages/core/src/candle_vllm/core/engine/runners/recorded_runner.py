@@ -675,7 +675,7 @@ def _layers(
     """
     kv_heads, key_dim, value_dim = shape
     if wide:
-        shapes = [(1, layers, num_blocks, block_size, dim) for dim in (key_dim, value_dim) if dim]
+        shapes = [(1, layers, num_blocks, block_size, kv_heads * dim) for dim in (key_dim, value_dim) if dim]
     elif kinds is None:
         shapes = [latent_cache_shape(num_blocks, block_size, layers, dim) for dim in (key_dim, value_dim) if dim]
     else:

@@ -28,7 +28,7 @@ _TOKENS, _SEQUENCES = StepNumber.TOKENS.value, StepNumber.SEQUENCES.value
 
 
 @emitted
-def _products(e: Emitter, isa: Isa, queries: Int, rows: Int, out: Int, step: Int, lines: Int) -> None:
+def products_of(e: Emitter, isa: Isa, queries: Int, rows: Int, out: Int, step: Int, lines: Int) -> None:
     """Write the products of four queries and four rows of 16 * `lines` floats to float32 [4, step].
     `queries` and `rows` have their addresses, int64 [4]."""
     b, side = e.b, 4 if isa.wide else 2  # as many sums as registers hold
@@ -48,7 +48,9 @@ def _products(e: Emitter, isa: Isa, queries: Int, rows: Int, out: Int, step: Int
 
 
 @emitted
-def _add_rows(e: Emitter, isa: Isa, targets: Int, rows: Int, weights: Int, step: Int, terms: Int, lines: Int) -> None:
+def add_weighted(
+    e: Emitter, isa: Isa, targets: Int, rows: Int, weights: Int, step: Int, terms: Int, lines: Int
+) -> None:
     """Write the sums of `terms` > 0 rows of 16 * `lines` floats with four lists of weights, float32 [4, step].
     `rows` has the addresses of the rows, `targets` those of the sums, int64 [4]."""
     b = e.b
@@ -108,6 +110,15 @@ def _softmax(e: Emitter, scores: Int, lines: Int, scale: Double, sink: Float) ->
 
 
 @njit
+def softmax(scores: int, count: int, scale: float, sink: float) -> None:
+    """See `_softmax`; there is room for 16 * n scores."""
+    values, lines = float32_at(scores), (count + LANES - 1) // LANES
+    for extra in range(count, lines * LANES):
+        values[extra] = NOTHING
+    _softmax(scores, lines, scale, sink)
+
+
+@njit
 def _turn(x: int, cos: Any, sin: Any, half: int, sign: float) -> None:
     """Rotate 2 * half floats at x in pairs, forwards or, with sign -1, backwards."""
     values = float32_at(x)
@@ -117,7 +128,7 @@ def _turn(x: int, cos: Any, sin: Any, half: int, sign: float) -> None:
 
 
 @njit
-def _copy(target: int, source: int, count: int) -> None:
+def copy_floats(target: int, source: int, count: int) -> None:
     to, values = float32_at(target), float32_at(source)
     for i in range(count):
         to[i] = values[i]
@@ -144,8 +155,8 @@ def write(row, thread, threads):
         if given.ratio != 0:
             width = 2 * size * (1 + given.overlaps)
             inputs = given.inputs + slot * given.width * 4
-            _copy(inputs, given.first + t * given.first_stride * 4, width)
-            _copy(inputs + width * 4, given.more + t * given.more_stride * 4, given.width - width)
+            copy_floats(inputs, given.first + t * given.first_stride * 4, width)
+            copy_floats(inputs + width * 4, given.more + t * given.more_stride * 4, given.width - width)
 
 
 @njit
@@ -204,7 +215,7 @@ def compress(row, thread, threads):
 
 
 @njit
-def _sequence_of(query_start: int, sequences: int, t: int) -> int:
+def sequence_of(query_start: int, sequences: int, t: int) -> int:
     r = 0
     while r + 1 < sequences and int64_at(query_start)[r + 1] <= t:
         r += 1
@@ -212,11 +223,11 @@ def _sequence_of(query_start: int, sequences: int, t: int) -> int:
 
 
 @njit
-def _entry(log: int, table: int, share: int, ratio: int, size: int, shift: int, number: int) -> int:
-    """Return the address of an entry."""
+def _entry(log: int, table: int, share: int, ratio: int, step: int, shift: int, number: int) -> int:
+    """Return the address of an entry; `step` is the number of floats from an entry to the next in a block."""
     last = (number + 1) * ratio - 1
     block = int64_at(table)[last >> shift]
-    return log + ((block << shift) * share + (last & ((1 << shift) - 1)) // ratio * size) * 4
+    return log + ((block << shift) * share + (last & ((1 << shift) - 1)) // ratio * step) * 4
 
 
 def make_choose(CHOOSES: int, ISA: int) -> Callable[..., None]:
@@ -237,7 +248,7 @@ def make_choose(CHOOSES: int, ISA: int) -> Callable[..., None]:
             if ended <= top or (CHOOSES == 1 and t % threads != thread):
                 continue
             sums = given.scratch + (t if few else thread) * given.scratch_size
-            table = given.log_tables + _sequence_of(given.query_start, sequences, t) * given.table_stride * 8
+            table = given.log_tables + sequence_of(given.query_start, sequences, t) * given.table_stride * 8
             weights = float32_at(given.weights + t * given.weight_stride * 4)
             for h in range(4 * quads):
                 queries[h] = given.index_q + (t * given.index_stride + min(h, heads - 1) * size) * 4
@@ -246,10 +257,10 @@ def make_choose(CHOOSES: int, ISA: int) -> Callable[..., None]:
                     continue
                 for i in range(4):
                     number = min(n + i, ended - 1)
-                    keys[i] = _entry(given.log, table, given.share, given.ratio, size, given.block_shift, number)
+                    keys[i] = _entry(given.log, table, given.share, given.ratio, given.step, given.block_shift, number)
                 for quad in range(quads):
                     to = memory + 32 + 32 * quads + 64 * quad
-                    _products(ISA, memory + 32 + 32 * quad, memory, to, 4, size >> 4)
+                    products_of(ISA, memory + 32 + 32 * quad, memory, to, 4, size >> 4)
                 for i in range(min(4, ended - n)):
                     score = 0.0
                     for h in range(heads):
@@ -279,7 +290,7 @@ def make_attend(ISA: int) -> Callable[..., None]:
             position = int64_at(given.positions)[t]
             if t != listed:
                 listed, count = t, 0
-                r = _sequence_of(given.query_start, sequences, t)
+                r = sequence_of(given.query_start, sequences, t)
                 at = r * given.table_stride * 8
                 table, log_table = given.tables + at, given.log_tables + at
                 for at in range(max(0, position - given.window + 1), position + 1):
@@ -300,13 +311,11 @@ def make_attend(ISA: int) -> Callable[..., None]:
                 targets[n] = given.out + (t * given.out_stride + h * size) * 4
             scores = memory + 8 * most
             for quad in range((count + 3) >> 2):
-                _products(ISA, places, memory + 32 * quad, scores + 16 * quad, most, size >> 4)
+                products_of(ISA, places, memory + 32 * quad, scores + 16 * quad, most, size >> 4)
             for n in range(4):
-                own, sink = float32_at(scores + 4 * n * most), float32_at(given.sinks)[min(first + n, heads - 1)]
-                for extra in range(count, (count + LANES - 1) & -LANES):
-                    own[extra] = NOTHING
-                _softmax(scores + 4 * n * most, (count + LANES - 1) // LANES, given.scale, sink)
-            _add_rows(ISA, places + 32, memory, scores, most, count, size >> 4)
+                sink = float32_at(given.sinks)[min(first + n, heads - 1)]
+                softmax(scores + 4 * n * most, count, given.scale, sink)
+            add_weighted(ISA, places + 32, memory, scores, most, count, size >> 4)
             at = position * half * 4
             cos, sin = float32_at(given.cos + at), float32_at(given.sin + at)
             for n in range(min(4, heads - first)):

@@ -77,7 +77,7 @@ def record_compressed(
         scores = recorder.scratch(4 * most * max(FEW_TOKENS, limits.threads))
         row = row._replace(chosen=address_of(chosen))
         choosing = row._replace(log=address_of(logs.values), share=entry_share(layer.index_size, ratio))
-        choosing = choosing._replace(scratch=scores, scratch_size=4 * most)
+        choosing = choosing._replace(scratch=scores, scratch_size=4 * most, step=layer.index_size)
         for chooses in (0, 1):
             recorder.add(operation("compressed_attention.cpu:make_choose", chooses, recorder.isa), choosing)
         most = layer.top
@@ -104,11 +104,13 @@ class LayerArguments(NamedTuple):
         ratio, overlaps: see `Groups`; a ratio of 0 means no entries.
         inputs, width: address of the cache of inputs, and its row width.
         first, more: addresses of inputs of entries and of index keys.
-        log, share: address of a log, and E.
+        log, share, step: address of a log, E, and for a choice the floats from an entry to the next in a block.
         column, bias: first column of the inputs that `compress` reads, and address of its bias.
         index_q, weights: addresses of queries and weights of the index.
         index_heads, index_size, top: Hi, Di, and the maximum number of entries of a token; 0 without an index.
         chosen: address of chosen entries, int32 [T, top]; 0 if tokens attend to all.
+        kv_heads, turns: for `cpu_blocks.py` K, and the address of int64 [T], a token's row in `cos` and `sin` minus its
+            position; 0 without M-RoPE.
         most: maximum number of rows and entries of a token, a multiple of 16.
         scratch, scratch_size: address of scratch memory, and for a choice the bytes of a token's scores.
     """
@@ -161,3 +163,6 @@ class LayerArguments(NamedTuple):
     most: int = 0
     scratch: int = 0
     scratch_size: int = 0
+    step: int = 0
+    kv_heads: int = 0
+    turns: int = 0

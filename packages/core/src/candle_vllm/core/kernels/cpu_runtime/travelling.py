@@ -51,6 +51,8 @@ def functions(isa: Isa) -> Iterator[tuple[str, tuple[int, ...]]]:
         "collectives.cpu:add_up",
         "collectives.cpu:stand_together",
         "column_order.cpu:column_order",
+        "compressed_attention.cpu_blocks:pool_keys",
+        "compressed_attention.cpu_blocks:write",
         "compressed_attention.cpu:compress",
         "compressed_attention.cpu:write",
         "cpu_runtime.walk:do_parts",
@@ -64,6 +66,8 @@ def functions(isa: Isa) -> Iterator[tuple[str, tuple[int, ...]]]:
         "moe.cpu:combine",
         "moe.cpu:experts",
         "moe.cpu:route",
+        "ngram.cpu:gate_streams",
+        "ngram.cpu:look_up",
         "position_scale.cpu:position_scale",
         "sampling.cpu:adjust",
         "sampling.cpu:draw_rows",
@@ -78,6 +82,7 @@ def functions(isa: Isa) -> Iterator[tuple[str, tuple[int, ...]]]:
     ):
         yield code, ()
     yield "compressed_attention.cpu:make_attend", (isa,)
+    yield "compressed_attention.cpu_blocks:make_attend", (isa,)
     yield "whole_attention.cpu:make_attend_whole", (isa, 0)
     yield "whole_attention.cpu:make_attend_whole", (isa, 1)
     for prologue in Prologue:
@@ -92,6 +97,7 @@ def functions(isa: Isa) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield "word_linear.cpu:make_linear", (isa,)
     for convolution in itertools.product((3, 4), (0, 1), (0, 1)):  # taps, SiLU, gates
         yield "short_conv.cpu:make_short_conv", convolution
+    yield "short_conv.cpu:make_short_conv", (10, 1, 0)  # 4 taps, 3 tokens apart
     for kind in range(4):
         yield "scale_cap.cpu:make_scale_cap", (kind,)
     for gate in itertools.product(range(5), (0, 1)):

@@ -94,7 +94,7 @@ def choose(
 def chosen_rows(
     cache: torch.Tensor, rows: AttentionRows | DeviceRows, chosen: torch.Tensor, pool: int = 1
 ) -> Iterator[tuple[slice, torch.Tensor, AttentionRows]]:
-    """Copy the latent rows at chosen positions [T, top]; yield for some tokens at a time: their slice, the copies as a
+    """Copy the cached rows at chosen positions [T, top]; yield for some tokens at a time: their slice, the copies as a
     cache with a sequence for each token, and the cache's `AttentionRows`."""
     rows, size = rows.on_host() if isinstance(rows, DeviceRows) else rows, cache.shape[1]
     counts = [end - start for start, end in zip(rows.query_start, rows.query_start[1:])]
@@ -104,10 +104,10 @@ def chosen_rows(
     for first in range(0, len(seen), _QUERIES):
         part = slice(first, first + _QUERIES)
         places = tables[part].gather(1, padded[part] // size) * size + padded[part] % size
-        copies = cache.flatten(0, 2)[places].unflatten(1, (-1, size))
+        copies = cache.flatten(0, 1)[places].unflatten(1, (-1, size))
         blocks = torch.arange(copies.shape[:2].numel(), device=cache.device).view(copies.shape[:2])
         contexts = tuple(attended(n, chosen.shape[1], pool) for n in seen[part])
-        yield part, copies.flatten(0, 1).unsqueeze(2), AttentionRows(tuple(range(len(contexts) + 1)), contexts, blocks)
+        yield part, copies.flatten(0, 1), AttentionRows(tuple(range(len(contexts) + 1)), contexts, blocks)
 
 
 def latent_write(rope: torch.Tensor, latent: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor) -> None:
