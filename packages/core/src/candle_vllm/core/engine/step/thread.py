@@ -426,9 +426,9 @@ class EngineThread:
             loop = client.sink.loop
             if loop is None:
                 client.sink.put(piece)
-            elif client.interval == 1 or (piece := client.due(piece)) is not None:
+            elif (due := piece if client.interval == 1 else client.due(piece)) is not None:
                 first, others = by_loop.get(loop) or by_loop.setdefault(loop, ([], []))
-                (others if client.begun else first).append((client.sink, piece))
+                (others if client.begun else first).append((client.sink, due))
                 client.begun = True
         for loop, (first, others) in by_loop.items():
             (self._queues.get(loop) or self._output_queue(loop)).send(first, others)

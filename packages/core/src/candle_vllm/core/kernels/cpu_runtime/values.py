@@ -157,6 +157,7 @@ class _Value(Recorded):
 
     def __add__(self, other: Recorded) -> Recorded:
         if not isinstance(other, (_Pending, _Prepared)):
+            assert isinstance(other, _Value)
             assert other.rows_from is StepNumber.TOKENS
             other = _LookedUp(self.recorder, buffer_of(other))
         assert (self.column, self.width) == (0, self.buffer.width)
