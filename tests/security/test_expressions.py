@@ -62,7 +62,7 @@ _MARKERS = Markers(ESCAPED[:3])
 _HEADER = rf"(?:\s*(?:{_RECIPIENT.pattern}|{re.escape('<|constrain|>')}\s*\w*))*\s*"
 MADE: dict[str, tuple[str, list[str | re.Pattern[Any]]]] = {
     "core.assembly.adapters._Fit._module": ("fullmatch", []),  # of families, see `of_tables`
-    "core.loading.weights._matches": ("fullmatch", []),
+    "core.loading.weights._match": ("fullmatch", []),
     "core.sampling.gbnf._first": ("fullmatch", ["[^a-z]"]),  # a class, for single characters
     "core.sampling.lark.Literals.__init__": ("search", [f"({_EITHER})"]),
     "core.testing.scripted_engine.ByteTokenizer.__init__": ("search", [f"({_EITHER})"]),
@@ -227,7 +227,7 @@ def of_tables() -> dict[str, tuple[str, list[str | re.Pattern[Any]]]]:
     assert len(names) > 5
     assert len(heads) > 1
     return {
-        "core.loading.weights._matches": ("fullmatch", [*names]),
+        "core.loading.weights._match": ("fullmatch", [*names]),
         "openai.formats.tagged._Arguments._key": ("fullmatch", [*heads]),
     }
 
