@@ -31,13 +31,9 @@ class Transcript:
     """
 
     def __init__(
-        self,
-        open_calls: Sequence[ToolCall] = (),
-        call_ids: Iterable[str] = (),
-        images: int = 0,
-        earlier: Sequence[Message] = (),
-        ran: Iterable[str] = (),
-    ) -> None:
+        self, open_calls: Sequence[ToolCall] = (), call_ids: Iterable[str] = (), images: int = 0,
+        earlier: Sequence[Message] = (), ran: Iterable[str] = (),
+    ) -> None:  # fmt: skip
         self._calls = tuple(open_calls)
         self._ids = set(call_ids)
         self.earlier, self._ran = tuple(earlier), set(ran)
