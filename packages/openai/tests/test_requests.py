@@ -480,6 +480,7 @@ def test_names_of_other_servers() -> None:
         assert refusal(chat, **{name: -5})[0] == name
         assert refusal(chat, **{name: 1}, temperature=-5)[0] == "temperature"
     assert refusal(chat, repeat_penalty=None, repetition_penalty=-5)[0] == "repetition_penalty"
+    assert refusal(chat, random_seed="x", sampling_seed=None)[0] == "random_seed"
     assert refusal(chat, top_a=0.5) == ("top_a", "top_a is not supported: this sampler is not implemented")
     breakers = chat(dry_sequence_breakers='"\\n", ":", "\\"", "*"').dry_sequence_breakers
     assert breakers == ["\n", ":", '"', "*"]

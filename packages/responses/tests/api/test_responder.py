@@ -209,10 +209,22 @@ async def test_a_result_that_is_too_long_for_the_context_is_shortened(
 
     monkeypatch.setattr(Clock, "run", run)
     scripted = engine(lambda prompt: "It is noon." if "tool\nnoon" in prompt else call("s__time"))
-    _, made = await streamed(responder(scripted, servers=Servers(Clock())), {"input": "?", "tools": [SERVER], **limits})
+    answering, request = responder(scripted, servers=Servers(Clock())), {"input": "?", "tools": [SERVER], **limits}
+    _, made = await streamed(answering, request)
     assert (made["status"], made["output"][-1]["content"][0]["text"]) == ("completed", "It is noon.")
     shown = scripted.template_calls[-1].messages[-1]["content"]
     assert shown == "noon " + "z" * (2251 - 49) + "\n[cut: the whole output has 9005 characters]"
+    # So is it in the conversation that goes on, but what the client's own tool gave is not.
+    scripted._script = lambda _: "Yes."
+    asked = {"role": "user", "content": "?"}
+    later = await answering.create({**request, "input": [asked, *made["output"], {"role": "user", "content": "Sure?"}]})
+    assert later.output[-1].content[0].text == "Yes."
+    if not limits:
+        assert scripted.template_calls[-1].messages[2]["content"] == shown
+        given = {"type": "function_call_output", "call_id": "c", "output": "z" * 9000}
+        called = {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"}
+        with pytest.raises(PromptTooLongError):
+            await answering.create({**request, "input": [asked, called, given], "tools": [SERVER, FUNCTION]})
 
 
 async def test_a_server_that_cannot_be_reached_is_told() -> None:

@@ -44,8 +44,11 @@ class Server:
 
     def write(self, line: str) -> None:
         if MODE == "batch":
-            line = f'[{line}, {{"jsonrpc": "2.0", "method": "notifications/message", "params": {{"data": "\u00e9"}}}}]'
-        sys.stdout.write(line + "\n")
+            notice = '{"jsonrpc": "2.0", "method": "notifications/message", "params": {"data": "\u00e9"}}'
+            line = f"[1, {f'{notice}, ' * 1000}{line}]"
+        sys.stdout.buffer.write(
+            (line + "\n").encode("latin-1" if MODE == "batch" else "utf-8")
+        )  # its notices are not UTF-8
         sys.stdout.flush()
 
     def text(self, request: Any, text: str, **fields: Any) -> None:

@@ -82,6 +82,20 @@ test("a tool runs only after the user's word, and its result goes back", async (
   assert.deepEqual(seen.always, []);
 });
 
+test("a result that is too long for the context is cut until it fits", async () => {
+  const full = () => new ApiError({ kind: "http", status: 400, message: "too long", code: "context_length_exceeded" });
+  const { turn, message, seen, allowed, answerTools } = stage([ask("read"), end("tool_calls")], [full()], [full()], [say("done"), end()]);
+  allowed.add("read");
+  answerTools(async () => ({ status: "completed", content: [], is_error: false, text: "\u{1F600}".repeat(1000), seconds: 1 }));
+  await turn.run();
+  assert.deepEqual([message.state, seen.requests.length, message.steps.length, message.steps[1]!.text], ["done", 4, 2, "done"]);
+  assert.equal(message.steps[0]!.calls[0]!.result, "\u{1F600}".repeat(228) + "\n[cut: the whole output has 1000 characters]");
+  const short = stage([ask("read"), end("tool_calls")], [full()], [say("never"), end()]);
+  short.allowed.add("read");
+  await short.turn.run();
+  assert.deepEqual([short.message.state, short.message.error?.code, short.seen.requests.length], ["failed", "context_length_exceeded", 2]);
+});
+
 test("denied: it does not run and the model is told", async () => {
   const { turn, message, seen } = stage([ask("rm"), end()], [say("ok"), end()]);
   await turn.run();

@@ -195,7 +195,7 @@ def parse_body(kind: type[_Request], body: bytes | Mapping[str, Any] | _Request)
         return kind.model_validate(value)
     except ValidationError as error:
         others = {**getattr(kind, "other_names", {}), "n_predict": "max_tokens"}.items()
-        given = {name: other for other, name in others if other in value and value.get(name) is None}
+        given = {name: other for other, name in others if None is value.get(name) is not value.get(other)}
         raise to_request_error(error, given) from None
 
 

@@ -15,6 +15,8 @@ const CUT = "The answer was cut at its token limit within this call. It did not 
 const WHOLE = "The answer was cut at its token limit behind this call, so it did not run.";
 const BROKEN = "The answer did not come to its end, so this call did not run.";
 const MAX_RESULT = 100_000; // characters of a result that the model sees
+const LEAST_RESULT = 200; // characters to which a result may be cut if the context is too small
+const NOTE = /\n\[cut: the whole output has [0-9]+ characters\]$/;
 
 export type Decision = "once" | "always" | "deny";
 
@@ -117,16 +119,22 @@ export class Turn {
   }
 
   private async oneStep(goOn: boolean): Promise<Step> {
-    const request = this.host.request(goOn);
     const step = goOn ? this.message.steps.at(-1)! : emptyStep();
     delete step.finish;
     if (!goOn) this.message.steps.push(step);
     const writer = new StepWriter(step, this.host.now());
     this.host.changed();
     try {
-      for await (const chunk of this.host.stream(request, this.abort.signal)) {
-        writer.add(chunk, this.host.now());
-        this.host.changed();
+      for (let accepted = false; !accepted; ) {
+        try {
+          for await (const chunk of this.host.stream(this.host.request(goOn), this.abort.signal)) {
+            writer.add(chunk, this.host.now());
+            this.host.changed();
+          }
+          accepted = true;
+        } catch (error) {
+          if (errorInfo(error).code !== "context_length_exceeded" || !this.shorten()) throw error;
+        }
       }
     } finally {
       writer.close(this.host.now());
@@ -136,6 +144,15 @@ export class Turn {
     this.approveAllowed();
     this.host.settled();
     return step;
+  }
+
+  /** Cuts the results of this answer to half of the longest one's length; false if all are short. */
+  private shorten(): boolean {
+    const calls = this.message.steps.flatMap((step) => step.calls);
+    const most = Math.floor(Math.max(0, ...calls.map((call) => call.result?.length ?? 0)) / 2);
+    if (most < LEAST_RESULT) return false;
+    for (const call of calls) if (call.result) call.result = cut(call.result, most);
+    return true;
   }
 
   /** A call that was written to its end: one that cannot run is answered at once, the others wait. */
@@ -174,7 +191,7 @@ export class Turn {
     try {
       const result = await this.host.callTool(call.name, argumentsOf(call), this.abort.signal);
       call.state = result.is_error || result.status !== "completed" ? "failed" : "done";
-      call.result = (result.text || "(no output)").slice(0, MAX_RESULT);
+      call.result = cut(result.text || "(no output)", MAX_RESULT);
       call.content = result.content;
       call.seconds = result.seconds;
     } catch (error) {
@@ -210,6 +227,13 @@ function closeCalls(message: AssistantMessage): void {
     if (call.state === "running") lose(call);
     if (call.state === "approved") call.state = "waiting";
   }
+}
+
+/** A text of at most `most` UTF-16 units, which ends with a note of its whole length, also if it was cut before. */
+function cut(text: string, most: number): string {
+  if (text.length <= most) return text;
+  const note = NOTE.exec(text)?.[0] ?? `\n[cut: the whole output has ${[...text].length} characters]`;
+  return text.slice(0, most - note.length).replace(/[\uD800-\uDBFF]$/, "") + note; // no half of a character
 }
 
 function argumentsOf(call: ToolCall): object {

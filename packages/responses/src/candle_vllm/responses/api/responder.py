@@ -265,15 +265,16 @@ class Responder:
 def _conversation(loop: ConversationLoop, model: TurnModel, prepared: Prepared, task: Task) -> AsyncGenerator[Event]:
     plan, made = prepared.plan, prepared.made
     ids = {call.id for message in task.messages for call in message.calls}
-    transcript = Transcript(_open_calls(task, made), ids, len(images_of(task.messages)))
+    ours = {name for name, tool in plan.by_name.items() if tool.kind == "mcp"}
+    ran = (call.id for message in task.messages for call in message.calls if call.name in ours)
+    transcript = Transcript(_open_calls(task, made), ids, len(images_of(task.messages)), task.messages, ran)
     later = plan.use(plan.choice.freed(), parallel=prepared.request.parallel_tool_calls)
 
     def ask(_: Sequence[ToolDefinition], *, first: bool) -> Task:
         model.grew = transcript.grew
-        return replace(task, messages=(*task.messages, *transcript.added), tools=task.tools if first else later)
+        return replace(task, messages=(*transcript.earlier, *transcript.added), tools=task.tools if first else later)
 
-    theirs = {name for name, tool in plan.by_name.items() if tool.kind != "mcp"}
-    return loop.converse(transcript, ask, theirs, approved=made.approved)
+    return loop.converse(transcript, ask, plan.by_name.keys() - ours, approved=made.approved)
 
 
 def _open_calls(task: Task, made: Translated) -> list[ToolCall]:

@@ -103,7 +103,7 @@ class ToolFinished(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class ResultsShortened(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """The prompt was too long, so results of this run were cut; the model sees at most `characters` of each."""
+    """The prompt was too long, so results of calls were cut; the model sees at most `characters` of each."""
 
     characters: int
 

@@ -31,6 +31,7 @@ from candle_vllm.responses.conversation.http_chunks import ChunkReader
 
 _MAX_MESSAGE = 500  # characters of a server's message
 _TOO_LONG = ("context_length_exceeded", "exceed_context_size_error")  # codes of OpenAI and vLLM; type of llama.cpp
+_TOO_LONG_WORDS = ("context length", "context size", "maximum model length")  # of vLLM, SGLang and older llama.cpp
 _BUSY = frozenset({429, 503, 529})
 _WAITS = (1.0, 2.0, 4.0, 8.0)  # seconds before each retry, unless the server sends `Retry-After`
 _LONGEST_WAIT = 120.0  # seconds; if a server asks for more, the request fails
@@ -93,7 +94,8 @@ def error_of(status: int, body: bytes, server: str, api_key: str | None) -> Cand
         return ModelServerError(f"{text} (check the model's name, and that the base URL ends as in .../v1)", status)
     if 400 <= status < 500:
         param, code = envelope.get("param"), envelope.get("code")
-        too_long = code in _TOO_LONG or envelope.get("type") in _TOO_LONG or "maximum context length" in text
+        coded = code in _TOO_LONG or envelope.get("type") in _TOO_LONG
+        too_long = coded or any(words in text for words in _TOO_LONG_WORDS)
         return (ModelServerPromptError if too_long else ModelServerRequestError)(
             text, status, param if isinstance(param, str) else None, code if isinstance(code, str) else None
         )

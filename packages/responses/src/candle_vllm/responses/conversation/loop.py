@@ -264,9 +264,7 @@ class _Conversation:
             try:
                 return request, await stack.enter_async_context(self.model.stream(request))
             except PromptTooLongError:
-                if not self.transcript.grew:
-                    raise
-                if not isinstance(request, Task) and _LIMITS & request.keys():
+                if self.transcript.grew and not isinstance(request, Task) and _LIMITS & request.keys():
                     # The results of tools left fewer tokens: now the end of the context is the limit.
                     request = {name: value for name, value in request.items() if name not in _LIMITS}
                     with suppress(PromptTooLongError):

@@ -26,11 +26,17 @@ class Transcript:
         open_calls: open calls of the last given assistant message, in its order.
         call_ids: ids of all calls in the given messages.
         images: number of images in the given messages; also an attribute, to which callers add images of results.
+        earlier: the given messages; also an attribute, in which results are cut if the prompt is too long.
+        ran: ids of calls whose results in `earlier` may be cut, because they ran here.
     """
 
-    def __init__(self, open_calls: Sequence[ToolCall] = (), call_ids: Iterable[str] = (), images: int = 0) -> None:
+    def __init__(
+        self, open_calls: Sequence[ToolCall] = (), call_ids: Iterable[str] = (), images: int = 0,
+        earlier: Sequence[Message] = (), ran: Iterable[str] = (),
+    ) -> None:  # fmt: skip
         self._calls = tuple(open_calls)
         self._ids = set(call_ids)
+        self.earlier, self._ran = tuple(earlier), set(ran)
         self.images = images
         self._messages: tuple[Message, ...] = ()
         self._results: dict[str, Message] = {}
@@ -71,17 +77,19 @@ class Transcript:
     def add_result(self, result: ToolResult, parts: tuple[Part, ...] = ()) -> None:
         """Add the result of an open call, in any order; non-empty `parts` replace its text for the model."""
         assert result.call.id in {call.id for call in self.open_calls}, "the call is not open"
-        call_id = result.call.id
+        self._ran.add(call_id := result.call.id)
         self._results[call_id] = Message(role="tool", parts=parts or (TextPart(result.text),), call_id=call_id)
 
     def shorten(self) -> int:
-        """Cut texts of results to half of the longest one's length, and return it; return 0 if all are short."""
-        parts = (part for message in self.added if message.role == "tool" for part in message.parts)
+        """Cut results of calls that ran here to half of the longest text's length; return it, or 0 if all are short."""
+        ours = (message for message in (*self.earlier, *self.added) if message.call_id in self._ran)
+        parts = (part for message in ours for part in message.parts)
         most = max((len(part.text) for part in parts if isinstance(part, TextPart)), default=0) // 2
         if most < _SHORTEST:
             return 0
-        self._messages = tuple(_cut(message, most) for message in self._messages)
-        self._results = {call_id: _cut(message, most) for call_id, message in self._results.items()}
+        self.earlier = tuple(self._cut(message, most) for message in self.earlier)
+        self._messages = tuple(self._cut(message, most) for message in self._messages)
+        self._results = {call_id: self._cut(message, most) for call_id, message in self._results.items()}
         return most
 
     def lost_calls(self) -> tuple[ToolCall, ...]:
@@ -93,9 +101,8 @@ class Transcript:
         for call in self.lost_calls():
             self._results[call.id] = Message(role="tool", parts=(TextPart(LOST),), call_id=call.id)
 
-
-def _cut(message: Message, most: int) -> Message:
-    if message.role != "tool":
-        return message
-    parts = (TextPart(cut(part.text, most)) if isinstance(part, TextPart) else part for part in message.parts)
-    return replace(message, parts=tuple(parts))
+    def _cut(self, message: Message, most: int) -> Message:
+        if message.call_id not in self._ran:
+            return message
+        parts = (TextPart(cut(part.text, most)) if isinstance(part, TextPart) else part for part in message.parts)
+        return replace(message, parts=tuple(parts))

@@ -25,7 +25,6 @@ from candle_vllm.responses.mcp import processes
 from candle_vllm.responses.mcp.peer import Peer
 
 MAX_MESSAGE = 10 * 1024 * 1024  # bytes of one message
-_MAX_BATCH = 1000  # messages of one line; further ones are left out
 _MAX_SKIPPED = 100 * 1024 * 1024  # bytes of one line that are read and discarded before the server is ended
 _CHUNK = 1 << 16
 _ERROR_CHUNK = 1 << 12
@@ -202,11 +201,12 @@ class StdioServer:
         session.close()  # the pipe is broken: no response will come
 
 
-def _members(line: bytes | OversizedLine) -> list[bytes | OversizedLine]:
+def _members(line: bytes | OversizedLine) -> Iterable[bytes | OversizedLine]:
     """Return the messages of a line, which is a batch in the protocol of 2025-03-26, or one message."""
     if isinstance(line, bytes) and line.lstrip().startswith(b"["):
         with suppress(ValueError, RecursionError):
-            return [json.dumps(member).encode() for member in json.loads(line)[:_MAX_BATCH]] or [line]
+            members = json.loads(line.decode(errors="replace")) or [[]]  # an empty batch is no message
+            return (json.dumps(member).encode() for member in members)
     return [line]
 
 
