@@ -87,17 +87,16 @@ class Attention(deepseek.Attention):
 
 
 class NormGate:
-    """y * sigmoid(U silu(D y)): y [T, E] -> [T, E]. D is there twice, because silu(a) is a sigmoid(a)."""
+    """y * sigmoid(U silu(D y)): y [T, E] -> [T, E], where silu(a) is a sigmoid(a)."""
 
     def __init__(self, config: AxConfig, placement: Placement) -> None:
-        self.rank = config.gate_rank
-        self.down = Linear(config.hidden_size, {"x": self.rank, "gate": self.rank}, placement)
-        self.up = Linear(self.rank, config.hidden_size, placement)
+        self.down = Linear(config.hidden_size, config.gate_rank, placement)
+        self.up = Linear(config.gate_rank, config.hidden_size, placement)
 
     def __call__(self, y: Value) -> Value:
         y = side_by_side(y)
-        x, gate = self.down(y).split((self.rank, self.rank), dim=-1)
-        return gated(y, self.up(gated(x, gate, "sigmoid")), "sigmoid")
+        low = self.down(y)
+        return gated(y, self.up(gated(low, side_by_side(low), "sigmoid")), "sigmoid")
 
 
 class Block:
