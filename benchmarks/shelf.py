@@ -43,9 +43,10 @@ NOT_GENERATIVE = {  # whatever their repositories say; the first has no config
     "wav2vec2", "wavlm", "hubert", "clip", "siglip", "siglip2", "vit", "dinov2",
 }
 # fmt: on
-REMOTE = {  # classes of types that transformers does not have
+REMOTE = {  # classes of types that transformers does not have, and a type of which only some repositories load
     "GOT": "GOTQwenForCausalLM",
     "apertus1p5": "Apertus1p5ForConditionalGeneration",
+    "bailing_hybrid": "BailingMoeV3ForCausalLM",  # which has 97 % of the type's downloads; Ling 2.5 and 2.6 do not load
     "bailing_moe_v2": "BailingMoeV2ForCausalLM",
     "chatglm": "ChatGLMModel",
     "deepseek_vl_v2": "DeepseekOCRForCausalLM",  # which has 97 % of the type's downloads; DeepSeek-VL2 does not load

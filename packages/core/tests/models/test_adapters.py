@@ -55,6 +55,7 @@ CASES = [
         ],
         ("Kimi Linear", {"target_modules": r".*self_attn\.(q|k|v|o|f_a|f_b|b|g_a|g_b|kv_a)_proj(_with_mqa)?"}),
         ("Ling 3.0", {"target_modules": r".*self_attn\.(forget_gate\.f|[qkvgbo]|kv_a)_proj(_with_mqa)?"}),
+        ("A.X K2", {"target_modules": r".*(self_attn\.(q_a|q_gate|kv_a|o)_proj(_with_mqa)?|layernorm\.mlp\.fc[12])"}),
         ("GLM-5.3-Flash", {"target_modules": r".*self_attn\.([^.]*(?<!kv_b)_proj(_with_mqa)?|indexer\.w.*)"}),
         (
             "Gemma-3n own keys",

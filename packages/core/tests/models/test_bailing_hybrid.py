@@ -74,6 +74,7 @@ def test_the_published_config_is_read() -> None:
         ({"pregate_inference": True}, "pregate_inference is True"),
         ({"expert_swiglu_limit_list": [0, 7.0]}, "expert_swiglu_limit_list has limits"),
         ({"kda_lower_bound": 5.0}, "lower bound of decays is 5.0"),
+        ({"kda_lower_bound": 0.0}, "lower bound of decays is 0.0"),
         ({"layer_group_size": 5}, "layer_group_size is 5; implemented: a divisor of num_hidden_layers, 24"),
         ({"layer_types": ["sliding_attention"] * 24}, "layer_types must name"),
         ({"score_function": "softmax"}, "score_function is 'softmax'"),
@@ -141,6 +142,7 @@ def test_published_names_and_experts_in_mxfp4(tmp_path: Path) -> None:
     [
         ("kda.safe_gate", False, "kda.safe_gate is False"),
         ("kda.gate_lower_bound", 1.0, "lower bound of decays is 1.0"),
+        ("kda.gate_lower_bound", 0.0, "lower bound of decays is 0.0"),
         ("swiglu_clamp_exp", [0.0, 7.0], "swiglu_clamp_exp has limits"),
         ("attention.head_count_kv", [0, 1, 1], "has 3 entries for 2 layers"),
         ("ssm.conv_kernel", 99, "ssm.conv_kernel is 99"),

@@ -145,6 +145,9 @@ def test_configs_of_both_releases_are_read() -> None:
     assert tower_family(CONFIG) is FAMILY
     tower = config_of()
     assert (tower.kv_heads, tower.head_dim, tower.window, tower.theta, tower.gated) == (8, 64, 4, 1e4, True)
+    rope = {"rope_type": "axial", "rope_theta": 500.0}
+    for own in ({"rope_theta": 500.0}, {"rope_parameters": rope, "rope_theta": 9.0}, {"rope_scaling": rope}):
+        assert config_of(**own).theta == 500
     text = family_from_hf(CONFIG, PATH)[1]
     newer = CONFIG | {"text_config": CONFIG["text_config"] | {"model_type": "exaone4"}}
     assert text == family_from_hf(newer, PATH)[1]
@@ -157,6 +160,7 @@ def test_configs_of_both_releases_are_read() -> None:
         ({"num_key_value_heads": 3}, "num_key_value_heads is 3, which does not divide 32"),
         ({"out_hidden_size": 64}, "out_hidden_size is 64"),
         ({"rope_parameters": {"rope_type": "linear"}}, "rope_type is 'linear'"),
+        ({"rope_scaling": {"type": "linear"}}, "type is 'linear'"),
         ({"rope_parameters": {"rope_theta": 0.5}}, "rope_theta of the vision encoder is 0.5"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"window_size": 14}, "window_size is 14"),

@@ -31,22 +31,24 @@ from packages.core.tests.models.tiny import (
 from packages.core.tests.quantization.format_writers import fp8, mxfp4
 from tests.common_run import few
 
-TOKENS, BLOCK = some_tokens(), (32, 32)
+TOKENS, BLOCK, TALL = some_tokens(), (32, 32), (40, 32)
 PARTS = 2  # as layers without a window have key-value heads; layers with one have twice as many
 SIZES = (MIMO["head_dim"], MIMO["head_dim"], MIMO["v_head_dim"])
 
 
-def fused(parts: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+def fused(parts: list[torch.Tensor], block: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
     """The matrix in FP8, its scales, and q, k and v as they are meant."""
     pieces = [torch.cat(each) for each in zip(*(part.chunk(PARTS) for part in parts), strict=True)]
-    made = [fp8(piece, block=BLOCK) for piece in pieces]
+    made = [fp8(piece, block=block) for piece in pieces]
     heights = [len(part) // PARTS for part in parts]
     meant = zip(*(each.weight.split(heights) for each in made), strict=True)
     weight, scales = (torch.cat([each.parts[key] for each in made]) for key in (".weight", ".weight_scale_inv"))
     return weight, scales, [torch.cat(each) for each in meant]
 
 
-def write(folder: Path, experts: str = "fp8", layout: str = "fused") -> tuple[Path, Path]:
+def write(
+    folder: Path, experts: str = "fp8", layout: str = "fused", block: tuple[int, int] = BLOCK
+) -> tuple[Path, Path]:
     """Folders of transformers' model, of the numbers that FP8 means, and of the published form."""
     own: dict[str, Any] = {
         "num_key_value_heads": PARTS,
@@ -60,7 +62,7 @@ def write(folder: Path, experts: str = "fp8", layout: str = "fused") -> tuple[Pa
     for name in [name for name in made if name.endswith("_proj.weight") and name in meant]:
         if ".self_attn." in name:
             continue
-        written = mxfp4(made[name]) if experts == "mxfp4" and ".experts." in name else fp8(made[name], block=BLOCK)
+        written = mxfp4(made[name]) if experts == "mxfp4" and ".experts." in name else fp8(made[name], block=block)
         meant[name] = written.weight
         del made[name]
         for end, tensor in written.parts.items():
@@ -68,11 +70,11 @@ def write(folder: Path, experts: str = "fp8", layout: str = "fused") -> tuple[Pa
     for layer in range(config["num_hidden_layers"]):
         at = f"model.layers.{layer}.self_attn."
         names = [f"{at}{part}_proj.weight" for part in "qkv"]
-        weight, scales, parts = fused([made.pop(name) for name in names])
+        weight, scales, parts = fused([made.pop(name) for name in names], block)
         if layout == "fused":
             made |= {f"{at}qkv_proj.weight": weight, f"{at}qkv_proj.weight_scale_inv": scales}
         else:  # blocks begin anew in each head of keys
-            heads = [fp8(head, block=BLOCK) for head in meant[names[1]].split(SIZES[1])]
+            heads = [fp8(head, block=block) for head in meant[names[1]].split(SIZES[1])]
             parts[1] = torch.cat([each.weight for each in heads])
             made |= {names[0]: parts[0], names[2]: parts[2]}
             for key in (".weight", ".weight_scale_inv"):
@@ -80,7 +82,7 @@ def write(folder: Path, experts: str = "fp8", layout: str = "fused") -> tuple[Pa
         meant |= dict(zip(names, parts, strict=True))
     save_file({name: each.contiguous() for name, each in meant.items()}, plain / "model.safetensors", {"format": "pt"})
     config["quantization_config"] = {
-        "quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": BLOCK,
+        "quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": block,
     } | ({"store_dtype": "mxfp4", "mxfp4_block_size": 32} if experts == "mxfp4" else {})  # fmt: skip
     config["attention_projection_layout"] = "fused_qkv" if layout == "fused" else "split"
     published = folder / "published"
@@ -92,14 +94,22 @@ def write(folder: Path, experts: str = "fp8", layout: str = "fused") -> tuple[Pa
 
 
 @pytest.mark.parametrize(
-    ("experts", "layout"), few([("fp8", "fused"), ("mxfp4", "fused"), ("fp8", "split")], ("mxfp4", "fused"))
+    ("experts", "layout", "block"),
+    few(
+        [("fp8", "fused", BLOCK), ("mxfp4", "fused", BLOCK), ("fp8", "split", BLOCK), ("fp8", "fused", TALL)],
+        ("mxfp4", "fused", BLOCK),
+        ("fp8", "fused", TALL),
+    ),
 )
-def test_published_matrices_are_those_of_transformers(experts: str, layout: str, tmp_path: Path) -> None:
-    plain, published = write(tmp_path, experts, layout)
+def test_published_matrices_are_those_of_transformers(
+    experts: str, layout: str, block: tuple[int, int], tmp_path: Path
+) -> None:
+    plain, published = write(tmp_path, experts, layout, block)
     scales = load_file(published / "model.safetensors")
     name = "qkv_proj" if layout == "fused" else "k_proj"
     weight, scale = (scales[f"model.layers.0.self_attn.{name}.{end}"] for end in ("weight", "weight_scale_inv"))
-    assert len(scale) > -(-len(weight) // BLOCK[0])  # not one grid of blocks
+    wanted = -(-len(weight) // block[0])  # of one grid of blocks, in whose shape those of tall blocks are
+    assert len(scale) == wanted if block == TALL else len(scale) > wanted
     theirs = their_logits(plain, TOKENS)
     for chunks in cuts():
         assert error(eager_logits(published, TOKENS, chunks), theirs) < 1e-5
@@ -112,6 +122,7 @@ def test_matrices_of_other_forms_are_refused(tmp_path: Path) -> None:
     for changed, said in (
         ({at: stored[at].float(), f"{at}_scale_inv": None}, "is F32; qkv_proj is implemented for FP8 alone"),
         ({f"{at}_scale_inv": torch.ones(13, 2)}, r"has shape \[13, 2\]"),
+        ({f"{at}_scale_inv": torch.ones(20, 2)}, "scales of tensor .*qkv_proj.weight are not those of 2 equal parts"),
         ({at: stored[at][:320], f"{at}_scale_inv": torch.ones(10, 2)}, "2 parts of"),
     ):
         made = {name: each for name, each in (stored | changed).items() if each is not None}

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers.models.axk2.modeling_axk2 import AXK2TopkRouter
 
 from candle_vllm.core import (
     ConfigError,
@@ -106,12 +107,33 @@ def test_norms_of_a_x_k2_have_gates() -> None:
     found: Any = family_from_hf(config, Path("config.json"))[1]
     assert (found.gate_rank, found.mixture.groups, found.index_layers) == (8, 1, {0, 1})
     for keys, said in (
-        ({"gated_norm": False}, "gated_norm is false"),
+        ({"gated_norm": False}, "gated_norm is False"),
+        ({"rope_interleave": False}, "rope_interleave is False"),
         ({"gated_norm_rank": 1 << 13}, "gated_norm_rank is 8192; it must be at most 4096"),
         ({"q_lora_rank": None}, "an indexer without q_lora_rank"),
     ):
         with pytest.raises((InvalidFileError, UnsupportedModelError), match=said):
             family_from_hf(config | keys, Path("config.json"))
+
+
+def test_a_x_k2_never_leaves_the_chosen_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers' class does where a correction makes the scores of a chosen group negative: there 0 is larger."""
+    folder, tokens = write_tiny(tmp_path, "axk2", **ROWS["A.X K2 groups"].config), some_tokens(LENGTH)
+    stored = load_file(folder / "model.safetensors")
+    lower = {name: each - 1 for name, each in stored.items() if name.endswith("correction_bias")}
+    save_file(stored | lower, folder / "model.safetensors", {"format": "pt"})
+    ours = eager_logits(folder, tokens, [LENGTH])
+    assert error(ours, their_logits(folder, tokens)) > 0.1
+    monkeypatch.setattr(AXK2TopkRouter, "apply_group_scoring", within_groups)
+    assert error(ours, their_logits(folder, tokens)) < 1e-5
+
+
+def within_groups(router: Any, scores: torch.Tensor) -> torch.Tensor:
+    """As the router of DeepSeek-V3.2: experts outside the chosen groups have minus infinity in place of 0."""
+    by_group = scores.view(len(scores), router.num_group, -1)
+    chosen = by_group.topk(2)[0].sum(-1).topk(router.topk_group)[1]
+    outside = torch.ones_like(by_group[..., 0], dtype=torch.bool).scatter(1, chosen, False)
+    return by_group.masked_fill(outside[..., None], float("-inf")).flatten(1)
 
 
 # ---- the cache, and the engine ---------------------------------------------------------------------------------------

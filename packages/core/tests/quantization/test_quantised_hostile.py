@@ -208,6 +208,16 @@ def test_parts_that_do_not_go_together(name: str, tmp_path: Path) -> None:
     assert str(tmp_path / "model.safetensors") in str(caught.value)
 
 
+@pytest.mark.parametrize("layer", ["k_proj", "kv_a_proj"])
+def test_scales_of_more_blocks_than_a_matrix_has(layer: str, tmp_path: Path) -> None:
+    """Only MiMo V2 reads them: two halves of 32 rows have two blocks of 24 rows each."""
+    written = fp8(WEIGHT, block=(24, 40))
+    parts = {f".{layer}{end}": part for end, part in written.parts.items()}
+    parts[f".{layer}.weight_scale_inv"] = torch.ones(4, 4)
+    with pytest.raises(InvalidFileError, match=r"_proj\.weight_scale_inv has shape \[4, 4\]; it must be \[3, 4\]"):
+        read(Written(parts, written.weight, written.config), tmp_path)
+
+
 def test_packed_codes_without_a_config_group(tmp_path: Path) -> None:
     with pytest.raises(InvalidFileError, match="layer l is stored quantised, but quantization_config has no"):
         read(ct_packed(WEIGHT), tmp_path, config_groups={})

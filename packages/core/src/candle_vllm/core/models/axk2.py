@@ -3,7 +3,9 @@
 
 The result of attention is multiplied by sigmoid(W [norm(c), c]), c the latent vector of queries, and queries are
 another part of that product. Norms before attention and before experts are y * sigmoid(U silu(D y)), y = RMSNorm(x),
-with D and U of a small rank. With groups, experts of other groups are never chosen, as in DeepSeek-V3.2.
+with D and U of a small rank. With groups, experts of other groups are never chosen, as in DeepSeek-V3.2. transformers
+scores those experts 0, and chooses among them, by the order of its sort, where a negative correction leaves fewer
+experts of the chosen groups above 0 than a token has. Published corrections have not been examined.
 Source: SK Telecom, 2026, `AXK2ForCausalLM` of transformers. Shapes: T tokens, R rank of the gates of norms, E hidden.
 """
 
@@ -12,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
+from candle_vllm.core.errors import InvalidFileError
 from candle_vllm.core.fields import Fields
 from candle_vllm.core.kernels.recorded import Value
 from candle_vllm.core.kernels.side_by_side import side_by_side
@@ -28,6 +30,7 @@ from candle_vllm.core.models import deepseek, deepseek_config
 from candle_vllm.core.models.axk2_names import WEIGHTS
 from candle_vllm.core.models.deepseek_config import DeepseekConfig
 from candle_vllm.core.models.family import Family
+from candle_vllm.core.models.local_layers import refuse_others
 
 # ---- config ----------------------------------------------------------------------------------------------------------
 
@@ -52,8 +55,7 @@ class AxConfig(DeepseekConfig):
 
 def config_from_hf(fields: Fields, model_type: str) -> AxConfig:
     """Read `config.json` of axk2."""
-    if not fields.get("gated_norm", bool, True):
-        raise UnsupportedModelError(f"{fields.path}: gated_norm is false; implemented: true")
+    refuse_others(fields, {"gated_norm": True, "rope_interleave": True})
     base = deepseek_config.config_from_hf(fields.with_absent(**_USUAL), model_type)
     values = {field.name: getattr(base, field.name) for field in dataclasses.fields(base)}
     return AxConfig(**values, gate_rank=fields.count("gated_norm_rank", 16))
@@ -85,17 +87,16 @@ class Attention(deepseek.Attention):
 
 
 class NormGate:
-    """y * sigmoid(U silu(D y)): y [T, E] -> [T, E]. D is there twice, because silu(a) is a sigmoid(a)."""
+    """y * sigmoid(U silu(D y)): y [T, E] -> [T, E], where silu(a) is a sigmoid(a)."""
 
     def __init__(self, config: AxConfig, placement: Placement) -> None:
-        self.rank = config.gate_rank
-        self.down = Linear(config.hidden_size, {"x": self.rank, "gate": self.rank}, placement)
-        self.up = Linear(self.rank, config.hidden_size, placement)
+        self.down = Linear(config.hidden_size, config.gate_rank, placement)
+        self.up = Linear(config.gate_rank, config.hidden_size, placement)
 
     def __call__(self, y: Value) -> Value:
         y = side_by_side(y)
-        x, gate = self.down(y).split((self.rank, self.rank), dim=-1)
-        return gated(y, self.up(gated(x, gate, "sigmoid")), "sigmoid")
+        low = self.down(y)
+        return gated(y, self.up(gated(low, side_by_side(low), "sigmoid")), "sigmoid")
 
 
 class Block:

@@ -39,11 +39,11 @@ _LEFT_OUT = [f"{_AT}{part}_norm:weight" for part in _NORMS] + [_AT + "attention.
 
 def _of_norm(part: str, name: str) -> list[WeightName]:
     """The table rows of a norm and its gate, by the names in published files and in transformers."""
-    gates = {"down:x.": ("W_down", "mlp.fc1"), "down:gate.": ("W_down", "mlp.fc1"), "up:": ("W_up", "mlp.fc2")}
+    gates = {"down": ("W_down", "mlp.fc1"), "up": ("W_up", "mlp.fc2")}
     return [
         WeightName(f"{_AT}{part}_norm:weight", (f"{HF}{name}.weight", f"{HF}{name}.norm.weight"), None),
         *(
-            WeightName(f"{_AT}{part}_gate.{to}weight", tuple(f"{HF}{name}.{each}.weight" for each in names), None)
+            WeightName(f"{_AT}{part}_gate.{to}:weight", tuple(f"{HF}{name}.{each}.weight" for each in names), None)
             for to, names in gates.items()
         ),
     ]

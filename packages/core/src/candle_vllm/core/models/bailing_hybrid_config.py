@@ -49,7 +49,8 @@ def config_from_hf(fields: Fields, model_type: str) -> BailingHybridConfig:
             raise UnsupportedModelError(f"{fields.path}: {key} has limits; implemented: none")
     if "mrope_section" in fields.section("rope_parameters"):
         raise UnsupportedModelError(f"{fields.path}: mrope_section is not implemented for this model")
-    own = {usual: fields.values[name] for usual, name in NAMES.items() if name in fields}
+    names = {**NAMES, "num_nextn_predict_layers": "num_mtp_layers"}
+    own = {usual: fields.values[name] for usual, name in names.items() if name in fields}
     given = _USUAL | dict(fields.values) | own
     rope = {key: value for key, value in fields.section("rope_parameters").values.items() if "partial" not in key}
     given |= {"rope_parameters": rope or None, "partial_rotary_factor": None}  # qk_rope_head_dim has the elements
@@ -60,7 +61,7 @@ def config_from_hf(fields: Fields, model_type: str) -> BailingHybridConfig:
         config = _with_shared(config, shared)
     dim = fields.count("linear_head_dim", fields.count("head_dim", 128, most=_MOST_HEAD), most=_MOST_HEAD)
     sizes = fields.count("linear_num_heads", config.num_heads), dim, convolution_taps(fields, _TAPS, 4)
-    bound = fields.get("kda_lower_bound", float, -5.0) if fields.get("kda_safe_gate", bool, True) else 0.0
+    bound = fields.get("kda_lower_bound", float, -5.0) if fields.get("kda_safe_gate", bool, True) else None
     return _config(fields, config, model_type, sizes, _delta_layers(fields, config.num_layers), bound)
 
 
@@ -92,17 +93,25 @@ def _config(
     model_type: str,
     sizes: tuple[int, int, int],
     layers: frozenset[int],
-    bound: float,
+    bound: float | None,
 ) -> BailingHybridConfig:
-    """Make the config from DeepSeek's; `sizes` are heads, elements of a head and taps of delta attention."""
-    if bound and not _LEAST_BOUND <= bound < 0:
+    """Make the config from DeepSeek's; `sizes` are heads, elements of a head and taps of delta attention.
+
+    `bound` is None without a lower bound of decays.
+    """
+    if bound is not None and not _LEAST_BOUND <= bound < 0:
         raise InvalidFileError(
             f"{fields.path}: the lower bound of decays is {bound}; it must be below 0, and at least {_LEAST_BOUND}"
         )
     flags = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     heads, dim, taps = sizes
     delta = DeltaSizes(key_heads=heads, heads=heads, key_dim=dim, value_dim=dim, taps=taps, by_channel=True)
-    own: dict[str, Any] = {"model_type": model_type, "delta": delta, "delta_layers": layers, "decay_bound": bound}
+    own: dict[str, Any] = {
+        "model_type": model_type,
+        "delta": delta,
+        "delta_layers": layers,
+        "decay_bound": bound or 0.0,
+    }
     return BailingHybridConfig(**flags | own)
 
 

@@ -33,8 +33,9 @@ def config_from_hf(
         )
     if size != text_size:
         raise InvalidFileError(f"{fields.path}: vision_config.out_hidden_size is {size}; the text model's {text_size}")
-    (rope := vision.section("rope_parameters")).choice("rope_type", "axial", "axial")
-    theta = rope.get("rope_theta", float, config.theta)
+    rope = vision.section("rope_scaling" if "rope_scaling" in vision else "rope_parameters")
+    rope.choice("rope_type", rope.choice("type", "axial", "axial"), "axial")
+    theta = rope.get("rope_theta", float, vision.get("rope_theta", float, config.theta))
     if not 1 < theta <= 1e12:
         raise InvalidFileError(f"{fields.path}: rope_theta of the vision encoder is {theta}; it must be 1 to 1e12")
     return dataclasses.replace(config, kv_heads=heads, theta=theta)

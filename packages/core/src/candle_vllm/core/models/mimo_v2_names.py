@@ -2,12 +2,14 @@
 """Tensor names of MiMo V2 (`mimo_v2.py`), whose newer checkpoints have q, k and v of a layer as one FP8 matrix.
 
 The matrix is cut into as many parts as layers without a window have key-value heads. Each part has the rows of its
-query heads, then of its keys, then of its values, and blocks of FP8 scales begin anew in it (`quantization/fp8.py`).
+query heads, then of its keys, then of its values, and blocks of FP8 scales begin anew in it (`quantization/fp8.py`). In
+checkpoints with three matrices, blocks may begin anew in each head of keys.
 Source: `MiMoV2ForCausalLM` of vLLM.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,8 @@ from candle_vllm.core.models.attention_names import GG, HF, RepeatedValues, proj
 from candle_vllm.core.models.experts import expert_names
 from candle_vllm.core.models.glm4_moe import later_layers
 from candle_vllm.core.models.llama import LlamaConfig
+from candle_vllm.core.quantization.fp8 import Fp8Source
+from candle_vllm.core.quantization.stored import QuantisedTensor
 from candle_vllm.core.quantization.tensors import StoredTensor
 
 
@@ -28,7 +32,8 @@ def fused_rows(part: str) -> View:
 
     Raises:
         UnsupportedModelError: the matrix is not FP8; only for FP8 the order of its rows is known.
-        WeightsError: it has another number of rows, or key-value heads that cannot be divided among the parts.
+        WeightsError: it has another number of rows or of scales, or key-value heads that cannot be divided among the
+            parts.
     """
 
     def view(stored: StoredTensor, config: Any) -> StoredTensor:
@@ -37,8 +42,7 @@ def fused_rows(part: str) -> View:
                 f"{stored.path}: tensor {stored.name} is {stored.type_name}; qkv_proj is implemented for FP8 alone: "
                 "take a checkpoint in FP8, or one with q_proj, k_proj and v_proj"
             )
-        layer = next(int(part) for part in stored.name.split(".") if part.isdecimal()) % config.num_layers
-        heads, kv_heads = config.heads(layer)
+        heads, kv_heads = _heads(stored, config)
         count = config.num_kv_heads
         sizes = [heads * config.head_dim, kv_heads * config.head_dim, kv_heads * config.value_dim]
         if stored.shape[:1] != (sum(sizes),) or kv_heads % count or heads % count:
@@ -46,6 +50,7 @@ def fused_rows(part: str) -> View:
                 f"{stored.path}: tensor {stored.name} has shape {list(stored.shape)}; the model's config asks for "
                 f"{count} parts of {sizes} rows of q, k and v in all"
             )
+        stored = _anew(stored, count)
         ends = np.cumsum([0, *(size // count for size in sizes)])
         number = "qkv".index(part)
         rows = np.arange(sum(sizes)).reshape(count, -1)[:, ends[number] : ends[number + 1]]
@@ -54,10 +59,32 @@ def fused_rows(part: str) -> View:
     return view
 
 
+def _heads(stored: StoredTensor, config: LlamaConfig) -> tuple[int, int]:
+    """Heads, and key-value heads, of the layer that a tensor belongs to."""
+    return config.heads(next(int(part) for part in stored.name.split(".") if part.isdecimal()) % config.num_layers)
+
+
+def _anew(stored: StoredTensor, count: int) -> StoredTensor:
+    """An FP8 matrix whose blocks of scales begin anew in each of `count` parts."""
+    assert isinstance(stored, QuantisedTensor)
+    source = stored.source.parted(count) if isinstance(stored.source, Fp8Source) else None
+    if source is None:
+        raise WeightsError(f"{stored.path}: the scales of tensor {stored.name} are not those of {count} equal parts")
+    return dataclasses.replace(stored, source=source)
+
+
+def _keys(stored: StoredTensor, config: Any) -> StoredTensor:
+    """A matrix of keys, in whose heads blocks begin anew if its scales are more than those of one matrix."""
+    source = getattr(stored, "source", None)
+    anew = isinstance(source, Fp8Source) and source.refused is not None
+    return _anew(stored, _heads(stored, config)[1]) if anew else stored
+
+
 def _with_fused(line: WeightName, part: str) -> WeightName:
     """The line of a projection's weight that also reads the one matrix; `line.hf` is a name."""
     own = line.hf_view or chain()
-    names = Seen(str(line.hf), own), Seen(f"{HF}self_attn.qkv_proj.weight", chain(fused_rows(part), own))
+    one, fused = chain(_keys, own) if part == "k" else own, chain(fused_rows(part), own)
+    names = Seen(str(line.hf), one), Seen(f"{HF}self_attn.qkv_proj.weight", fused)
     return WeightName(line.target, names, line.gguf)
 
 

@@ -11,6 +11,7 @@ Source: Micikevicius et al., 2022, arXiv:2209.05433; DeepSeek-V3's `weight_dequa
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -30,6 +31,7 @@ METHODS = ("fp8", "fbgemm_fp8")
 NUMBERS = ("F8_E4M3", "F8_E5M2")
 SCALES = (*FLOATS, "F8_E8M0")
 
+_PARTED = (".qkv_proj", ".k_proj")  # the matrices of MiMo V2 in which blocks of scales may begin anew
 _NAMES: Mapping[str, Literal["e4m3", "e5m2"]] = MappingProxyType({"F8_E4M3": "e4m3", "F8_E5M2": "e5m2"})
 
 
@@ -41,7 +43,12 @@ class Fp8Source(FloatSource):
         scales: stored scales of the blocks of rows and columns, row by row.
         block: rows and columns of a block.
         height: rows of each of several matrices in `weight`, whose last blocks may be smaller; None for one matrix.
+
+    Attributes:
+        refused: the error for scales that are too many for one matrix; None if they fit, or after `parted`.
     """
+
+    refused: InvalidFileError | None = None
 
     def __init__(
         self, weight: StoredTensor, scales: StoredTensor, block: tuple[int, int], height: int | None = None
@@ -50,7 +57,17 @@ class Fp8Source(FloatSource):
         self._height = height or weight.shape[0]
         self.span = min(block[1], weight.shape[1])
 
+    def parted(self, count: int) -> Fp8Source | None:
+        """The source whose blocks begin anew in each of `count` equal parts of the rows; None if scales do not fit."""
+        if self._scales.numel == 1:
+            return self
+        made, (height, rest) = copy.copy(self), divmod(self._weight.shape[0], count)
+        made._height, made.refused = height, None
+        return made if not rest and count * -(-height // self._block[0]) == self._scales.shape[0] else None
+
     def read(self, first: int, last: int) -> ScaledCodes:
+        if self.refused is not None:
+            raise self.refused
         rows, columns = self._block
         matrix, row = np.divmod(np.arange(first, last), self._height)
         at = matrix * -(-self._height // rows) + row // rows
@@ -79,9 +96,11 @@ def fp8_tensor(parts: LayerTensors, block: tuple[int, int] | None) -> QuantisedT
         wanted = (-(-rows // block[0]), -(-columns // block[1]))
         if scale.shape == wanted:
             return parts.tensor("FP8", (rows, columns), Fp8Source(weight, scale, block))
-        if scale.shape[1:] == wanted[1:] and (height := _height(rows, scale.shape[0], block[0])):
-            return parts.tensor("FP8", (rows, columns), Fp8Source(weight, scale, block, height))
         allowed = f"{list(wanted)} for blocks of {block[0]} x {block[1]}"
+        if parts.layer.endswith(_PARTED) and scale.shape[1:] == wanted[1:] and wanted[0] < scale.shape[0] <= rows:
+            source = Fp8Source(weight, scale, block)
+            source.refused = parts.shape_error(scale, allowed, f"tensor {weight.name} has shape {[rows, columns]}")
+            return parts.tensor("FP8", (rows, columns), source)
     elif scale.numel == 1:
         return parts.tensor("FP8", (rows, columns), Fp8Source(weight, scale, (rows, columns)))
     elif scale.shape in ((rows, 1), (rows,)):
@@ -89,17 +108,6 @@ def fp8_tensor(parts: LayerTensors, block: tuple[int, int] | None) -> QuantisedT
     else:
         allowed = f"one number or [{rows}, 1], where the config has no weight_block_size"
     raise parts.shape_error(scale, allowed, f"tensor {weight.name} has shape {[rows, columns]}")
-
-
-def _height(rows: int, scales: int, block: int) -> int | None:
-    """Rows of each of the equal parts of a matrix in which blocks begin anew, as in MiMo V2's projections.
-
-    Returns:
-        None unless exactly one number of parts, none smaller than a block, has so many rows of scales.
-    """
-    counts = (count for count in range(2, rows // block + 1) if rows % count == 0)
-    found = [rows // count for count in counts if count * -(-rows // count // block) == scales]
-    return found[0] if len(found) == 1 else None
 
 
 def fp8_experts(parts: LayerTensors, block: tuple[int, int] | None) -> QuantisedTensor:
