@@ -139,6 +139,16 @@ def test_compiled_steps_read_the_same(text: Path, prompt: int) -> None:
     assert torch.equal(*made)
 
 
+def test_a_prompt_is_hashed_once() -> None:
+    """Its images are not read again while the answer grows, even if its last block is not full."""
+    request = GenerationRequest(request_id="r", prompt_token_ids=some_tokens(PROMPT), params=SamplingParams())
+    sequence = Sequence(request, 0, 0, answer_window=WINDOW)
+    hashes = sequence.hashes(BLOCK)
+    sequence.tokens += some_tokens(ANSWER)
+    assert sequence.hashes(BLOCK) is hashes
+    assert len(hashes) == PROMPT // BLOCK
+
+
 def answers(engine: InferenceEngine, prompts: list[list[int]], **more: Any) -> list[Any]:
     params = SamplingParams(**{"max_tokens": ANSWER, "temperature": 0, "ignore_eos": True} | more)
     return engine.generate(prompts, params, use_tqdm=False)

@@ -321,9 +321,10 @@ class BatchBuilder:
         count, size = len(scheduled), self._block_size
         decodes = count if scheduled[-1].decodes else sum(run.decodes for run in scheduled)  # decoding runs are first
         whole = decodes == count or all(run.wanted for run in scheduled)
-        tables = self._follow(scheduled) if size else np.zeros((count, 0), np.int64)
+        places = None if scheduled[0].sequence.answer_window is None else list(map(_places, scheduled))
+        tables = self._follow(scheduled, places) if size else np.zeros((count, 0), np.int64)
         few = count <= _FEW and sum([run.count for run in scheduled]) <= _FEW_ROWS
-        laid = _by_hand(scheduled, size) if few else self._by_arrays(scheduled, tables, whole)
+        laid = _by_hand(scheduled, places, size) if few else self._by_arrays(scheduled, places, tables, whole)
         total = len(laid.positions)
         if self._memory is None:
             tokens, context_lens = np.empty((4, total), np.int64), np.empty(count, np.int64)
@@ -391,18 +392,21 @@ class BatchBuilder:
                 rows.keeps[end - len(run.drafts) : end] = range(len(run.drafts))
         return rows
 
-    def _by_arrays(self, scheduled: Seq[Run], tables: Ints, whole: bool) -> _Laid:
+    def _by_arrays(self, scheduled: Seq[Run], given: Seq[tuple[int, int]] | None, tables: Ints, whole: bool) -> _Laid:
         """Lay out a step with numpy; `whole` is whether a token is sampled for every run."""
         count, size = len(scheduled), self._block_size
-        positions, contexts = (np.array(each) for each in zip(*map(_places, scheduled)))
+        positions = np.array([run.start for run in scheduled] if given is None else [first for first, _ in given])
         if scheduled[-1].decodes:  # decoding runs are first, so all runs decode
             rows = places = self._up_to(count)
-            query_start = self._up_to(count + 1)
+            query_start, contexts = self._up_to(count + 1), positions + 1
         else:
             counts = np.array([run.count for run in scheduled])
+            contexts = positions + counts
             query_start = np.concatenate(([0], np.cumsum(counts)))
             rows, places = np.repeat(self._up_to(count), counts), query_start[1:] - 1  # rows of sequences' last tokens
             positions = self._up_to(len(rows)) + (positions - query_start[:-1])[rows]
+        if given is not None:
+            contexts = np.array([end for _, end in given])
         slots: Ints | int = -1
         if size:
             blocks = positions // size
@@ -453,12 +457,16 @@ class BatchBuilder:
             begun.append((row, number, block))
         return tables[: len(step), : max(self._known)], begun
 
-    def _follow(self, scheduled: Seq[Run]) -> Ints:
+    def _follow(self, scheduled: Seq[Run], given: Seq[tuple[int, int]] | None) -> Ints:
         """Update the block tables for a step and return them, [R, maximum blocks]."""
         rows = [(item.sequence, item.admission) for item in scheduled]
         if rows != self._rows:
             self._rows, self._known = rows, [0] * len(rows)
-        needed = [(_places(item)[1] - 1) // self._block_size + 1 for item in scheduled]
+        size = self._block_size
+        if given is None:
+            needed = [(item.start + item.count - 1) // size + 1 for item in scheduled]
+        else:
+            needed = [(end - 1) // size + 1 for _, end in given]
         if needed != self._known:
             self._version = object()
             if self._memory is None:
@@ -496,21 +504,18 @@ def _goes_on(scheduled: Seq[Run], last: Batch, before: Seq[Run]) -> TypeGuard[St
 
 def _places(run: Run) -> tuple[int, int]:
     """Return the position in the block table of a run's first row, and the number of those that its last row reads."""
-    sequence, end = run.sequence, run.start + run.count
-    if sequence.answer_window is None:
-        return run.start, end
-    return sequence.place(run.start), sequence.num_places(end)
+    return run.sequence.place(run.start), run.sequence.num_places(run.start + run.count)
 
 
-def _by_hand(scheduled: Seq[Run], size: int) -> _Laid:
+def _by_hand(scheduled: Seq[Run], given: Seq[tuple[int, int]] | None, size: int) -> _Laid:
     """Lay out a few rows as `BatchBuilder._by_arrays` does, but without numpy: reading weights evicts numpy from the
     CPU caches, so one numpy call takes longer than this function."""
     ends, contexts, positions, slots, drawn = [0], list[int](), list[int](), list[int](), list[int]()
     for run in scheduled:
-        (first, context), table = _places(run), run.sequence.block_table
-        places = range(first, first + run.count)
+        first = run.start if given is None else given[len(contexts)][0]
+        places, table = range(first, first + run.count), run.sequence.block_table
         ends.append(ends[-1] + run.count)
-        contexts.append(context)
+        contexts.append(places.stop if given is None else given[len(contexts)][1])
         positions += places
         slots += [table[place // size] * size + place % size for place in places] if size else [-1] * run.count
         drawn += range(ends[-1] - run.wanted, ends[-1])

@@ -297,6 +297,7 @@ class Scheduler:
         """
         scheduled, prompts, tried, tries = [], [], 0, self.draft_rows > 0 and self.has_drafts
         running, apart = self.running, self.in_flight > 1
+        turns = bool(running) and running[0].answer_window is not None
         share = -(-len(running) // self.in_flight)
         position = 0
         while position < len(running):
@@ -307,7 +308,7 @@ class Scheduler:
             length, left = len(sequence.tokens) + sequence.num_ahead, sequence.num_uncomputed_tokens
             if left == 1 and length < sequence.max_length:
                 start = length - 1
-                if not self.blocks.extend(sequence, sequence.place(start)):
+                if not self.blocks.extend(sequence, sequence.place(start) if turns else start):
                     self._preempt(running[-1])
                     continue
                 if tries and (drafts := self._fitting_drafts(sequence, tried)):

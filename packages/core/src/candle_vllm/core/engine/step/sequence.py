@@ -209,6 +209,9 @@ class Sequence:
 
         With an `answer_window` only blocks of the prompt have hashes: others are overwritten, and are not a prompt's.
         """
+        known = self.tokens if self.answer_window is None else self.tokens[: self.num_prompt_tokens]
+        if len(known) < (len(self._hashes) + 1) * block_size:
+            return self._hashes
         marks = defaultdict[int, bytes](bytes)
         for (adapter, scale), start in zip(self._adapters, self.adapted_from):
             if start < NO_LIMIT:  # a different order of adapters changes the hash, but not the answer
@@ -218,7 +221,6 @@ class Sequence:
                 marks[place] += mark
             if (end := image.given.prefix) and not self._hashes:  # all keys and values depend on the whole prefix
                 marks[0] += b"prefix" + array("q", [end, *self.tokens[:end]]).tobytes() + image.given.key
-        known = self.tokens if self.answer_window is None else self.tokens[: self.num_prompt_tokens]
         self._hashes = block_hashes(known, block_size, self.request.params.cache_salt, self._hashes, marks)
         return self._hashes
 
