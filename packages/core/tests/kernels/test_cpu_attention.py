@@ -308,7 +308,8 @@ class Step:
             profile_count=len(profiles),
             profile_size=mirrored.shape[1],
         )
-        operations = attend_operation(model.dim, model.isa, *model.kinds), merge_operation(model.dim, model.kinds[1])
+        attend_address = attend_operation(model.dim, model.isa, *model.kinds, model.profiles is not None)
+        operations = attend_address, merge_operation(model.dim, model.kinds[1])
         both = [(each, attend) for each in operations]
         plan = plan_of(
             numbers, (rotate_and_write_operation(*model.kinds), write), *both, *both
