@@ -85,6 +85,7 @@ def ascending(costs: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[np
 def scipy() -> Iterator[None]:
     made, optimize = ModuleType("scipy"), ModuleType("scipy.optimize")
     optimize.linear_sum_assignment = ascending  # type: ignore[attr-defined]
+    made.__version__ = "1.0"  # type: ignore[attr-defined]  # Numba, which compiles missing operations, reads it
     with mock.patch.dict(sys.modules, {"scipy": made, "scipy.optimize": optimize}):
         yield
 
