@@ -443,6 +443,12 @@ def test_relative_logits(teams: dict[int, ThreadTeam], isa: Isa, extent: int) ->
         check(model, teams[2], [700, 41, 90], [1, 41, 30])
 
 
+def test_attention_without_relative_logits_has_no_code_for_them() -> None:
+    """It is another operation, in which the address of relative states is the constant 0."""
+    plain, relative = (attend_operation(64, host_isa(), BF16, BF16, each) for each in (False, True))
+    assert plain == attend_operation(64, host_isa(), BF16, BF16) != relative
+
+
 def test_a_sink_beyond_every_score_takes_all(teams: dict[int, ThreadTeam]) -> None:
     model = Model(sinks=torch.tensor([500.0, -500.0, 0.0]))
     table, qkv = Pages(model).table(90), random_qkv(model, 90, 5)
