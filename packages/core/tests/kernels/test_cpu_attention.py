@@ -308,7 +308,8 @@ class Step:
             profile_count=len(profiles),
             profile_size=mirrored.shape[1],
         )
-        operations = attend_operation(model.dim, model.isa, *model.kinds), merge_operation(model.dim, model.kinds[1])
+        attend_address = attend_operation(model.dim, model.isa, *model.kinds, model.profiles is not None)
+        operations = attend_address, merge_operation(model.dim, model.kinds[1])
         both = [(each, attend) for each in operations]
         plan = plan_of(
             numbers, (rotate_and_write_operation(*model.kinds), write), *both, *both
@@ -440,6 +441,12 @@ def test_relative_logits(teams: dict[int, ThreadTeam], isa: Isa, extent: int) ->
     for window, softcap in ((0, None), (50, 5.0)):
         model = Model(profiles=profiles, heads=6, kv_heads=2, isa=isa, window=window, softcap=softcap)
         check(model, teams[2], [700, 41, 90], [1, 41, 30])
+
+
+def test_attention_without_relative_logits_has_no_code_for_them() -> None:
+    """It is another operation, in which the address of relative states is the constant 0."""
+    plain, relative = (attend_operation(64, host_isa(), BF16, BF16, each) for each in (False, True))
+    assert plain == attend_operation(64, host_isa(), BF16, BF16) != relative
 
 
 def test_a_sink_beyond_every_score_takes_all(teams: dict[int, ThreadTeam]) -> None:

@@ -120,6 +120,7 @@ ROWS: dict[str, Mapping[str, Any]] = {
     "falcon_h1": _MAMBA,
     "gemma4": _text_of("gemma4_text"),
     "gemma4_unified": _text_of("gemma4_unified_text"),
+    "inkling2_text": {"unpadded_vocab_size": 264},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 16},
     "kimi_linear": {"layer_types": _TWO},
     "lfm3": {"layer_types": ["conv", "sliding_attention", "full_attention"], "num_hidden_layers": 3},

@@ -85,6 +85,7 @@ def ascending(costs: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[np
 def scipy() -> Iterator[None]:
     made, optimize = ModuleType("scipy"), ModuleType("scipy.optimize")
     optimize.linear_sum_assignment = ascending  # type: ignore[attr-defined]
+    made.__version__ = "1.0"  # type: ignore[attr-defined]  # Numba, which compiles missing operations, reads it
     with mock.patch.dict(sys.modules, {"scipy": made, "scipy.optimize": optimize}):
         yield
 
@@ -250,7 +251,8 @@ def test_the_published_config() -> None:
         ({"q_bias": True}, "q_bias is True"),
         ({"layer_types": ["hybrid", "full_attention"] * 33}, "layer_types has kinds of layers other than hybrid"),
         ({"mlp_layer_types": ["moe"] * 66}, "mlp_layer_types has kinds of layers other than dense"),
-        ({"num_key_value_heads": 7}, "key-value heads do not divide 64"),
+        ({"num_key_value_heads": 7}, "key-value heads must divide 64, which"),
+        ({"num_attention_heads": 96, "num_key_value_heads": 6}, "key-value heads must divide 32, which"),
         ({"v_head_dim": 64}, "v_head_dim is 64"),
         ({"final_logit_softcapping": 30.0}, "final_logit_softcapping is 30.0"),
     ],

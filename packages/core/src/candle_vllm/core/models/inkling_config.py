@@ -138,7 +138,10 @@ def config_from_hf(fields: Fields, model_type: str) -> InklingConfig:
     )
     own = heads_by_layer(heads, 1)
     if any(own["num_heads"] % count for count in kv_heads):
-        raise UnsupportedModelError(f"{fields.path}: {kv_heads!r:.80} key-value heads do not divide {own['num_heads']}")
+        raise UnsupportedModelError(
+            f"{fields.path}: layers have {heads!r:.80} query heads and {kv_heads!r:.80} key-value heads; a layer's "
+            f"key-value heads must divide {own['num_heads']}, which divides the query heads of each layer"
+        )
     return InklingConfig(
         **shared
         | own

@@ -207,8 +207,8 @@ def _attend_square(memory, chunk, to, size, rows, stride, cap, dim, keys_as, val
     value_squares(probabilities, tiles + VALUE_TILES, count, to, dim)
 
 
-def make_attend(head_dim: int, isa: int, keys_as: int, values_as: int) -> Callable[..., None]:
-    """Return `attend` for one head size, and one `CacheKind` of keys and of values."""
+def make_attend(head_dim: int, isa: int, keys_as: int, values_as: int, relates: int) -> Callable[..., None]:
+    """Return `attend` for one head size, one `CacheKind` of keys and of values, with or without relative logits."""
     keys_kind, values_kind = CacheKind(keys_as), CacheKind(values_as)
     key_size, value_size = key_bytes(keys_kind, head_dim), value_bytes(values_kind, head_dim)
     rotated = values_kind.is_quantised
@@ -272,7 +272,7 @@ def make_attend(head_dim: int, isa: int, keys_as: int, values_as: int) -> Callab
                 rest //= runs
                 head = first_head + rest % own_heads
                 slopes = given.slopes + 4 * head * group if given.slopes != 0 else 0
-                states_at = given.relative
+                states_at = given.relative if relates else 0  # a constant 0 removes the code of relative logits
                 if states_at != 0:
                     states_at += 4 * (token * given.relative_stride + head * group * given.profile_count)
                 relative = states_at, given.relative_stride, given.profiles, given.profile_count, given.profile_size

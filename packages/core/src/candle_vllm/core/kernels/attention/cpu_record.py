@@ -136,7 +136,7 @@ def record_attention(
         profile_count=len(mirrored),
         profile_size=mirrored.shape[1],
     )
-    recorder.add(attend_operation(dim, recorder.isa, keys, values), attended)
+    recorder.add(attend_operation(dim, recorder.isa, keys, values, scores.relative is not None), attended)
     recorder.add(merge_operation(dim, values), attended)
 
 
@@ -247,9 +247,9 @@ class AttendArguments(NamedTuple):
     profile_size: int = 0
 
 
-def attend_operation(head_dim: int, isa: Isa, keys: CacheKind, values: CacheKind) -> int:
-    """Return the address of the compiled `attend`."""
-    return operation("attention.cpu:make_attend", head_dim, attend_isa(isa, keys, values), keys, values)
+def attend_operation(head_dim: int, isa: Isa, keys: CacheKind, values: CacheKind, relates: bool = False) -> int:
+    """Return the address of the compiled `attend`; `relates` if there are relative logits."""
+    return operation("attention.cpu:make_attend", head_dim, attend_isa(isa, keys, values), keys, values, relates)
 
 
 def attend_isa(isa: Isa, keys: CacheKind, values: CacheKind) -> Isa:

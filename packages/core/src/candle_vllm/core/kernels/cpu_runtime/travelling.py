@@ -113,7 +113,7 @@ def functions(isa: Isa) -> Iterator[tuple[str, tuple[int, ...]]]:
     for keys, values in CACHES:
         yield "kv_write.cpu:make_rotate_and_write", (keys, values)
         for head_dim in filter(keys.fits, HEAD_DIMS):
-            yield "attention.cpu:make_attend", (head_dim, attend_isa(isa, keys, values), keys, values)
+            yield "attention.cpu:make_attend", (head_dim, attend_isa(isa, keys, values), keys, values, 0)
     for head_dim in HEAD_DIMS:
         for rotated in (0, 1):
             yield "attention.cpu:make_merge", (head_dim, rotated)

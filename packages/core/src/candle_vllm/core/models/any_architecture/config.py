@@ -96,7 +96,8 @@ def config_from_hf(values: Mapping[str, Any], path: Path) -> AnyConfig:
     hidden = _number(text, "hidden_size", "n_embd", "d_model") or 1
     return AnyConfig(
         model_type=kind,
-        vocab_size=_number(text, "vocab_size") or 0,
+        # a class with the second key returns no logits of rows that only pad the table
+        vocab_size=min(filter(None, (_number(text, key) for key in ("vocab_size", "unpadded_vocab_size"))), default=0),
         hidden_size=hidden,
         intermediate_size=_number(text, "intermediate_size", "n_inner", "ffn_dim", "d_ff") or 4 * hidden,
         num_layers=len(calls) or 1,
