@@ -345,7 +345,7 @@ def test_what_is_refused(changes: dict[str, Any], message: str) -> None:
 def test_the_texts_own_end_begins_n_grams() -> None:
     _, fields = text_fields(PUBLISHED["architectures"][0], PUBLISHED | {"eos_token_id": 5}, Path("config.json"))
     config = qwen4_exp.config_from_hf(fields, "qwen4_exp")
-    assert config.eos_token_ids == (248044, 5)
+    assert config.eos_token_ids == (5, 248044)
     assert config.ngrams is not None
     assert config.ngrams.hashes[1].eos == 248044
 
