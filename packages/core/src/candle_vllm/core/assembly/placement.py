@@ -307,7 +307,7 @@ def room_for_weights(
         checkpoint, part = checkpoint.with_tensors(rest), f"the part of {name} that is in main memory"
         on_host = room_for(part, host_bytes, "cpu_experts", lambda _: "set cpu_experts or cpu_offload_gb to less")
     what, size = f"the weights of {name}", memory_of(placement, checkpoint)
-    numbers = sum(tensor.numel for tensor in checkpoint.tensors.values())
+    numbers = sum(tensor.numel for tensor in checkpoint.tensors.values() if _memory_of(placement, tensor))
 
     def way(left: int) -> str:
         smaller = [kind for kind, bits in _SMALLER if bits < 8 * size / numbers - 1 and numbers * bits / 8 < left * 0.8]
