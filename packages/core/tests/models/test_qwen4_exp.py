@@ -24,6 +24,7 @@ from candle_vllm.core import (
 )
 from candle_vllm.core.assembly.opening import open_model
 from candle_vllm.core.assembly.stages import stage_of
+from candle_vllm.core.devices import CPU
 from candle_vllm.core.loading.source import resolve
 from candle_vllm.core.loading.towers import text_fields
 from candle_vllm.core.memory import Room, plan_cache
@@ -34,7 +35,6 @@ from packages.core.tests.models.families import ROWS
 from packages.core.tests.models.gguf_export import export_gguf
 from packages.core.tests.models.test_sparse_index import changed
 from packages.core.tests.models.tiny import (
-    CPU,
     LENGTH,
     eager_logits,
     error,
