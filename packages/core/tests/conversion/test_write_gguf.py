@@ -126,7 +126,8 @@ def test_a_family_comes_back_as_it_was(name: str, tmp_path: Path, words: Path) -
     assert error(logits(plain.path), logits(folder)) < (1e-5 if multiplied else 1e-6)
     quantised = write(folder, tmp_path / "q8_0.gguf", words, isq="q8_0")
     assert "Q8_0" in quantised.types
-    assert error(logits(quantised.path), logits(folder, isq="q8_0")) < (5e-3 if multiplied else 1e-6)
+    most = 4e-2 if name.startswith("Qwen4") else 5e-3 if multiplied else 1e-6  # a written table of n-grams is quantised
+    assert error(logits(quantised.path), logits(folder, isq="q8_0")) < most
 
 
 def test_every_family_says_how_its_models_are_written() -> None:

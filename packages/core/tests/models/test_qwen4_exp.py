@@ -22,12 +22,17 @@ from candle_vllm.core import (
     UnsupportedModelError,
     WeightsError,
 )
+from candle_vllm.core.assembly.opening import open_model
 from candle_vllm.core.assembly.stages import stage_of
+from candle_vllm.core.devices import CPU
+from candle_vllm.core.loading.source import resolve
 from candle_vllm.core.loading.towers import text_fields
 from candle_vllm.core.memory import Room, plan_cache
 from candle_vllm.core.models import eagle3, qwen4_exp
+from candle_vllm.core.models.registry import family_from_gguf
 from packages.core.tests.engine.drafted import same_times
 from packages.core.tests.models.families import ROWS
+from packages.core.tests.models.gguf_export import export_gguf
 from packages.core.tests.models.test_sparse_index import changed
 from packages.core.tests.models.tiny import (
     LENGTH,
@@ -173,6 +178,26 @@ def test_tables_of_other_types(dtype: torch.dtype, folder: Path, tmp_path: Path)
     save_file({name: rounded[name].to(weight.dtype) for name, weight in weights.items()}, plain / "model.safetensors")
     for logits in (eager_logits, recorded_logits):
         assert torch.equal(logits(made, some_tokens(20), [20]), logits(plain, some_tokens(20), [20]))
+
+
+@pytest.mark.parametrize("isq", [None, "q8_0", "q4k", "w8a8"])
+def test_a_table_stays_in_its_file(isq: str | None, folder: Path) -> None:
+    """In its own type, and without memory, whatever becomes of the matrices."""
+    loaded = load(folder, isq=isq)
+    table = next(layer.ngrams.table for layer in loaded.decoder.layers if layer.ngrams is not None)  # type: ignore[attr-defined]
+    assert {part.type_name for part in table._parts} == {"F32"}
+    assert sum(len(part) for part in table._arrays) == table.shape[0]
+    assert not any(part.flags.owndata or part.flags.writeable for part in table._arrays)
+
+
+@pytest.mark.parametrize(
+    "keys", [{"hidden_size": 72, "ple_embed_dim": 72, "heads_per_ngram": 1}, {"indexer_head_dim": 24}]
+)
+def test_sizes_without_kernels_run_op_by_op(keys: dict[str, Any], tmp_path: Path) -> None:
+    row, tokens = ROWS[NAMES[0]], some_tokens(40)
+    made = write_tiny(tmp_path, row.model_type, **dict(row.config) | keys)
+    assert not load(made).placement.recorded
+    assert spread(eager_logits(made, tokens, [40]), their_logits(made, tokens)) < 1e-5
 
 
 def test_stored_hashes_must_be_those_of_the_config(folder: Path, tmp_path: Path) -> None:
@@ -345,9 +370,31 @@ def test_what_is_refused(changes: dict[str, Any], message: str) -> None:
 def test_the_texts_own_end_begins_n_grams() -> None:
     _, fields = text_fields(PUBLISHED["architectures"][0], PUBLISHED | {"eos_token_id": 5}, Path("config.json"))
     config = qwen4_exp.config_from_hf(fields, "qwen4_exp")
-    assert config.eos_token_ids == (248044, 5)
+    assert config.eos_token_ids == (5, 248044)
     assert config.ngrams is not None
     assert config.ngrams.hashes[1].eos == 248044
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("attention.compress_ratios", [[4]] * 3, "groups of several sizes"),
+        ("attention.compress_ratios", [0, 0, 0], "attention without an indexer"),
+        ("ple.layers", [[1]], "not one layer with a delta net"),
+        ("ple.layers", [True], "not one layer with a delta net"),
+        ("ple.head_vocab_sizes", [0] * 4, "do not fit 4 heads"),
+        ("ple.head_offsets", [1 << 40] * 4, "too few for its hashes"),
+        ("ple.eos_token_id", 1 << 30, "eos_token_id that is a token"),
+    ],
+    ids=str,
+)
+def test_wrong_metadata_is_named(key: str, value: Any, message: str, tmp_path: Path) -> None:
+    row = ROWS[NAMES[0]]
+    export_gguf(write_tiny(tmp_path / "m", row.model_type, **row.config), tmp_path / "m.gguf", "qwen4exp")
+    with open_model(resolve(str(tmp_path / "m.gguf")), CPU).checkpoint as checkpoint:
+        metadata = dict(checkpoint.metadata) | {f"qwen4exp.{key}": value}
+        with pytest.raises((UnsupportedModelError, InvalidFileError), match=message):
+            family_from_gguf(metadata, checkpoint)
 
 
 def test_stages_are_refused(tmp_path: Path) -> None:

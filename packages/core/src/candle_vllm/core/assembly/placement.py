@@ -246,6 +246,8 @@ def recording_obstacle(checkpoint: Checkpoint, model: ModelConfig, block_size: i
     obstacle = matrix_obstacle(checkpoint)
     if obstacle is not None:
         return obstacle
+    if hasattr(model, "streams") and model.hidden_size % 16:
+        return f"residual streams of {model.hidden_size} elements have no kernel"
     if model.compresses:
         sizes = model.head_dim, 0 if model.index is None else model.index.rope + model.index.latent
         return f"compressed entries of {sizes} elements have no kernel" if any(n % 16 for n in sizes) else None
@@ -305,7 +307,7 @@ def room_for_weights(
         checkpoint, part = checkpoint.with_tensors(rest), f"the part of {name} that is in main memory"
         on_host = room_for(part, host_bytes, "cpu_experts", lambda _: "set cpu_experts or cpu_offload_gb to less")
     what, size = f"the weights of {name}", memory_of(placement, checkpoint)
-    numbers = sum(tensor.numel for tensor in checkpoint.tensors.values())
+    numbers = sum(tensor.numel for tensor in checkpoint.tensors.values() if _memory_of(placement, tensor))
 
     def way(left: int) -> str:
         smaller = [kind for kind, bits in _SMALLER if bits < 8 * size / numbers - 1 and numbers * bits / 8 < left * 0.8]

@@ -110,7 +110,8 @@ def _copy(writer: GGUFWriter, key: str, value: Any, code: int, element: int) -> 
 
 def _add(writer: GGUFWriter, key: str, value: Any) -> None:
     kinds = {bool: "BOOL", int: "UINT32", float: "FLOAT32", str: "STRING"}
-    signed, long = key.endswith((".token_type", ".deepstack_mapping")), ".ple." in key and isinstance(value, list)
+    signed = key.endswith((".token_type", ".deepstack_mapping"))
+    long = key.endswith((".layer_multipliers", ".head_vocab_sizes", ".head_offsets"))
     for number in value if isinstance(value, list) else [value]:
         large = isinstance(number, float) and _FLOAT32 < abs(number) < math.inf
         if large or (type(number) is int and not -signed <= number < 1 << (64 if long else 32)):

@@ -210,7 +210,8 @@ def text_fields(
     deep = Fields(config, path).section("vision_config").get("deepstack_visual_indexes", list, [])
     values["n_deepstack_layers"] = len(deep)  # GGUF's name of the key
     values |= {key: config[key] for key in _DEEP if architecture.startswith("Granite4Vision") and key in config}
-    values["eos_token_id"] = [*_ids(text, path), *_ids(config, path)]
+    values["text_eos_token_id"] = [*_ids(text, path)]  # which begins n-grams, whatever ends an answer
+    values["eos_token_id"] = [*_ids(config, path), *_ids(text, path)]
     values["tie_word_embeddings"] = _tied((Fields(config, path), Fields(text, path)), tensors)
     return allowed[model_type], Fields({prefix + key: value for key, value in values.items()}, path, prefix)
 

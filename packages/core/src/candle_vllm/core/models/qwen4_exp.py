@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Qwen4 (Qwen3.8-Flash-Next): delta nets and attention to chosen blocks between gated residual streams, with experts.
 
-Delta nets, attention and experts are those of Qwen3.5 (`qwen3_next.py`); `qwen4_exp_parts.py` has the residual streams
-and the indexer, `ngram_embeddings.py` the embeddings of hashed n-grams that some layers add to the streams first.
+Delta nets, attention and experts are those of Qwen3.5 (`qwen3_next.py`); `qwen4_exp_parts.py` has the residual streams,
+`block_index.py` the indexer, and `ngram_layer.py` the embeddings of hashed n-grams that some layers add to the streams
+first.
 Layers for multi-token prediction are not loaded. Source: transformers' `Qwen4ExpTextModel`.
 Shapes: T tokens, N streams, E hidden, V vocabulary.
 """

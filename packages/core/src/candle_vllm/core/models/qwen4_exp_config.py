@@ -73,7 +73,8 @@ def config_from_hf(fields: Fields, model_type: str) -> Qwen4ExpConfig:
     base = dataclasses.replace(base, mixture=mixture, model_type=model_type)
     if fields.count("indexer_kv_heads") != 1:
         raise UnsupportedModelError(f"{fields.path}: indexer_kv_heads other than 1 is not implemented")
-    eos, sizes = next(iter(base.eos_token_ids), None), (base.hidden_size, base.vocab_size)
+    ends = fields.token_ids("text_eos_token_id") or base.eos_token_ids
+    eos, sizes = next(iter(ends), None), (base.hidden_size, base.vocab_size)
     return qwen4_config(
         fields,
         base,

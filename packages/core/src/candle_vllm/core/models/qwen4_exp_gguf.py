@@ -23,8 +23,8 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> Qwen4ExpConfig:
     """Read GGUF metadata of qwen4exp."""
     base, at = qwen3_next_config.config_from_gguf(fields, checkpoint), "attention.indexer."
     ratios = listed(fields, "attention.compress_ratios", base.num_layers, 0)
-    pools = {ratio for layer, ratio in enumerate(ratios) if layer not in base.delta_layers}
-    if len(pools) != 1 or not all(type(pool) is int and pool > 0 for pool in pools):
+    pools = [ratio for layer, ratio in enumerate(ratios) if layer not in base.delta_layers]
+    if not pools or not all(type(pool) is int and 0 < pool == pools[0] for pool in pools):
         raise UnsupportedModelError(
             f"{fields.path}: {fields.prefix}attention.compress_ratios is {ratios!r:.80}: attention without an indexer, "
             "or with groups of several sizes, is not implemented"
@@ -32,7 +32,7 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> Qwen4ExpConfig:
     return qwen4_config(
         fields,
         base,
-        index=(fields.count(f"{at}head_count"), fields.count(f"{at}key_length"), fields.count(f"{at}top_k"), *pools),
+        index=(fields.count(f"{at}head_count"), fields.count(f"{at}key_length"), fields.count(f"{at}top_k"), pools[0]),
         streams=fields.count("hyper_connection.count"),
         mix_rank=fields.count("hyper_connection.low_rank"),
         gate="sigmoid",
@@ -44,7 +44,7 @@ def _ngrams(fields: Fields, config: Qwen3NextConfig, checkpoint: Checkpoint) -> 
     layers = fields.get("ple.layers", list, [])
     if not layers:
         return None
-    if len(layers) != 1 or layers[0] not in config.delta_layers:
+    if len(layers) != 1 or type(layers[0]) is not int or layers[0] not in config.delta_layers:
         raise InvalidFileError(
             f"{fields.path}: {fields.prefix}ple.layers is {layers!r:.80}, not one layer with a delta net"
         )

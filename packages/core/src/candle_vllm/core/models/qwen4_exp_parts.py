@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Parts of Qwen4's layers: gated residual streams, and attention to blocks that an indexer chooses.
+"""Gated residual streams of Qwen4's layers.
 
 A sublayer reads the mean of N streams x, normalised and gated for each element by a low-rank product; its result is
-added to each stream with the factor 2 sigmoid of a score. Queries and keys of attention are those of Qwen3.5.
-Source: transformers' `Qwen4ExpTextGatedResidual` and `Qwen4ExpTextQSAIndexer`.
-Shapes: T tokens, N streams, E hidden, H heads of D elements, Hi index heads of Di elements.
+added to each stream with the factor 2 sigmoid of a score. Source: transformers' `Qwen4ExpTextGatedResidual`.
+Shapes: T tokens, N streams, E hidden.
 """
 
 from __future__ import annotations
