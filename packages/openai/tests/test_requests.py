@@ -435,7 +435,7 @@ SAMPLERS = {
     "repeat_last_n": 64, "top_n_sigma": 1.5, "typical_p": 0.9, "xtc_probability": 0.5, "xtc_threshold": 0.2,
     "dynatemp_range": 0.5, "dynatemp_exponent": 2.0, "mirostat": 2, "mirostat_tau": 4.0, "mirostat_eta": 0.2,
     "dry_multiplier": 0.8, "dry_base": 1.5, "dry_allowed_length": 3, "dry_penalty_last_n": 128,
-    "dry_sequence_breakers": ["x"], "num_speculative_tokens": 3,
+    "dry_sequence_breakers": ["x"], "num_speculative_tokens": 3, "stream_interval": 4,
 }  # fmt: skip
 
 

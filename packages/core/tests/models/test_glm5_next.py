@@ -105,6 +105,7 @@ def test_every_cut_of_the_prompt(cut: int, folder: Path) -> None:
     assert torch.equal(recorded_logits(folder, tokens, [cut, LENGTH - cut]), whole)
 
 
+@pytest.mark.one_of_each(4)
 @pytest.mark.parametrize(
     ("keys", "least"),
     [

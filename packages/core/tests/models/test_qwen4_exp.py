@@ -106,6 +106,7 @@ def test_every_cut_of_the_prompt(cut: int, folder: Path) -> None:
     assert torch.equal(recorded_logits(folder, tokens, [cut, LENGTH - cut]), whole)
 
 
+@pytest.mark.one_of_each(6)
 @pytest.mark.parametrize(
     ("keys", "least"),
     [
@@ -180,6 +181,7 @@ def test_tables_of_other_types(dtype: torch.dtype, folder: Path, tmp_path: Path)
         assert torch.equal(logits(made, some_tokens(20), [20]), logits(plain, some_tokens(20), [20]))
 
 
+@pytest.mark.one_of_each(3)
 @pytest.mark.parametrize("isq", [None, "q8_0", "q4k", "w8a8"])
 def test_a_table_stays_in_its_file(isq: str | None, folder: Path) -> None:
     """In its own type, and without memory, whatever becomes of the matrices."""

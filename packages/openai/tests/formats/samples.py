@@ -119,6 +119,7 @@ _M3 = (
 SAMPLES: tuple[Sample, ...] = (
     Sample("json", f"{_A}", ONE),
     Sample("json", f"Here:\n```json\n{_A}\n```", ONE, "Here:"),
+    Sample("json", "◁think▷Hm.◁/think▷Ok.", [], "Ok.", "Hm.", "kimi_vl"),
     Sample("json", f"[{_A}, {_B}]", TWO),
     Sample("json", '{"name": "Ann", "age": 3}', [], '{"name": "Ann", "age": 3}'),
     Sample("json", '```json\n{"name": "Ann"}\n```\n', [], '```json\n{"name": "Ann"}\n```\n'),

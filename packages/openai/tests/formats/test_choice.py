@@ -233,6 +233,7 @@ def test_what_a_template_needs() -> None:
         ("<think></think>", "think", False),
         ("</think>", "think", False),
         ("say <think> please<|end|><|assistant|>", "think", False),
+        ("<|im_assistant|>assistant<|im_middle|>◁think▷", "kimi_vl", True),
         ("<|START_THINKING|>", "cohere", True),
         ("<|START_THINKING|><|END_THINKING|>", "cohere", False),
         ("<|open|>think<|sep|>", "kimi_k3", True),

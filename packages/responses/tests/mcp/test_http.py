@@ -169,7 +169,7 @@ async def test_no_log_and_no_sentence_has_a_token(status: int, caplog: pytest.Lo
             return httpx2.Response(status, json={"access_token": ["hush"]})
         return servers(request)
 
-    with caplog.at_level(logging.DEBUG), pytest.raises(OAuthTokenError) as caught:
+    with caplog.at_level(logging.DEBUG, "mcp"), pytest.raises(OAuthTokenError) as caught:
         async with httpx2.AsyncClient(transport=httpx2.MockTransport(answer), auth=auth_of()) as sender:
             await sender.post(URL)
     assert "OAuth flow error" in caplog.text

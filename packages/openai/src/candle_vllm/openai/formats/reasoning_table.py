@@ -49,6 +49,7 @@ REASONING_FORMATS: tuple[ReasoningFormat, ...] = (
         aliases=("granite32",),
     ),
     ReasoningFormat("mistral", "[THINK]", "[/THINK]", aliases=("magistral",)),
+    ReasoningFormat("kimi_vl", "◁think▷", "◁/think▷", model_types=("kimi_vl",)),
     ReasoningFormat("seed_oss", "<seed:think>", "</seed:think>", model_types=("seed_oss",)),
     ReasoningFormat(
         "hunyuan_v3",
