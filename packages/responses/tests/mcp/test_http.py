@@ -161,15 +161,19 @@ async def test_an_expired_token_is_refreshed_or_replaced(refreshes: bool) -> Non
 
 
 @pytest.mark.parametrize("status", [200, 400])
-async def test_no_log_and_no_sentence_has_a_token(status: int, caplog: pytest.LogCaptureFixture) -> None:
-    servers = Servers()
+async def test_no_log_and_no_sentence_has_a_token(
+    status: int, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    servers, logger = Servers(), logging.getLogger("mcp.client.auth.oauth2")
+    monkeypatch.setattr(logger, "handlers", [caplog.handler])  # whatever other tests have set above this logger
+    monkeypatch.setattr(logger, "disabled", False)
 
     def answer(request: httpx2.Request) -> httpx2.Response:
         if request.url.path == "/token":
             return httpx2.Response(status, json={"access_token": ["hush"]})
         return servers(request)
 
-    with caplog.at_level(logging.DEBUG, "mcp"), pytest.raises(OAuthTokenError) as caught:
+    with caplog.at_level(logging.DEBUG, logger.name), pytest.raises(OAuthTokenError) as caught:
         async with httpx2.AsyncClient(transport=httpx2.MockTransport(answer), auth=auth_of()) as sender:
             await sender.post(URL)
     assert "OAuth flow error" in caplog.text
