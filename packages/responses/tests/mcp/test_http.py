@@ -6,12 +6,14 @@ from __future__ import annotations
 import asyncio
 import base64
 import logging
+from typing import Any
 from urllib.parse import parse_qs
 
 import httpx2
 import pytest
 from mcp.client.auth.exceptions import OAuthTokenError
 
+from candle_vllm.core import shown
 from candle_vllm.responses.mcp.http import http_auth
 from candle_vllm.responses.mcp.peer import Peer
 from candle_vllm.responses.mcp.server_config import McpServerConfig
@@ -160,10 +162,13 @@ async def test_an_expired_token_is_refreshed_or_replaced(refreshes: bool) -> Non
     assert kinds == [*first, "client_credentials"]
 
 
+@pytest.mark.parametrize("factory", [logging.LogRecord, shown._record])
 @pytest.mark.parametrize("status", [200, 400])
 async def test_no_log_and_no_sentence_has_a_token(
-    status: int, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    status: int, factory: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Neither with Python's records nor with those of `start_logging`, which have their traceback as text."""
+    monkeypatch.setattr(logging, "_logRecordFactory", factory)
     servers, logger = Servers(), logging.getLogger("mcp.client.auth.oauth2")
     monkeypatch.setattr(logger, "handlers", [caplog.handler])  # whatever other tests have set above this logger
     monkeypatch.setattr(logger, "disabled", False)

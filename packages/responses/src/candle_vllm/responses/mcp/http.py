@@ -36,7 +36,7 @@ _tls = cache(httpx2.create_ssl_context)  # reading the certificate authorities b
 
 def _without_traceback(record: logging.LogRecord) -> bool:
     """Drop the SDK's traceback, in whose last line is the body of the answer: it may have a token or the secret."""
-    record.exc_info = None
+    record.exc_info = record.exc_text = None  # a record of `start_logging` has the text already
     return True
 
 
