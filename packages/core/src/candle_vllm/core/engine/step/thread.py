@@ -103,16 +103,19 @@ class OutputQueue:
 
 @dataclasses.dataclass
 class _Client:
-    """A live request: the sink of its caller, its number of unfinished sequences, and tokens of an output."""
+    """A live request: the sink of its caller, and its number of unfinished sequences."""
 
     sink: Sink
     unfinished: int
-    interval: int = 1
+    interval: int = 1  # new tokens of each output that is delivered, after the first token
     begun: bool = False  # whether the sink has had an output
     held: dict[int, list[TokenOutput]] = dataclasses.field(default_factory=dict)  # by index, once it has had a token
 
     def due(self, piece: TokenOutput) -> TokenOutput | None:
-        """Join an output with those held back; None if it is held back, too, until there are `interval` tokens."""
+        """Return an output, joined with those before it that were held back.
+
+        Outputs with fewer than `interval` tokens are held back, unless the sequence ends; the result is then None.
+        """
         if piece.index not in self.held:  # the first token is not held back
             if piece.token_ids:
                 self.held[piece.index] = []
