@@ -133,7 +133,7 @@ def test_two_nodes_answer_lose_a_rank_and_come_back(model: Path, right: list[tup
             dies(engine, lambda: os.kill(rank, signal.SIGKILL), "rank 1 at 127.0.0.1 has ended")
         with engine_of(model, port, pipeline_parallel_size=1) as engine:  # the node has started another rank
             assert tokens(engine) == right
-        wait_for(lambda: "wait for the first node" in second.said)
+        wait_for(lambda: "rank 1 exit status 0); new ones wait for the first node" in second.said)  # it was not aborted
 
 
 @pytest.mark.every_case
