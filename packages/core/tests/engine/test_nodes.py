@@ -334,7 +334,7 @@ def test_what_a_node_was_started_with_is_checked() -> None:
         ({"nnodes": 1, "master_addr": "127.0.0.1", "master_port": 4000}, "master_port is for several nodes"),
         ({"cluster_key": None}, "cluster_key"),
         ({"cluster_key": "short"}, "16 characters"),
-        ({"tensor_parallel_size": 3}, "cannot be divided among 2 nodes"),
+        ({"tensor_parallel_size": 3}, "cannot be divided among 2 nodes, .* set tensor_parallel_size=2 or a multiple"),
         ({"master_addr": "0.0.0.0"}, "every address"),
         ({"data_parallel_size": 2}, "replicas on several machines"),
     ):

@@ -604,7 +604,7 @@ class EngineConfig(ExplainedSettings):
              f"node_rank {self.node_rank} of {self.nnodes} nodes: the first one has 0"),
             ("nnodes", self.ranks % self.nnodes,
              f"{self.ranks} ranks (tensor_parallel_size times pipeline_parallel_size) cannot be divided among "
-             f"{self.nnodes} nodes: each must have the same number"),
+             f"{self.nnodes} nodes, each with the same number: set tensor_parallel_size={self.nnodes} or a multiple"),
             ("data_parallel_size", self.data_parallel_size > 1,
              "replicas on several machines are not implemented: leave data_parallel_size out, or start a server on "
              "each machine behind a proxy"),
