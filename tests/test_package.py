@@ -127,6 +127,8 @@ def test_a_package_lists_its_public_names(part: str) -> None:
         ("from candle_vllm import EngineBuilder", ": the name here is InferenceEngine"),
         ("from candle_vllm import ToolCall", ": messages and tools are dictionaries in OpenAI's form"),
         ("from candle_vllm import Tool", ": messages and tools are dictionaries in OpenAI's form"),
+        ("from candle_vllm.openai import Message", ": messages and tools are dictionaries in OpenAI's form"),
+        ("from candle_vllm.openai import ChatCompletions", r" \(did you mean ChatCompletion\?\)"),
         ("from candle_vllm.responses import McpClient", ": McpFleet of candle_vllm.responses has the tools of .*"),
         ("from candle_vllm.responses import ResponseSession", r" \(did you mean ResponsesSession\?\)"),
         ("from candle_vllm.server import Setting", r" \(did you mean Settings\?\)"),

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
 import shutil
@@ -613,14 +614,23 @@ def test_an_answer_has_bytes_and_time_as_a_whole(lie: str, monkeypatch: pytest.M
         ("redis://", "must be redis"),
         ("redis://h:port", "must be redis"),
         ("redis://h/first", "the database is a number"),
-        ("redis://h?ssl_cert_reqs=none", "ssl_cert_reqs cannot be set"),
-        ("redis://h?socket_timeout=600", "socket_timeout cannot be set"),
+        ("redis://h?ssl_cert_reqs=none", "ssl_cert_reqs, which cannot be set"),
+        ("redis://h?socket_timeout=600", "socket_timeout, which cannot be set"),
     ],
 )
-def test_wrong_addresses_are_refused(url: str, why: str) -> None:
-    with pytest.raises(ConfigError, match=why) as caught:
-        RedisBlocks(url, "a", 1 << 20, 1000)
+def test_wrong_addresses_are_refused_before_anything_is_loaded(url: str, why: str) -> None:
+    with pytest.raises(ConfigError, match=f"prompt_cache_url .*{why}") as caught:
+        EngineConfig(model="m", prompt_cache_url=url)
     assert caught.value.setting == "prompt_cache_url"
+
+
+def test_a_missing_client_of_redis_is_told_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"prompt_cache_url needs the package redis: .* --extra redis"):
+        EngineConfig(model="m", prompt_cache_url="redis://h")
+
+
+def test_a_limit_below_one_block_is_refused() -> None:
     with pytest.raises(ConfigError, match="is too small for one block"):
         RedisBlocks("redis://h", "a", 1000, 1000)
 

@@ -119,6 +119,7 @@ def test_prompts_in_one_piece_whatever_the_order(names: tuple[str, str]) -> None
         ({"limit_mm_per_prompt": {"video": {"num_frames": 9}}}, ConfigError, "limit_mm_per_prompt has 'video': images"),
         ({"limit_mm_per_prompt": 2}, ConfigError, "limit_mm_per_prompt must be a JSON object of counts"),
         ({"logits_processors": [object]}, TypeError, "requests have them, as functions"),
+        ({"quantization": "bitsandbytes"}, ConfigError, "quantization 'bitsandbytes' is not supported: leave it out"),
         ({"temperature": 1}, TypeError, "requests have it"),
         ({"max_modle_len": 5}, TypeError, "did you mean max_model_len"),
         ({"dtype": "int8"}, ConfigError, "dtype 'int8'"),

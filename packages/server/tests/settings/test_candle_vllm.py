@@ -209,7 +209,8 @@ def test_keys_with_a_meaning_are_honoured(load: Load) -> None:
     ]  # fmt: skip
     fixed, sample = _entries(load, "models-fixed")["fixed"], _entries(load, "sample.models")["a"]
     assert (fixed.device, fixed.isq, fixed.mem, sample.enable_prefix_caching) == ("cuda:1,cuda:2", None, 4096, False)
-    assert _entries(load, "models-minimal")["tiny"].device == "cpu"
+    tiny = _entries(load, "models-minimal")["tiny"]
+    assert (tiny.device, tiny.max_images, vision.max_images) == ("cpu", 0, None)  # vision_mode disabled, proxy
 
 
 def test_the_mailbox_of_a_parking_lot(load: Load) -> None:

@@ -102,7 +102,7 @@ TRANSLATED: dict[str, dict[str, Any]] = {
     "-ncmoe 10": {"cpu_experts": 10},
     "--cpu-moe": {"cpu_experts": 1024},
     "--num-experts-offload-per-rank 0": {"cpu_experts": 0},
-    "--num-experts-offload-per-rank 15": {"cpu_experts": None},
+    "--num-experts-offload-per-rank 15": {},
     "-tp 2 -mg 0": {"tensor_parallel_size": 2, "device": "auto"},
     "--main-gpu 1": {"device": "cuda:1"},
     "--spec-method ngram --spec-tokens 4": {"speculative_config": {"method": "ngram", "num_speculative_tokens": 4}},
@@ -142,8 +142,10 @@ def test_what_flags_are_taken_for(line: str) -> None:
 
 
 def test_a_flag_without_effect_is_named() -> None:
-    source, _ = parse("serve", ["-O3", "--swap-space", "4", "--jinja"])
-    assert [remark.split(" has no effect here: ")[0] for remark in source.remarks] == ["-O3", "--swap-space"]
+    experts = "--num-experts-offload-per-rank"
+    source, _ = parse("serve", ["-O3", "--swap-space", "4", "--jinja", experts, "8"])
+    assert [remark.split(" has no effect here: ")[0] for remark in source.remarks] == ["-O3", "--swap-space", experts]
+    assert parse("serve", [experts, "0"])[0].remarks == ()  # it is --cpu-experts 0
 
 
 @pytest.mark.parametrize(

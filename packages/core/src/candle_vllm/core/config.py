@@ -31,6 +31,7 @@ from candle_vllm.core.setting_kinds import (
     OnOffFolder,
     PathOrName,
     QuantisedType,
+    RedisUrl,
     Text,
     nearest,
 )
@@ -463,11 +464,10 @@ class EngineConfig(ExplainedSettings):
     prompt_cache_path: Annotated[Path | None, FilePath(), "folder to which full KV blocks are written, so that prompt "
                                  "prefixes are found again after a restart",
                                  "It is created for this user only. None keeps blocks in memory only."] = None
-    prompt_cache_url: Annotated[str | None, Text(), "Redis to which full KV blocks are written, shared by all servers "
-                                "of a model: redis://user:password@host:port/db, or rediss:// for TLS",
-                                "It is asked after the folder of prompt_cache_path, if "
-                                "there is one."] = dataclasses.field(
-        default=None, repr=False)
+    prompt_cache_url: Annotated[str | None, RedisUrl(), "Redis to which full KV blocks are written, shared by all "
+                                "servers of a model: redis://user:password@host:port/db, or rediss:// for TLS",
+                                "It is asked after the folder of prompt_cache_path, if there is one."
+                                ] = dataclasses.field(default=None, repr=False)
     prompt_cache_bytes: Annotated[int, Integer(1 << 20, 1 << 60), "most bytes in prompt_cache_path, and in Redis for "
                                   "each model; the least recently used blocks are deleted"] = 8 << 30
     speculative_config: Annotated[Mapping[str, Any] | None, JsonObject(kinds=_DRAFT_KINDS),
@@ -604,7 +604,7 @@ class EngineConfig(ExplainedSettings):
              f"node_rank {self.node_rank} of {self.nnodes} nodes: the first one has 0"),
             ("nnodes", self.ranks % self.nnodes,
              f"{self.ranks} ranks (tensor_parallel_size times pipeline_parallel_size) cannot be divided among "
-             f"{self.nnodes} nodes: each must have the same number"),
+             f"{self.nnodes} nodes, each with the same number: set tensor_parallel_size={self.nnodes} or a multiple"),
             ("data_parallel_size", self.data_parallel_size > 1,
              "replicas on several machines are not implemented: leave data_parallel_size out, or start a server on "
              "each machine behind a proxy"),

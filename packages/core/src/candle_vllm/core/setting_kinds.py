@@ -9,6 +9,7 @@ name before it, and for `taken` also the value.
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import json
 import math
 import os
@@ -18,6 +19,9 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import parse_qs, urlsplit
+
+from candle_vllm.core.errors import with_extra
 
 _UNITS = {
     "": 1,
@@ -29,6 +33,7 @@ _NUMBER = re.compile(r"[+-]?(\d{1,20}(\.\d{0,20})?|\.\d{1,20})([eE][+-]?\d{1,2})
 _DEVICE = re.compile(r"auto|cpu|cuda(:(0|[1-9]\d{0,2}))?", re.ASCII)
 _DEVICES = re.compile(r"cuda:(0|[1-9]\d{0,2})(,cuda:(0|[1-9]\d{0,2})){1,63}", re.ASCII)
 _NUMBERED = re.compile(r"\d{1,3}", re.ASCII)
+_REDIS_OPTIONS = frozenset({"ssl_ca_certs", "ssl_certfile", "ssl_keyfile"})
 _APPLE = ("metal", "mps")
 _NO_METAL = "is Apple's GPU, which is not supported: set cpu, which auto chooses there as well"
 _SWITCHES = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
@@ -125,6 +130,34 @@ class Hosts:
         for host in Text(self.most).check(value).split(","):
             check_pattern(host.strip())
         return value
+
+
+@dataclass(frozen=True)
+class RedisUrl(Text):
+    """URL of a Redis server, which needs the package redis. Errors do not show it, because it may have a password."""
+
+    def taken(self, value: Any) -> str:
+        return self.check(super().taken(value))
+
+    def check(self, value: Any) -> str:
+        url = super().check(value)
+        expected = "must be redis://[user:password@]host[:port][/db], rediss://... or unix://path"
+        try:
+            parts = urlsplit(url)
+            _ = parts.port
+        except ValueError:  # the exception may contain a password with a slash
+            raise ValueError(f"{expected}; its host or port is not valid") from None
+        is_socket, database = parts.scheme == "unix", parts.path.strip("/")
+        if parts.scheme not in ("redis", "rediss", "unix") or not (parts.hostname or is_socket):
+            raise ValueError(expected)
+        if database and not database.isdecimal() and not is_socket:
+            raise ValueError(f"{expected}: the database is a number")
+        if unknown := sorted(parse_qs(parts.query, keep_blank_values=True).keys() - _REDIS_OPTIONS):
+            options = ", ".join(sorted(_REDIS_OPTIONS))
+            raise ValueError(f"has {', '.join(unknown)[:100]}, which cannot be set there; {options} can")
+        if importlib.util.find_spec("redis") is None:
+            raise ValueError(f"needs the package redis: {with_extra('redis')}")
+        return url
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: MIT
 """The OpenAI API over a candle-vllm engine, without HTTP: requests, answers, streams and errors."""
 
+from typing import TYPE_CHECKING, Any
+
+from candle_vllm.core.arguments import missing_name
 from candle_vllm.openai.adapter import OpenAIAdapter
 from candle_vllm.openai.answers import ChunkStream
 from candle_vllm.openai.embedding import parse_embedding_request, parse_rerank_request, parse_score_request
@@ -67,6 +70,11 @@ __all__ = [
     "to_json_bytes",
     "to_sampling_params",
 ]
+
+if not TYPE_CHECKING:  # a type checker would accept every name of a module with `__getattr__`
+
+    def __getattr__(name: str) -> Any:
+        raise missing_name(__name__, name, __all__)
 
 
 def __dir__() -> list[str]:

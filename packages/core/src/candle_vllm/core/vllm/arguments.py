@@ -18,6 +18,7 @@ from candle_vllm.core.assembly.model import sampling_defaults
 from candle_vllm.core.config import CACHE_ALIASES, SETTINGS, EngineConfig
 from candle_vllm.core.errors import ConfigError
 from candle_vllm.core.fields import Fields, read_json
+from candle_vllm.core.foreign_names import foreign_tables
 from candle_vllm.core.pooling import PoolingParams, TextPooling
 from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.core.setting_kinds import Boolean
@@ -55,6 +56,9 @@ def translated(model: str | Path | EngineConfig, given: Mapping[str, Any]) -> Tr
     rest = _with_drafts(given)
     pooling = _pooling_params(rest.pop("pooler_config", None))
     quantization = rest.pop("quantization", None)
+    if quantization is not None and quantization not in _methods():
+        said = f"quantization {quantization!r:.60} is not supported: leave it out, because the checkpoint defines it"
+        raise ConfigError(f"{said}, or use isq, which quantises plain weights", "quantization")
     generation = _generation(rest.pop("generation_config", "auto"))
     sampling = _overrides(rest.pop("override_generation_config", None))
     if isinstance(model, EngineConfig):
@@ -73,6 +77,12 @@ def translated(model: str | Path | EngineConfig, given: Mapping[str, Any]) -> Tr
     if settings.get("tokenizer") == str(model):
         del settings["tokenizer"]
     return Translated(EngineConfig(**settings), pooling, quantization, generation, sampling)
+
+
+def _methods() -> set[str]:
+    """Return the quantization methods of checkpoints, in vLLM's names: the values of its flag."""
+    becomes = next(row[1] for row in foreign_tables()["Flags"] if "--quantization" in row[0].split())
+    return {each.strip(" :") for each in becomes.split(";")}
 
 
 def check_quantization(said: str | None, stored: str | None) -> None:

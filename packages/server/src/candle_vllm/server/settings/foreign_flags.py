@@ -32,7 +32,7 @@ class Row(NamedTuple):
         becomes: arguments for each value: a text, in which `{}` stands for the value and which is empty if the value is
             the default here; or a function, whose ValueError gives the reason for a refusal. The key "" means the flag
             without a value, `ANY` every other value. A value without an entry is refused with the answer.
-        idle: whether accepted values have no effect, which is logged at startup.
+        idle: whether accepted values that become nothing have no effect, which is logged at startup.
         elsewhere: whether commands without the setting ignore the flag; otherwise they refuse it.
     """
 
@@ -205,7 +205,7 @@ def translated(command: str, argv: Sequence[str], known: Known) -> tuple[list[st
         if foreign and not row.elsewhere:
             raise UsageError(hint(flag, known, command))
         (last if flag == "--uds" else line).extend([] if foreign else ours)
-        if row.idle or foreign:
+        if (row.idle and not ours) or foreign:
             remarks.append(f"{flag} has no effect here: {row.answer}")
     for flag, given in parts.items():
         if any(each.partition("=")[0] == flag for each in line):

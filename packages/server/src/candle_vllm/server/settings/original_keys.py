@@ -28,7 +28,7 @@ _IDLE = {
     "max_blocking_threads": "this pool does not exist here",
     "thread_stack_size": "this pool does not exist here",
     "max_units": "mem sets the size of the KV cache",
-    "multithread": "an engine computes in one process, with as many threads as there are cores",
+    "multithread": "a model is divided among GPUs by processes, one for each GPU",
     "kvcache_mem_cpu": "no part of the KV cache is swapped out",
 }
 _PROMPT_CACHE = (
@@ -60,7 +60,7 @@ def given(section: Any, where: str) -> dict[Any, Any]:
 
 
 def model_params(entry: Mapping[str, Any], title: str, remarks: list[str]) -> dict[str, Any]:
-    """Return the params of a model by our names, with params from its `parking_lot`; check its `capabilities`.
+    """Return the params of a model by our names, with params from its `parking_lot` and its `capabilities`.
 
     `entry` is the model's mapping in the file, `title` its name in messages; `remarks` gets remarks on keys without
     effect.
@@ -73,6 +73,8 @@ def model_params(entry: Mapping[str, Any], title: str, remarks: list[str]) -> di
         mode = convert(_VISION_MODES, section.get("vision_mode", "disabled"), f"{where}.vision_mode")
         if mode != "disabled":
             remarks.append(f"{where}: vision_mode {mode} has no effect: vision models accept images without it")
+        elif "vision_mode" in section:
+            params.setdefault("max_images", 0)
     lots = [section["parking_lot"] for section in (entry, params) if section.get("parking_lot") is not None]
     params.pop("parking_lot", None)
     weights = [entry.get(key) for key in ("weight_file", "local_path", "hf_id")]

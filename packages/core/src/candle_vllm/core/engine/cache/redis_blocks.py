@@ -7,18 +7,16 @@ After a failure, a timeout or a wrong answer, Redis is not used for some seconds
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, Final
-from urllib.parse import parse_qs, urlsplit
 
 from candle_vllm.core.engine.cache.block_stores import HEADER, BlockError, Bytes, opened, own_name, sealed
 from candle_vllm.core.engine.ranks.rank_line import time_left
-from candle_vllm.core.errors import ConfigError, refuse_settings, with_extra
+from candle_vllm.core.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -29,23 +27,21 @@ QUIET: Final = 10.0  # seconds after a failure in which Redis is not used
 UNUSED: Final = 7 * 24 * 3600  # seconds after which an unused block is deleted
 _KNOWN: Final = 1 << 16  # maximum number of blocks in `_known`
 _AT_ONCE: Final = 500  # maximum number of blocks that one command deletes or looks up
-_OPTIONS: Final = frozenset({"ssl_ca_certs", "ssl_certfile", "ssl_keyfile"})
 
 
 class RedisBlocks:
     """A `BlockStore` in Redis.
 
     Args:
-        url: redis://[user:password@]host[:port][/db], rediss:// for TLS, unix://path; the query may name certificate
-            files (`ssl_ca_certs`, `ssl_certfile`, `ssl_keyfile`).
+        url: redis://[user:password@]host[:port][/db], rediss:// for TLS, unix://path, checked by `RedisUrl`; the query
+            may name certificate files (`ssl_ca_certs`, `ssl_certfile`, `ssl_keyfile`).
         fingerprint: everything besides the hash that determines a block's bytes.
         most_bytes: limit of the bytes of all blocks with this fingerprint.
         block_bytes: size of a block.
         listed: whether `may_have` is true only for the blocks of `has`.
 
     Raises:
-        ConfigError: the URL is not valid, the limit is less than one block, or the package redis is not installed. If
-            the server does not answer, a warning is logged.
+        ConfigError: the limit is less than one block. If the server does not answer, a warning is logged.
     """
 
     def __init__(self, url: str, fingerprint: str, most_bytes: int, block_bytes: int, *, listed: bool = False) -> None:
@@ -244,20 +240,6 @@ class _BoundedSocket:
 
 def _client(url: str, block_bytes: int) -> Any:
     """Return a client that connects later and rejects answers that are larger than a block."""
-    expected = "prompt_cache_url must be redis://[user:password@]host[:port][/db], rediss://... or unix://path"
-    try:
-        parts = urlsplit(url)
-        _ = parts.port
-    except ValueError:  # the exception may contain a password with a slash
-        raise ConfigError(f"{expected}; its host or port is not valid", "prompt_cache_url") from None
-    unknown = sorted(parse_qs(parts.query, keep_blank_values=True).keys() - _OPTIONS)
-    database, is_socket, name = parts.path.strip("/"), parts.scheme == "unix", "prompt_cache_url"
-    refuse_settings(
-        (name, parts.scheme not in ("redis", "rediss", "unix") or not (parts.hostname or is_socket), expected),
-        (name, database and not database.isdecimal() and not is_socket, f"{expected}: the database is a number"),
-        (name, unknown, f"{name}: {', '.join(unknown)[:100]} cannot be set there; {', '.join(sorted(_OPTIONS))} can"),
-        (name, importlib.util.find_spec("redis") is None, f"{name} needs the package redis: {with_extra('redis')}"),
-    )
     import redis
     from redis.backoff import NoBackoff
     from redis.retry import Retry

@@ -80,7 +80,7 @@ def _shared(number: str) -> BinaryIO | None:
 
 
 def _join() -> int:
-    given = sys.stdin.buffer
+    given = os.fdopen(sys.stdin.fileno(), "rb", buffering=0, closefd=False)  # at exit Python wants the lock of a buffer
     start_logging(logging.INFO, process="rank")
     try:
         line, side, invitation = join(given)
