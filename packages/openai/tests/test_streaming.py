@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import itertools
 import json
 import re
@@ -30,7 +31,7 @@ from candle_vllm.openai import (
 from candle_vllm.openai.answers import AnswerPlan, AnswerReader, ChoiceReader, TokenCounts
 from candle_vllm.openai.chat_answers import wire_timings, wire_usage
 from candle_vllm.openai.completion_answers import CompletionWriter, EchoedPrompt, join_completion
-from candle_vllm.openai.events import Head
+from candle_vllm.openai.events import Head, Text
 from candle_vllm.openai.formats.layout import Layout, bind
 from candle_vllm.openai.formats.reasoning_table import REASONING_FORMATS
 from candle_vllm.openai.task import Paths, Task
@@ -232,20 +233,25 @@ def test_joined_outputs_have_the_same_thoughts(special: dict[str, int], cuts: li
         at += len(text)
     outputs.append(TokenOutput(request_id="r", finish_reason=FinishReason.STOP))
 
-    def read(groups: list[list[TokenOutput]]) -> tuple[int, list[Any], str]:
+    def read(groups: list[list[TokenOutput]], plan: AnswerPlan = plan) -> tuple[int, list[Any], str, list[Any]]:
         one = ChoiceReader(plan)
         events: list[Any] = [event for group in groups for event in one.read(joined([joined(group)]))]
         logprobs = [entry.chosen.text for event in events for entry in event.logprobs or ()]
-        return one.reasoning_tokens, logprobs, "".join(event.text for event in events)
+        with_text = [entry.chosen.text for event in events if isinstance(event, Text) and event.text
+                     for entry in event.logprobs or ()]  # fmt: skip
+        return one.reasoning_tokens, logprobs, "".join(event.text for event in events), with_text
 
     alone = read([[output] for output in outputs])
     later = "Hel<think>x</think>lo"  # text, if the marks are no special tokens
-    assert alone == ((7, list("Hello"), "Hel\nlo") if special else (11, list(f"<think{later}"), later))
+    assert alone[:3] == ((7, list("Hello"), "Hel\nlo") if special else (11, list(f"<think{later}"), later))
     groups: list[list[TokenOutput]] = [[]]
     for cut, output in zip(cuts, outputs):
         groups += [[]] if cut and groups[-1] else []
         groups[-1].append(output)
-    assert read(groups) == alone
+    assert read(groups)[:3] == alone[:3]
+    count, logprobs, _, with_text = read(groups, dataclasses.replace(plan, show_reasoning=True))
+    assert (count, logprobs) == (alone[0], [output.logprobs[0].chosen.text for output in outputs if output.logprobs])
+    assert with_text == list("Hello") if special else "m" not in with_text
 
 
 def reader() -> AnswerReader:

@@ -117,10 +117,33 @@ class ChoiceReader:
             self.reasoning_tokens += sum(thoughts)
             if logprobs and any(thoughts) and not self._plan.show_reasoning:
                 logprobs = tuple(one for one, thought in zip(logprobs, thoughts) if not thought) or None
+            elif logprobs and len(set(thoughts)) > 1:
+                return self._divided(parsed, ids, logprobs, thoughts)
             events = self._events(parsed, ids, logprobs)
         if not events and output.token_ids and (logprobs is not None or ids is not None):
             return [Text(self._choice, "", ids, logprobs)]
         return events
+
+    def _divided(
+        self,
+        parsed: Sequence[found.Event],
+        ids: tuple[int, ...] | None,
+        logprobs: Sequence[PositionLogprobs],
+        thoughts: Sequence[bool],
+    ) -> list[Event]:
+        """Return the events of an output with tokens of the reasoning and others, each with its own log-probabilities.
+
+        Tokens without an event of their kind, such as those of a mark, have an empty `Text`.
+        """
+        events: list[Event] = []
+        pairs = itertools.groupby(zip(thoughts, logprobs, strict=True), lambda pair: pair[0])
+        for thought, group in pairs:
+            own = tuple(entry for _, entry in group)
+            fits = bool(parsed) and (getattr(parsed[0], "kind", "") == "reasoning") is thought
+            made = self._events(parsed[:1], ids, own) if fits else []
+            events += made or [Text(self._choice, "", ids, own)]
+            parsed, ids = parsed[fits:], None
+        return events + self._events(parsed, None, None)
 
     def end(self, output: TokenOutput) -> Ended:
         """Return the end of the choice, whose last output is `output`.
