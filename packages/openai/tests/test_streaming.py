@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import itertools
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from candle_vllm.core.engine.outputs import FinishReason, RequestMetrics, TokenOutput
+from candle_vllm.core.engine.outputs import FinishReason, RequestMetrics, TokenOutput, joined
 from candle_vllm.core.errors import RequestAbortedError, RequestError
 from candle_vllm.core.testing import ScriptedEngine
 from candle_vllm.core.testing.scripted_sequence import made_up_logprobs
@@ -26,10 +28,12 @@ from candle_vllm.openai import (
     to_error,
     to_json_bytes,
 )
-from candle_vllm.openai.answers import AnswerPlan, AnswerReader, TokenCounts
+from candle_vllm.openai.answers import AnswerPlan, AnswerReader, ChoiceReader, TokenCounts
 from candle_vllm.openai.chat_answers import wire_timings, wire_usage
 from candle_vllm.openai.completion_answers import CompletionWriter, EchoedPrompt, join_completion
-from candle_vllm.openai.events import Head
+from candle_vllm.openai.events import Head, Text
+from candle_vllm.openai.formats.layout import Layout, bind
+from candle_vllm.openai.formats.reasoning_table import REASONING_FORMATS
 from candle_vllm.openai.task import Paths, Task
 
 OWN = ("id", "created", "object")  # differ between a stream and a whole answer, or between two requests
@@ -212,6 +216,42 @@ async def test_a_stream_that_is_dropped_aborts() -> None:
     await anext(stream)
     del stream
     assert engine.aborted == [engine.requests[0].request_id]
+
+
+@pytest.mark.parametrize("special", [{}, {"<think>": 300, "</think>": 301}], ids=["texts", "special tokens"])
+@given(cuts=st.lists(st.booleans(), min_size=46, max_size=46))
+@settings(max_examples=40, deadline=None)
+def test_joined_outputs_have_the_same_thoughts(special: dict[str, int], cuts: list[bool]) -> None:
+    """With speculation and `stream_interval` an output has tokens of the reasoning and of the answer."""
+    (think,) = (each for each in REASONING_FORMATS if each.name == "think")
+    plan = AnswerPlan(bind(Layout(think, None), special), show_reasoning=False, special_tokens=bool(special))
+    outputs, at = list[TokenOutput](), 0
+    for text in re.findall("<think>|</think>|." if special else ".", "<think>Hm</think>Hel<think>x</think>lo"):
+        found = ((at, special[text]),) if text in special else ()
+        values = (made_up_logprobs(ord(text[0]), 0, lambda token: bytes([token])),)
+        outputs.append(TokenOutput(request_id="r", text=text, token_ids=(7,), special_tokens=found, logprobs=values))
+        at += len(text)
+    outputs.append(TokenOutput(request_id="r", finish_reason=FinishReason.STOP))
+
+    def read(groups: list[list[TokenOutput]], plan: AnswerPlan = plan) -> tuple[int, list[Any], str, list[Any]]:
+        one = ChoiceReader(plan)
+        events: list[Any] = [event for group in groups for event in one.read(joined([joined(group)]))]
+        logprobs = [entry.chosen.text for event in events for entry in event.logprobs or ()]
+        with_text = [entry.chosen.text for event in events if isinstance(event, Text) and event.text
+                     for entry in event.logprobs or ()]  # fmt: skip
+        return one.reasoning_tokens, logprobs, "".join(event.text for event in events), with_text
+
+    alone = read([[output] for output in outputs])
+    later = "Hel<think>x</think>lo"  # text, if the marks are no special tokens
+    assert alone[:3] == ((7, list("Hello"), "Hel\nlo") if special else (11, list(f"<think{later}"), later))
+    groups: list[list[TokenOutput]] = [[]]
+    for cut, output in zip(cuts, outputs):
+        groups += [[]] if cut and groups[-1] else []
+        groups[-1].append(output)
+    assert read(groups)[:3] == alone[:3]
+    count, logprobs, _, with_text = read(groups, dataclasses.replace(plan, show_reasoning=True))
+    assert (count, logprobs) == (alone[0], [output.logprobs[0].chosen.text for output in outputs if output.logprobs])
+    assert with_text == list("Hello") if special else "m" not in with_text
 
 
 def reader() -> AnswerReader:

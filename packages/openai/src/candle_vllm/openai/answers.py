@@ -59,6 +59,11 @@ class AnswerPlan:
     show_special_tokens: bool = False
     special_tokens: bool = False
 
+    @property
+    def reasons(self) -> bool:
+        """Whether answers may have reasoning."""
+        return self.bound is not None and self.bound.layout.reasoning is not None
+
 
 class ChoiceReader:
     """Parses the outputs of one choice.
@@ -69,7 +74,7 @@ class ChoiceReader:
         tell_ids: whether events have the ids of their tokens.
 
     Attributes:
-        reasoning_tokens: number of tokens in all outputs that begin or end within the reasoning.
+        reasoning_tokens: number of tokens that begin or end within the reasoning.
     """
 
     reasoning_tokens = 0
@@ -103,16 +108,42 @@ class ChoiceReader:
         if parser is None:
             events: list[Event] = [Text(self._choice, output.text, ids, logprobs)] if output.text else []
         else:
-            before = parser.in_reasoning
             parsed = self._parsed(parser, output)
-            thought = before or parser.in_reasoning or any(getattr(one, "kind", "") == "reasoning" for one in parsed)
-            self.reasoning_tokens += len(output.token_ids) if thought else 0
-            if thought and not self._plan.show_reasoning:
-                logprobs = None
+            thoughts = parser.thoughts
+            if not any(thoughts) and any(getattr(one, "kind", "") == "reasoning" for one in parsed):
+                thoughts = (True,) * len(thoughts)  # one token opened and closed it
+            if len(thoughts) != len(output.token_ids):  # the text is not divided by tokens
+                thoughts = (any(thoughts),) * len(output.token_ids)
+            self.reasoning_tokens += sum(thoughts)
+            if logprobs and any(thoughts) and not self._plan.show_reasoning:
+                logprobs = tuple(one for one, thought in zip(logprobs, thoughts) if not thought) or None
+            elif logprobs and len(set(thoughts)) > 1:
+                return self._divided(parsed, ids, logprobs, thoughts)
             events = self._events(parsed, ids, logprobs)
         if not events and output.token_ids and (logprobs is not None or ids is not None):
             return [Text(self._choice, "", ids, logprobs)]
         return events
+
+    def _divided(
+        self,
+        parsed: Sequence[found.Event],
+        ids: tuple[int, ...] | None,
+        logprobs: Sequence[PositionLogprobs],
+        thoughts: Sequence[bool],
+    ) -> list[Event]:
+        """Return the events of an output with tokens of the reasoning and others, each with its own log-probabilities.
+
+        Tokens without an event of their kind, such as those of a mark, have an empty `Text`.
+        """
+        events: list[Event] = []
+        pairs = itertools.groupby(zip(thoughts, logprobs, strict=True), lambda pair: pair[0])
+        for thought, group in pairs:
+            own = tuple(entry for _, entry in group)
+            fits = bool(parsed) and (getattr(parsed[0], "kind", "") == "reasoning") is thought
+            made = self._events(parsed[:1], ids, own) if fits else []
+            events += made or [Text(self._choice, "", ids, own)]
+            parsed, ids = parsed[fits:], None
+        return events + self._events(parsed, None, None)
 
     def end(self, output: TokenOutput) -> Ended:
         """Return the end of the choice, whose last output is `output`.
@@ -127,11 +158,12 @@ class ChoiceReader:
         return Ended(self._choice, reason, output.stop_reason)
 
     def _parsed(self, parser: OutputParser, output: TokenOutput) -> list[found.Event]:
-        text = output.text if self._special is None else self._special.add(output.text, output.special_tokens)
-        parsed = parser.feed(text)
+        parts, special = _by_token(output) if self._plan.reasons else [output.text], self._special
+        if special is not None:
+            parts = [special.add(part, () if number else output.special_tokens) for number, part in enumerate(parts)]
+            parts[-1] += special.finish() if output.finish_reason is not None else ""
+        parsed = parser.feed(*parts)
         if output.finish_reason is not None:
-            if self._special is not None:
-                parsed += parser.feed(self._special.finish())
             whole = output.finish_reason is FinishReason.STOP and output.stop_reason is None
             parsed += parser.finish(whole)
             if self._plan.forced and not whole:
@@ -163,6 +195,12 @@ class ChoiceReader:
                 continue
             ids = logprobs = None
         return events
+
+
+def _by_token(output: TokenOutput) -> list[str]:
+    """Divide an output's text by its tokens, if it is known where; text behind the last token is the last token's."""
+    ends = [0, *itertools.accumulate(output.text_sizes[:-1])]
+    return [output.text[start:end] for start, end in zip(ends, [*ends[1:], None])]
 
 
 @dataclasses.dataclass
@@ -223,7 +261,7 @@ class AnswerReader:
         self._task = task
         # Choices wait for the log-probabilities of their prompt, which arrive with its sequence 0.
         self._awaits_prompt = task.echo_prompts and task.sampling.get("logprobs") is not None
-        self._may_reason = plan.bound is not None and plan.bound.layout.reasoning is not None
+        self._may_reason = plan.reasons
         count = max(len(task.prompts), 1) * task.choices
         self._readers = [ChoiceReader(plan, choice, tell_ids=task.tell_ids) for choice in range(count)]
         self._counts = TokenCounts()

@@ -143,6 +143,7 @@ class TokenOutput(ShownStruct, frozen=True, kw_only=True, gc=False):
         index: the sequence's index among the request's `n` sequences.
         special_tokens: (offset, id) of new special tokens whose names are part of the text, if they are not skipped;
             offsets are into the sequence's whole text, and may lie in text that later outputs bring.
+        text_sizes: characters of `text` from each new token, if several outputs were joined; else empty.
         logprobs: one entry per new token, if the request asks for logprobs.
         prompt_logprobs: if requested, on the first output of sequence 0 with a token; one per prompt token, first None.
         finish_reason: set on the last output of the sequence.
@@ -162,6 +163,7 @@ class TokenOutput(ShownStruct, frozen=True, kw_only=True, gc=False):
     text: str = ""
     token_ids: tuple[int, ...] = ()
     special_tokens: tuple[tuple[int, int], ...] = ()
+    text_sizes: tuple[int, ...] = ()
     logprobs: tuple[PositionLogprobs, ...] | None = None
     prompt_logprobs: tuple[PositionLogprobs | None, ...] | None = None
     finish_reason: FinishReason | None = None
@@ -192,6 +194,9 @@ def joined(pieces: Sequence[TokenOutput]) -> TokenOutput:
         text="".join(piece.text for piece in pieces),
         token_ids=tuple(token for piece in pieces for token in piece.token_ids),
         special_tokens=tuple(entry for piece in pieces for entry in piece.special_tokens),
+        text_sizes=tuple(
+            size for piece in pieces for size in piece.text_sizes or (len(piece.text),) * len(piece.token_ids)
+        ),
         logprobs=None if first.logprobs is None else tuple(entry for piece in pieces for entry in piece.logprobs or ()),
         prompt_logprobs=first.prompt_logprobs,
     )

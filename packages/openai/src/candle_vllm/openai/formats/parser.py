@@ -7,7 +7,7 @@ split, the events add up to the same message.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 
 from candle_vllm.openai.formats.events import Event
 from candle_vllm.openai.formats.layout import Layout, ToolFormat
@@ -29,7 +29,12 @@ class OutputParser:
         most_calls: maximum number of calls; further calls are left out. None means no limit.
         make_id: see `CallSink`; None uses the format's function.
         shown, names: see `Output`.
+
+    Attributes:
+        thoughts: whether each part of the last call of `feed` begins or ends within the reasoning.
     """
+
+    thoughts: Sequence[bool] = ()
 
     def __init__(
         self,
@@ -66,18 +71,15 @@ class OutputParser:
         """Number of calls that have begun."""
         return self._output.calls.count
 
-    @property
-    def in_reasoning(self) -> bool:
-        """Whether the next text is reasoning, as far as is known."""
-        return self._output.thinking
-
-    def feed(self, text: str) -> list[Event]:
-        """Parse more text, and return the events that are certain now."""
-        if not text:
-            return []
-        if self._run is not None:
-            self._reader.feed(text)
-            self._advance()
+    def feed(self, *parts: str) -> list[Event]:
+        """Parse more text, given in parts, and return the events that are certain now."""
+        self.thoughts = []
+        for text in parts:
+            before = self._output.thinking
+            if text and self._run is not None:
+                self._reader.feed(text)
+                self._advance()
+            self.thoughts.append(before or self._output.thinking)
         return self._output.fetch()
 
     def finish(self, whole: bool) -> list[Event]:
