@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, aclosing, nullcontext
 from typing import Any, Generic, Protocol, TypeVar
+from uuid import uuid4
 
 from msgspec.structs import replace
 
@@ -25,6 +26,7 @@ from candle_vllm.openai.fair_threads import apart
 from candle_vllm.openai.formats import events as found
 from candle_vllm.openai.formats.layout import BoundLayout, SpecialText
 from candle_vllm.openai.formats.parser import OutputParser
+from candle_vllm.openai.json_body import to_json_bytes
 from candle_vllm.openai.task import Paths, Task
 
 ChunkT = TypeVar("ChunkT")
@@ -32,6 +34,7 @@ WholeT = TypeVar("WholeT")
 _ChunkT_co = TypeVar("_ChunkT_co", covariant=True)
 
 _MANY_EVENTS = 1000
+_MARK = uuid4().hex  # a text that occurs nowhere else
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,7 +168,7 @@ class ChoiceReader:
         return events
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class TokenCounts:
     """Sums the usage of a request whose prompts are numbered from 0; `completion` counts the generated tokens."""
 
@@ -305,7 +308,14 @@ def _check_output(output: TokenOutput, paths: Paths) -> None:
 
 
 class Writer(Protocol[_ChunkT_co]):
-    """Writes events in the form of an API."""
+    """Writes events in the form of an API.
+
+    Attributes:
+        repeats: whether the chunks of two texts without ids and log-probabilities that follow each other in a choice
+            differ only in the text.
+    """
+
+    repeats: bool = False
 
     def write(self, events: Sequence[Event]) -> Sequence[_ChunkT_co]: ...
 
@@ -373,6 +383,12 @@ class ChunkStream(PushStream[ChunkT]):
             receiver.put(self.first)
         self.events.push_written(receiver, self.writer.write, self.worded)
 
+    def encoded(self, encode: Callable[[ChunkT], bytes]) -> ChunkStream[bytes]:
+        """Return the stream of the encoded chunks, which takes the place of this one."""
+        return ChunkStream(
+            self.events, _EncodingWriter(self.writer, encode), self.worded, [encode(one) for one in self.first]
+        )
+
     def hold(self, held: bool) -> None:
         self.events.hold(held)
 
@@ -398,6 +414,29 @@ class ChunkStream(PushStream[ChunkT]):
         logprobs = (getattr(one, "logprobs", None) or getattr(one, "prompt_logprobs", None) for one in gathered.events)
         large = len(gathered.events) > _MANY_EVENTS or any(logprobs)
         return await apart(written) if large else written()
+
+
+class _EncodingWriter(Writer[bytes], Generic[ChunkT]):
+    """Writes encoded chunks. If only the text differs from the chunk before, it encodes only the text."""
+
+    def __init__(self, writer: Writer[ChunkT], encode: Callable[[ChunkT], bytes]) -> None:
+        self._writer, self._encode = writer, encode
+        self._frames: dict[int, list[bytes]] = {}  # by choice: the bytes before and after the text
+
+    def write(self, events: Sequence[Event]) -> Sequence[bytes]:
+        event = events[0]
+        if len(events) > 1 or not isinstance(event, Text) or not event.text or event.ids is not event.logprobs:
+            self._frames.clear()  # ids and log-probabilities differ unless both are None
+            return self._encoded(events)
+        if (frame := self._frames.get(event.choice)) is not None:
+            return (to_json_bytes(event.text).join(frame),)
+        chunks = self._encoded(events)
+        if self._writer.repeats:
+            self._frames[event.choice] = self._encoded([Text(event.choice, _MARK)])[0].split(to_json_bytes(_MARK))
+        return chunks
+
+    def _encoded(self, events: Sequence[Event]) -> list[bytes]:
+        return [self._encode(chunk) for chunk in self._writer.write(events)]
 
 
 class _Gathered:
@@ -429,7 +468,7 @@ def _with_joined_deltas(events: Sequence[Event]) -> list[Event]:
     return [replace(run[0], text="".join(one.text for one in run)) if len(run) > 1 else run[0] for run in runs]
 
 
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass(eq=False, slots=True)
 class _Stage(Generic[ChunkT]):
     """The stage that converts the outputs of one prompt to events, and these to chunks.
 
@@ -454,7 +493,8 @@ class _Stage(Generic[ChunkT]):
             return
         try:
             for piece in items:
-                self._push(self.reader.add(self.number, piece))
+                if (events := self.reader.add(self.number, piece)) and (chunks := self.write(events)):
+                    self.receiver.put(chunks)
         except Exception as failure:
             self.end(failure)
 
@@ -469,12 +509,9 @@ class _Stage(Generic[ChunkT]):
             with self.worded():
                 if error is not None:
                     raise error
-                self._push(self.reader.end())
+                if chunks := self.write(self.reader.end()):
+                    self.receiver.put(chunks)
         except Exception as failure:
             error = failure
         self.receiver.end(error)
         del error  # its traceback keeps this frame alive
-
-    def _push(self, events: Sequence[Event]) -> None:
-        if events and (chunks := self.write(events)):
-            self.receiver.put(chunks)

@@ -41,6 +41,7 @@ class AnswerWriter(ABC, Generic[Chunk]):
         whole: whether the last chunk always has the counts, for a whole answer.
     """
 
+    repeats = True
     _empty: ClassVar[Any]  # a choice without text
     _timings: RunningTimings | None = None
 

@@ -66,13 +66,15 @@ _LIMITS = (
 _LINE_ENDS = {end.encode(): f"\\u{ord(end):04x}".encode() for end in "\u2028\u2029\x85"}
 
 
-def to_json_bytes(value: msgspec.Struct, other: Callable[[Any], Any] | None = None) -> bytes:
-    """Encode an answer, chunk or error as JSON in UTF-8 that is one line for every reader.
+def to_json_bytes(value: msgspec.Struct | str, other: Callable[[Any], Any] | None = None) -> bytes:
+    """Encode an answer, chunk, error or text as JSON in UTF-8 that is one line for every reader.
 
     U+2028, U+2029 and U+0085 end a line for some readers of streams and of JSON lines, such as Python's
     `str.splitlines`, so they are escaped; JSON escapes all other line ends. `other` converts values of other types.
     """
     data = msgspec.json.encode(value, enc_hook=other)
+    if data.isascii():
+        return data
     for end, escape in _LINE_ENDS.items():
         if end in data:
             data = data.replace(end, escape)

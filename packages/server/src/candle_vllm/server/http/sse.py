@@ -22,6 +22,7 @@ from starlette.types import Receive, Scope, Send
 
 from candle_vllm.core.engine.step.stream import PushStream, Receiver
 from candle_vllm.core.errors import RequestAbortedError
+from candle_vllm.openai.answers import ChunkStream
 from candle_vllm.openai.json_body import to_json_bytes
 from candle_vllm.server.http.body import disconnected
 from candle_vllm.server.http.errors import took_too_long
@@ -121,7 +122,10 @@ class EventStream(Response):
     ) -> None:
         self.media_type = form.media_type
         self.init_headers(_HEADERS)
-        self._chunks = chunks if isinstance(chunks, PushStream) else _Iterated(chunks)
+        encoded = isinstance(chunks, ChunkStream)
+        source = chunks.encoded(form.event) if encoded else chunks
+        self._event = bytes if encoded else form.event
+        self._chunks = source if isinstance(source, PushStream) else _Iterated(source)
         self._form = form
         self._deadline = deadline
         self._released = released
@@ -148,7 +152,7 @@ class EventStream(Response):
     def put(self, items: Sequence[Any]) -> None:
         """Write chunks, at once if nothing waits before them and the client keeps up."""
         try:
-            data = self._form.event(items[0]) if len(items) == 1 else b"".join(map(self._form.event, items))
+            data = self._event(items[0]) if len(items) == 1 else b"".join(map(self._event, items))
             if self._idle is not None and data and self._write_part is not None and self._write_part(data):
                 self._idle_since = self._loop.time()
                 return

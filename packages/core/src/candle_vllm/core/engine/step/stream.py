@@ -142,7 +142,7 @@ class PushStream(ABC, AsyncIterator[T]):
         self.close()
 
 
-@dataclasses.dataclass(eq=False, repr=False)
+@dataclasses.dataclass(eq=False, repr=False, slots=True)
 class RequestSink:
     """The sink of one request in an event loop: pushes the engine's outputs to its receiver.
 
