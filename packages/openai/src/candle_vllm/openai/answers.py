@@ -12,7 +12,7 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, aclosing, nullcontext
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, NoReturn, Protocol, TypeVar
 from uuid import uuid4
 
 from msgspec.structs import replace
@@ -188,8 +188,7 @@ class TokenCounts:
         if (times := output.metrics) is not None:
             self._prompt_ms = _longer(self._prompt_ms, times.first_scheduled_time, times.first_token_time)
             self._completion_ms = _longer(self._completion_ms, times.first_token_time, times.finished_time)
-            for name in DRAFT_COUNTS:
-                self._drafts[name] += getattr(times, name)
+            self._drafts.update({name: getattr(times, name) for name in DRAFT_COUNTS})
 
     def usage(self, *, final: bool, reasoning: int | None = None) -> Usage:
         """Return the counts so far; if `final`, also the times and the counts of draft and predicted tokens."""
@@ -242,8 +241,8 @@ class AnswerReader:
             RequestError: the engine aborted the sequence because of the request.
             GenerationFailedError, RequestAbortedError: the engine aborted the sequence.
         """
-        if output.finish_reason is not None:
-            _check_output(output, self._task.paths)
+        if output.finish_reason is not None and not output.finish_reason.complete:
+            _raise_failure(output, self._task.paths)
         choice = prompt * self._task.choices + output.index
         if (progress := output.progress) is not None:
             counts = Usage(
@@ -292,10 +291,8 @@ class AnswerReader:
         return self._counts.usage(final=final, reasoning=reasoning)
 
 
-def _check_output(output: TokenOutput, paths: Paths) -> None:
-    """Raise if the engine aborted the sequence: `RequestError` if the request itself is the cause."""
-    if output.finish_reason is None or output.finish_reason.complete:
-        return
+def _raise_failure(output: TokenOutput, paths: Paths) -> NoReturn:
+    """Raise the error of a sequence that the engine aborted: `RequestError` if the request itself is the cause."""
     if output.finish_reason is FinishReason.ABORT:
         raise RequestAbortedError("The request was aborted before it finished.")
     if output.error_kind == "request":
@@ -385,9 +382,8 @@ class ChunkStream(PushStream[ChunkT]):
 
     def encoded(self, encode: Callable[[ChunkT], bytes]) -> ChunkStream[bytes]:
         """Return the stream of the encoded chunks, which takes the place of this one."""
-        return ChunkStream(
-            self.events, _EncodingWriter(self.writer, encode), self.worded, [encode(one) for one in self.first]
-        )
+        first = [encode(chunk) for chunk in self.first]
+        return ChunkStream(self.events, _EncodingWriter(self.writer, encode), self.worded, first)
 
     def hold(self, held: bool) -> None:
         self.events.hold(held)

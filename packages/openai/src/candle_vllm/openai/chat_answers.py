@@ -51,9 +51,7 @@ class AnswerWriter(ABC, Generic[Chunk]):
         self._usage_last = whole or request.include_usage
         self._usage_beside = request.continuous_usage
         self._told = told_of(request)
-        self._fields: dict[str, Any] = (
-            {"usage": None} if request.include_usage else {}
-        )  # of every chunk without progress
+        self._fields: dict[str, Any] = {"usage": None} if request.include_usage else {}  # of chunks without progress
 
     def write(self, events: Sequence[Event]) -> list[Chunk]:
         """Convert events to chunks."""
@@ -75,6 +73,10 @@ class AnswerWriter(ABC, Generic[Chunk]):
             self._fields["timings"] = self._timings.of(usage)
         shown = usage.final and (self._usage_last or self._timings is not None)
         return self._make(**self._fields, choices=()) if shown else None
+
+    def _ended(self, event: Ended) -> Chunk:
+        end: dict[str, Any] = {"finish_reason": event.reason.openai, "stop_reason": event.stop}
+        return self._chunk(replace(self._empty, index=event.choice, token_ids=self._no_ids, **end))
 
     def _chunk(self, choice: object, **extras: Any) -> Chunk:
         return self._make(**{**self._fields, "choices": (choice,), **extras})
@@ -132,15 +134,7 @@ class ChatWriter(AnswerWriter[chat.ChatCompletionChunk]):
         if isinstance(event, Begun):
             return self._first(event)
         if isinstance(event, Ended):
-            return self._chunk(
-                chat.ChunkChoice(
-                    index=event.choice,
-                    delta=chat.ChatDelta(),
-                    finish_reason=event.reason.openai,
-                    stop_reason=event.stop,
-                    token_ids=self._no_ids,
-                )
-            )
+            return self._ended(event)
         return self._counts(event)
 
     def _news(self, event: Text | Thought | CallBegun | CallText, delta: chat.ChatDelta) -> chat.ChatCompletionChunk:

@@ -102,7 +102,7 @@ def decode_json(body: bytes | str, name: str = "The body") -> Any:
         raise _too_deep(name) from None
     except ValueError:  # Python's limit for the digits of an integer
         raise InvalidBodyError(f"{name} holds a number with thousands of digits.") from None
-    if is_deeper(value, MAX_DEPTH):
+    if sum(map(text.count, "[{")) > MAX_DEPTH and is_deeper(value, MAX_DEPTH):
         raise _too_deep(name)
     if "\\ud" in text or "\\uD" in text:
         _check_surrogates(value, name)
@@ -192,9 +192,8 @@ def parse_body(kind: type[_Request], body: bytes | Mapping[str, Any] | _Request)
     if not isinstance(value, Mapping):
         given = "" if isinstance(body, bytes) else f", as {{'messages': [...]}} is, not {type(body).__name__}"
         raise InvalidBodyError(f"The body must be one JSON object{given}.")
-    value = dict(value)
     try:
-        return kind.model_validate(value)
+        return kind.model_validate(dict(value))
     except ValidationError as error:
         others = {**getattr(kind, "other_names", {}), "n_predict": "max_tokens"}.items()
         given = {name: other for other, name in others if None is value.get(name) is not value.get(other)}

@@ -110,6 +110,8 @@ class Detokenizer:
     def finish(self) -> str:
         """End the sequence and return the text that was held back. An incomplete character becomes U+FFFD."""
         tail = self._decoder.decode(b"", True)
+        if self._shows_all:
+            return tail
         shown = self._scanner.feed(tail, armed=self._num_tokens > self._min_tokens)
         return shown + self._scanner.flush()
 
@@ -219,7 +221,7 @@ class StopScanner:
         special_tokens: names of special tokens, which marks may contain.
 
     Attributes:
-        idle: whether there are no stop strings; then `feed` returns each text unchanged.
+        idle: whether there are no stop strings.
         found: the stop string that was found, or None.
     """
 
@@ -258,8 +260,8 @@ class StopScanner:
             armed: whether a stop string that ends in this text counts.
             special: name of the special token that was sampled; its text may be hidden, and `text` is then empty.
         """
-        if self.found is not None or self.idle:
-            return text if self.idle else ""
+        if self.found is not None:
+            return ""
         stands = self._names.get(special) if special and self._names else None
         if not text:
             if stands is not None:
