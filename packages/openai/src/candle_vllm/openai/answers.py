@@ -224,14 +224,14 @@ class AnswerReader:
         self.head = head
         self._task = task
         # Choices wait for the log-probabilities of their prompt, which arrive with its sequence 0.
-        self._awaits_prompt = task.echo_prompts and task.sampling.get("logprobs") is not None
+        echoes = task.echo_prompts and task.sampling.get("logprobs") is not None
+        self._awaited = set(range(len(task.prompts))) if echoes else set[int]()
         self._may_reason = plan.bound is not None and plan.bound.layout.reasoning is not None
         count = max(len(task.prompts), 1) * task.choices
         self._readers = [ChoiceReader(plan, choice, tell_ids=task.tell_ids) for choice in range(count)]
         self._counts = TokenCounts()
         self._begun: set[int] = set()
         self._unfinished = len(self._readers)
-        self._known_prompts: set[int] = set()
         self._held: dict[int, list[TokenOutput]] = {}
 
     def add(self, prompt: int, output: TokenOutput) -> list[Event]:
@@ -252,12 +252,11 @@ class AnswerReader:
                 prompt_ms=progress.seconds * 1000,
             )
             return [Progress(choice, self.head, output.num_prompt_tokens, counts)]
-        if self._awaits_prompt:
-            if output.prompt_logprobs is not None:
-                self._known_prompts.add(prompt)
-            elif prompt not in self._known_prompts:
+        if prompt in self._awaited:
+            if output.prompt_logprobs is None:
                 self._held.setdefault(prompt, []).append(output)
                 return []
+            self._awaited.remove(prompt)
         reader, task = self._readers[choice], self._task
         # To score a prompt, the engine must generate a token, which is not part of the answer.
         news = [] if task.scored_only else reader.read(output)
@@ -305,14 +304,9 @@ def _raise_failure(output: TokenOutput, paths: Paths) -> NoReturn:
 
 
 class Writer(Protocol[_ChunkT_co]):
-    """Writes events in the form of an API.
+    """Writes events in the form of an API."""
 
-    Attributes:
-        repeats: whether the chunks of two texts without ids and log-probabilities that follow each other in a choice
-            differ only in the text.
-    """
-
-    repeats: bool = False
+    repeats: bool = False  # whether chunks of a choice's texts without ids that follow each other differ in text only
 
     def write(self, events: Sequence[Event]) -> Sequence[_ChunkT_co]: ...
 
@@ -336,16 +330,13 @@ class AnswerStream(PushStream[Event]):
         """Fields of the answer that are known in advance."""
         return self.reader.head
 
-    def push(self, receiver: Receiver[Event]) -> None:
-        self.push_written(receiver, lambda events: events)
-
-    def push_written(
+    def push(
         self,
-        receiver: Receiver[ChunkT],
-        write: Callable[[Sequence[Event]], Sequence[ChunkT]],
+        receiver: Receiver[Any],
+        write: Callable[[Sequence[Event]], Sequence[Any]] = lambda events: events,
         worded: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
-        """Push what `write` makes of the events, instead of `push`; see `ChunkStream` for `worded`."""
+        """Push what `write` makes of the events; see `ChunkStream` for `worded`."""
         unended = set(range(len(self.sources)))
         for number, source in enumerate(self.sources):
             source.push(_Stage(number, self.reader, write, worded, receiver, unended))
@@ -378,7 +369,7 @@ class ChunkStream(PushStream[ChunkT]):
     def push(self, receiver: Receiver[ChunkT]) -> None:
         if self.first:
             receiver.put(self.first)
-        self.events.push_written(receiver, self.writer.write, self.worded)
+        self.events.push(receiver, self.writer.write, self.worded)
 
     def encoded(self, encode: Callable[[ChunkT], bytes]) -> ChunkStream[bytes]:
         """Return the stream of the encoded chunks, which takes the place of this one."""
@@ -398,7 +389,7 @@ class ChunkStream(PushStream[ChunkT]):
         """
         gathered = _Gathered()
         async with aclosing(self):
-            self.events.push_written(gathered, lambda events: events, self.worded)
+            self.events.push(gathered, worded=self.worded)
             await gathered.ended
         if gathered.errors:
             raise gathered.errors.pop()  # its traceback refers to this frame

@@ -332,15 +332,13 @@ def _join_message(parts: Sequence[chat.ChunkChoice]) -> chat.ChatMessage:
 
 
 def _join_calls(parts: Sequence[chat.ChunkChoice]) -> tuple[chat.ToolCallOut | chat.CustomToolCallOut, ...]:
-    begun: list[chat.ToolCallDelta] = []
-    texts: list[list[str]] = []
+    calls: list[tuple[chat.ToolCallDelta, list[str]]] = []
     for call in (call for part in parts for call in part.delta.tool_calls or ()):
         if call.id is not None:
-            begun.append(call)
-            texts.append([])
+            calls.append((call, []))
         news = call.custom.input if call.custom is not None else call.function and call.function.arguments
-        texts[call.index].append(news or "")
-    return tuple(_joined(call, "".join(text)) for call, text in zip(begun, texts, strict=True))
+        calls[call.index][1].append(news or "")
+    return tuple(_joined(call, "".join(texts)) for call, texts in calls)
 
 
 def _joined(first: chat.ToolCallDelta, text: str) -> chat.ToolCallOut | chat.CustomToolCallOut:

@@ -73,9 +73,7 @@ def to_json_bytes(value: msgspec.Struct | str, other: Callable[[Any], Any] | Non
     `str.splitlines`, so they are escaped; JSON escapes all other line ends. `other` converts values of other types.
     """
     data = msgspec.json.encode(value, enc_hook=other)
-    if data.isascii():
-        return data
-    for end, escape in _LINE_ENDS.items():
+    for end, escape in () if data.isascii() else _LINE_ENDS.items():
         if end in data:
             data = data.replace(end, escape)
     return data

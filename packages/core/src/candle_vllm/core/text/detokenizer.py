@@ -66,7 +66,7 @@ class Detokenizer:
         if continues_prompt:
             self._decode(b"".join(map(tokenizer.token_bytes, prompt_token_ids[-_MOST_BEGUN:])))
         self._scanner = stops or NO_STOPS
-        self._shows_all = self._scanner.idle
+        self._shows_all = stops is None
         self._strip_space = tokenizer.strips_leading_space and not self._any_visible(prompt_token_ids)
         self.is_plain = self._shows_all and not self._strip_space and not self._begun
 
@@ -221,7 +221,6 @@ class StopScanner:
         special_tokens: names of special tokens, which marks may contain.
 
     Attributes:
-        idle: whether there are no stop strings.
         found: the stop string that was found, or None.
     """
 
@@ -235,7 +234,6 @@ class StopScanner:
     ) -> None:
         self.found: str | None = None
         found = [_Prefix(stop) for stop in dict.fromkeys(stops) if stop]
-        self.idle = not found
         self._include_stop = include_stop
         self._held = ""
         self._pending: tuple[int, str] | None = None  # (characters after it, stop string); a mark may cancel it

@@ -470,8 +470,7 @@ def _late_as_user(messages: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]
     for message in messages:
         begun = begun or message["role"] != "system"
         if begun and message["role"] == "system":
-            content = _joined("<system>", _joined(message.get("content"), "</system>"))
-            yield _message("user", content)
+            yield _message("user", _joined("<system>", _joined(message.get("content"), "</system>")))
         else:
             yield message
 

@@ -238,8 +238,7 @@ class _LimitedHttpToolsProtocol(HttpToolsProtocol):
         if len(self.pipeline) > MAX_PIPELINED:
             raise ValueError("too many pipelined requests")
         cycle = self.cycle
-        extensions: dict[str, Any] = {WRITE_PART: _part_writer(cycle)}
-        cycle.scope["extensions"] = extensions
+        cycle.scope["extensions"] = {WRITE_PART: _part_writer(cycle)}  # type: ignore[typeddict-item]
         if self.scheme == "https":
             cycle.send = partial(_send_parts, cycle.send)
         if not self.pipeline:

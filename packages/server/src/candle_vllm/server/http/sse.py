@@ -122,9 +122,8 @@ class EventStream(Response):
     ) -> None:
         self.media_type = form.media_type
         self.init_headers(_HEADERS)
-        encoded = isinstance(chunks, ChunkStream)
-        source = chunks.encoded(form.event) if encoded else chunks
-        self._event = bytes if encoded else form.event
+        source = chunks.encoded(form.event) if isinstance(chunks, ChunkStream) else chunks
+        self._event = form.event if source is chunks else bytes
         self._chunks = source if isinstance(source, PushStream) else _Iterated(source)
         self._form = form
         self._deadline = deadline
@@ -144,7 +143,10 @@ class EventStream(Response):
             self._watch_time()
             await self._write(send, watcher)
         except asyncio.CancelledError:
-            await self._last_words(send)
+            self._end()
+            if not self._complete:
+                stopped = RequestAbortedError("The server was stopped before the answer was complete.")
+                await send({"type": "http.response.body", "body": self._form.error(stopped), "more_body": False})
             raise
         finally:
             await asyncio.shield(self._close(watcher))
@@ -219,14 +221,6 @@ class EventStream(Response):
             self._push(self._form.silence())
             silence = 0.0
         self._timer = self._loop.call_later(min(left, self._keep_alive - silence), self._watch_time)
-
-    async def _last_words(self, send: Send) -> None:
-        """Send the error of a stream that the server's shutdown cancels."""
-        self._end()
-        if self._complete:
-            return
-        data = self._form.error(RequestAbortedError("The server was stopped before the answer was complete."))
-        await send({"type": "http.response.body", "body": data, "more_body": False})
 
     def _end(self) -> None:
         self._ended = True

@@ -158,12 +158,11 @@ class LiveSequence(Live):
         self._only_appends = False  # whether `SamplingState.append` changes only `tokens`; False before the first token
         self._is_plain = False  # `Detokenizer.is_plain`
         self._notes_texts = not params.skip_special_tokens
+        names = tokenizer.special_token_ids if params.stop_marks else ()
         self.detokenizer = Detokenizer(
             tokenizer,
             prompt_token_ids=sequence.request.prompt_token_ids,
-            stops=params.stop_scanner(tokenizer.special_token_ids if params.stop_marks else ())
-            if params.stop
-            else None,
+            stops=params.stop_scanner(names) if params.stop else None,
             skip_special_tokens=params.skip_special_tokens,
             min_tokens=params.min_tokens,
             continues_prompt=params.continues_prompt,
