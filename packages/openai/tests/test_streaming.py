@@ -28,10 +28,10 @@ from candle_vllm.openai import (
     to_error,
     to_json_bytes,
 )
-from candle_vllm.openai.answers import AnswerPlan, AnswerReader, ChoiceReader, TokenCounts
-from candle_vllm.openai.chat_answers import wire_timings, wire_usage
+from candle_vllm.openai.answers import AnswerPlan, AnswerReader, AnswerStream, ChoiceReader, TokenCounts
+from candle_vllm.openai.chat_answers import CustomCallWriter, wire_timings, wire_usage
 from candle_vllm.openai.completion_answers import CompletionWriter, EchoedPrompt, join_completion
-from candle_vllm.openai.events import Head, Text
+from candle_vllm.openai.events import Begun, CallBegun, CallText, Head, Text
 from candle_vllm.openai.formats.layout import Layout, bind
 from candle_vllm.openai.formats.reasoning_table import REASONING_FORMATS
 from candle_vllm.openai.task import Paths, Task
@@ -41,7 +41,7 @@ OWN = ("id", "created", "object")  # differ between a stream and a whole answer,
 
 @st.composite
 def scripts(draw: st.DrawFn) -> list[bytes]:
-    data = draw(st.text(alphabet="ab <>é€😀\n", max_size=16)).encode()
+    data = draw(st.text(alphabet='ab <>é€😀\n"\u2028', max_size=16)).encode()
     points = sorted(draw(st.lists(st.integers(0, len(data)), max_size=6)))
     return [data[low:high] for low, high in itertools.pairwise([0, *points, len(data)])]
 
@@ -158,34 +158,50 @@ class Noting:
 
     def put(self, items: Sequence[Any]) -> None:
         assert items
-        self.chunks += map(to_json_bytes, items)
+        self.chunks += [one if isinstance(one, bytes) else to_json_bytes(one) for one in items]
 
     def end(self, error: Exception | None = None) -> None:
         self.ended.set_result(error)
 
 
 @settings(max_examples=30)
-@given(scripts(), OPTIONS, st.booleans(), st.integers(1, 2))
-async def test_chunks_that_are_pushed_are_those_that_are_iterated_over(
-    script: list[bytes], options: dict[str, Any], chat: bool, prompts: int
+@given(scripts(), OPTIONS, st.booleans(), st.integers(1, 2), st.booleans(), st.sampled_from([None, 1, 2]))
+async def test_chunks_that_are_pushed_or_encoded_are_those_that_are_iterated_over(
+    script: list[bytes], options: dict[str, Any], chat: bool, prompts: int, counts: bool, logprobs: int | None
 ) -> None:
     body = options | ({"messages": [{"role": "user", "content": "?"}]} if chat else {"prompt": ["?"] * prompts})
-    body |= {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
+    body |= {"stream": True, "n": 2, "stream_options": {"include_usage": True, "continuous_usage_stats": counts}}
+    body |= {} if logprobs is None else {"logprobs": True, "top_logprobs": logprobs} if chat else {"logprobs": logprobs}
 
     async def start() -> ChunkStream[Any]:
         adapter = OpenAIAdapter(ScriptedEngine(script))
         return await (adapter.chat_stream(body) if chat else adapter.complete_stream(body))
 
     iterated = [to_json_bytes(chunk) async for chunk in await start()]
-    stream, pushed = await start(), Noting()
-    stream.push(pushed)
-    assert await pushed.ended is None
-    await stream.aclose()
+
+    async def pushed(stream: ChunkStream[Any]) -> list[bytes]:
+        receiver = Noting()
+        stream.push(receiver)
+        assert await receiver.ended is None
+        await stream.aclose()
+        return receiver.chunks
 
     def told(chunks: list[bytes]) -> list[dict[str, Any]]:
         return [{name: value for name, value in json.loads(one).items() if name not in OWN} for one in chunks]
 
-    assert told(pushed.chunks) == told(iterated)
+    assert told(await pushed(await start())) == told(iterated)
+    assert told(await pushed((await start()).encoded(to_json_bytes))) == told(iterated)
+
+
+def test_encoded_texts_around_a_call_are_those_of_the_writer() -> None:
+    tools = [{"type": "custom", "custom": {"name": "run"}}]
+    request = parse_chat_request({"messages": [{"role": "user", "content": "?"}], "tools": tools})
+    plain, call = [Text(0, one) for one in 'a"\x85'], [CallBegun(0, 0, "call_1", "run"), CallText(0, 0, '{"input":"x"')]
+    pieces = [[Begun(0, HEAD)], *([one] for one in (*plain, *call, *plain, Text(0, ""), Text(0, "b", (7,)), *plain))]
+    alone, beside = CustomCallWriter(request, []), CustomCallWriter(request, [])
+    stream: Any = ChunkStream(AnswerStream([], reader()), beside).encoded(to_json_bytes)
+    for events in pieces:
+        assert list(stream.writer.write(events)) == [to_json_bytes(chunk) for chunk in alone.write(events)]
 
 
 @pytest.mark.parametrize("pushed", [False, True])

@@ -12,7 +12,8 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, aclosing, nullcontext
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, NoReturn, Protocol, TypeVar
+from uuid import uuid4
 
 from msgspec.structs import replace
 
@@ -25,6 +26,7 @@ from candle_vllm.openai.fair_threads import apart
 from candle_vllm.openai.formats import events as found
 from candle_vllm.openai.formats.layout import BoundLayout, SpecialText
 from candle_vllm.openai.formats.parser import OutputParser
+from candle_vllm.openai.json_body import to_json_bytes
 from candle_vllm.openai.task import Paths, Task
 
 ChunkT = TypeVar("ChunkT")
@@ -32,6 +34,7 @@ WholeT = TypeVar("WholeT")
 _ChunkT_co = TypeVar("_ChunkT_co", covariant=True)
 
 _MANY_EVENTS = 1000
+_MARK = uuid4().hex  # a text that occurs nowhere else
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,7 +206,7 @@ def _by_token(output: TokenOutput) -> list[str]:
     return [output.text[start:end] for start, end in zip(ends, [*ends[1:], None])]
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class TokenCounts:
     """Sums the usage of a request whose prompts are numbered from 0; `completion` counts the generated tokens."""
 
@@ -223,8 +226,7 @@ class TokenCounts:
         if (times := output.metrics) is not None:
             self._prompt_ms = _longer(self._prompt_ms, times.first_scheduled_time, times.first_token_time)
             self._completion_ms = _longer(self._completion_ms, times.first_token_time, times.finished_time)
-            for name in DRAFT_COUNTS:
-                self._drafts[name] += getattr(times, name)
+            self._drafts.update({name: getattr(times, name) for name in DRAFT_COUNTS})
 
     def usage(self, *, final: bool, reasoning: int | None = None) -> Usage:
         """Return the counts so far; if `final`, also the times and the counts of draft and predicted tokens."""
@@ -260,14 +262,14 @@ class AnswerReader:
         self.head = head
         self._task = task
         # Choices wait for the log-probabilities of their prompt, which arrive with its sequence 0.
-        self._awaits_prompt = task.echo_prompts and task.sampling.get("logprobs") is not None
+        echoes = task.echo_prompts and task.sampling.get("logprobs") is not None
+        self._awaited = set(range(len(task.prompts))) if echoes else set[int]()
         self._may_reason = plan.reasons
         count = max(len(task.prompts), 1) * task.choices
         self._readers = [ChoiceReader(plan, choice, tell_ids=task.tell_ids) for choice in range(count)]
         self._counts = TokenCounts()
         self._begun: set[int] = set()
         self._unfinished = len(self._readers)
-        self._known_prompts: set[int] = set()
         self._held: dict[int, list[TokenOutput]] = {}
 
     def add(self, prompt: int, output: TokenOutput) -> list[Event]:
@@ -277,8 +279,8 @@ class AnswerReader:
             RequestError: the engine aborted the sequence because of the request.
             GenerationFailedError, RequestAbortedError: the engine aborted the sequence.
         """
-        if output.finish_reason is not None:
-            _check_output(output, self._task.paths)
+        if output.finish_reason is not None and not output.finish_reason.complete:
+            _raise_failure(output, self._task.paths)
         choice = prompt * self._task.choices + output.index
         if (progress := output.progress) is not None:
             counts = Usage(
@@ -288,12 +290,11 @@ class AnswerReader:
                 prompt_ms=progress.seconds * 1000,
             )
             return [Progress(choice, self.head, output.num_prompt_tokens, counts)]
-        if self._awaits_prompt:
-            if output.prompt_logprobs is not None:
-                self._known_prompts.add(prompt)
-            elif prompt not in self._known_prompts:
+        if prompt in self._awaited:
+            if output.prompt_logprobs is None:
                 self._held.setdefault(prompt, []).append(output)
                 return []
+            self._awaited.remove(prompt)
         reader, task = self._readers[choice], self._task
         # To score a prompt, the engine must generate a token, which is not part of the answer.
         news = [] if task.scored_only else reader.read(output)
@@ -327,10 +328,8 @@ class AnswerReader:
         return self._counts.usage(final=final, reasoning=reasoning)
 
 
-def _check_output(output: TokenOutput, paths: Paths) -> None:
-    """Raise if the engine aborted the sequence: `RequestError` if the request itself is the cause."""
-    if output.finish_reason is None or output.finish_reason.complete:
-        return
+def _raise_failure(output: TokenOutput, paths: Paths) -> NoReturn:
+    """Raise the error of a sequence that the engine aborted: `RequestError` if the request itself is the cause."""
     if output.finish_reason is FinishReason.ABORT:
         raise RequestAbortedError("The request was aborted before it finished.")
     if output.error_kind == "request":
@@ -344,6 +343,8 @@ def _check_output(output: TokenOutput, paths: Paths) -> None:
 
 class Writer(Protocol[_ChunkT_co]):
     """Writes events in the form of an API."""
+
+    repeats: bool = False  # whether chunks of a choice's texts without ids that follow each other differ in text only
 
     def write(self, events: Sequence[Event]) -> Sequence[_ChunkT_co]: ...
 
@@ -367,16 +368,13 @@ class AnswerStream(PushStream[Event]):
         """Fields of the answer that are known in advance."""
         return self.reader.head
 
-    def push(self, receiver: Receiver[Event]) -> None:
-        self.push_written(receiver, lambda events: events)
-
-    def push_written(
+    def push(
         self,
-        receiver: Receiver[ChunkT],
-        write: Callable[[Sequence[Event]], Sequence[ChunkT]],
+        receiver: Receiver[Any],
+        write: Callable[[Sequence[Event]], Sequence[Any]] = lambda events: events,
         worded: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
-        """Push what `write` makes of the events, instead of `push`; see `ChunkStream` for `worded`."""
+        """Push what `write` makes of the events; see `ChunkStream` for `worded`."""
         unended = set(range(len(self.sources)))
         for number, source in enumerate(self.sources):
             source.push(_Stage(number, self.reader, write, worded, receiver, unended))
@@ -409,7 +407,12 @@ class ChunkStream(PushStream[ChunkT]):
     def push(self, receiver: Receiver[ChunkT]) -> None:
         if self.first:
             receiver.put(self.first)
-        self.events.push_written(receiver, self.writer.write, self.worded)
+        self.events.push(receiver, self.writer.write, self.worded)
+
+    def encoded(self, encode: Callable[[ChunkT], bytes]) -> ChunkStream[bytes]:
+        """Return the stream of the encoded chunks, which takes the place of this one."""
+        first = [encode(chunk) for chunk in self.first]
+        return ChunkStream(self.events, _EncodingWriter(self.writer, encode), self.worded, first)
 
     def hold(self, held: bool) -> None:
         self.events.hold(held)
@@ -424,7 +427,7 @@ class ChunkStream(PushStream[ChunkT]):
         """
         gathered = _Gathered()
         async with aclosing(self):
-            self.events.push_written(gathered, lambda events: events, self.worded)
+            self.events.push(gathered, worded=self.worded)
             await gathered.ended
         if gathered.errors:
             raise gathered.errors.pop()  # its traceback refers to this frame
@@ -436,6 +439,29 @@ class ChunkStream(PushStream[ChunkT]):
         logprobs = (getattr(one, "logprobs", None) or getattr(one, "prompt_logprobs", None) for one in gathered.events)
         large = len(gathered.events) > _MANY_EVENTS or any(logprobs)
         return await apart(written) if large else written()
+
+
+class _EncodingWriter(Writer[bytes], Generic[ChunkT]):
+    """Writes encoded chunks. If only the text differs from the chunk before, it encodes only the text."""
+
+    def __init__(self, writer: Writer[ChunkT], encode: Callable[[ChunkT], bytes]) -> None:
+        self._writer, self._encode = writer, encode
+        self._frames: dict[int, list[bytes]] = {}  # by choice: the bytes before and after the text
+
+    def write(self, events: Sequence[Event]) -> Sequence[bytes]:
+        event = events[0]
+        if len(events) > 1 or not isinstance(event, Text) or not event.text or event.ids is not event.logprobs:
+            self._frames.clear()  # ids and log-probabilities differ unless both are None
+            return self._encoded(events)
+        if (frame := self._frames.get(event.choice)) is not None:
+            return (to_json_bytes(event.text).join(frame),)
+        chunks = self._encoded(events)
+        if self._writer.repeats:
+            self._frames[event.choice] = self._encoded([Text(event.choice, _MARK)])[0].split(to_json_bytes(_MARK))
+        return chunks
+
+    def _encoded(self, events: Sequence[Event]) -> list[bytes]:
+        return [self._encode(chunk) for chunk in self._writer.write(events)]
 
 
 class _Gathered:
@@ -467,7 +493,7 @@ def _with_joined_deltas(events: Sequence[Event]) -> list[Event]:
     return [replace(run[0], text="".join(one.text for one in run)) if len(run) > 1 else run[0] for run in runs]
 
 
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass(eq=False, slots=True)
 class _Stage(Generic[ChunkT]):
     """The stage that converts the outputs of one prompt to events, and these to chunks.
 
@@ -492,7 +518,8 @@ class _Stage(Generic[ChunkT]):
             return
         try:
             for piece in items:
-                self._push(self.reader.add(self.number, piece))
+                if (events := self.reader.add(self.number, piece)) and (chunks := self.write(events)):
+                    self.receiver.put(chunks)
         except Exception as failure:
             self.end(failure)
 
@@ -507,12 +534,9 @@ class _Stage(Generic[ChunkT]):
             with self.worded():
                 if error is not None:
                     raise error
-                self._push(self.reader.end())
+                if chunks := self.write(self.reader.end()):
+                    self.receiver.put(chunks)
         except Exception as failure:
             error = failure
         self.receiver.end(error)
         del error  # its traceback keeps this frame alive
-
-    def _push(self, events: Sequence[Event]) -> None:
-        if events and (chunks := self.write(events)):
-            self.receiver.put(chunks)

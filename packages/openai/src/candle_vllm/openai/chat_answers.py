@@ -41,6 +41,7 @@ class AnswerWriter(ABC, Generic[Chunk]):
         whole: whether the last chunk always has the counts, for a whole answer.
     """
 
+    repeats = True
     _empty: ClassVar[Any]  # a choice without text
     _timings: RunningTimings | None = None
 
@@ -50,9 +51,7 @@ class AnswerWriter(ABC, Generic[Chunk]):
         self._usage_last = whole or request.include_usage
         self._usage_beside = request.continuous_usage
         self._told = told_of(request)
-        self._fields: dict[str, Any] = (
-            {"usage": None} if request.include_usage else {}
-        )  # of every chunk without progress
+        self._fields: dict[str, Any] = {"usage": None} if request.include_usage else {}  # of chunks without progress
 
     def write(self, events: Sequence[Event]) -> list[Chunk]:
         """Convert events to chunks."""
@@ -74,6 +73,10 @@ class AnswerWriter(ABC, Generic[Chunk]):
             self._fields["timings"] = self._timings.of(usage)
         shown = usage.final and (self._usage_last or self._timings is not None)
         return self._make(**self._fields, choices=()) if shown else None
+
+    def _ended(self, event: Ended) -> Chunk:
+        end: dict[str, Any] = {"finish_reason": event.reason.openai, "stop_reason": event.stop}
+        return self._chunk(replace(self._empty, index=event.choice, token_ids=self._no_ids, **end))
 
     def _chunk(self, choice: object, **extras: Any) -> Chunk:
         return self._make(**{**self._fields, "choices": (choice,), **extras})
@@ -131,15 +134,7 @@ class ChatWriter(AnswerWriter[chat.ChatCompletionChunk]):
         if isinstance(event, Begun):
             return self._first(event)
         if isinstance(event, Ended):
-            return self._chunk(
-                chat.ChunkChoice(
-                    index=event.choice,
-                    delta=chat.ChatDelta(),
-                    finish_reason=event.reason.openai,
-                    stop_reason=event.stop,
-                    token_ids=self._no_ids,
-                )
-            )
+            return self._ended(event)
         return self._counts(event)
 
     def _news(self, event: Text | Thought | CallBegun | CallText, delta: chat.ChatDelta) -> chat.ChatCompletionChunk:
@@ -337,15 +332,13 @@ def _join_message(parts: Sequence[chat.ChunkChoice]) -> chat.ChatMessage:
 
 
 def _join_calls(parts: Sequence[chat.ChunkChoice]) -> tuple[chat.ToolCallOut | chat.CustomToolCallOut, ...]:
-    begun: list[chat.ToolCallDelta] = []
-    texts: list[list[str]] = []
+    calls: list[tuple[chat.ToolCallDelta, list[str]]] = []
     for call in (call for part in parts for call in part.delta.tool_calls or ()):
         if call.id is not None:
-            begun.append(call)
-            texts.append([])
+            calls.append((call, []))
         news = call.custom.input if call.custom is not None else call.function and call.function.arguments
-        texts[call.index].append(news or "")
-    return tuple(_joined(call, "".join(text)) for call, text in zip(begun, texts, strict=True))
+        calls[call.index][1].append(news or "")
+    return tuple(_joined(call, "".join(texts)) for call, texts in calls)
 
 
 def _joined(first: chat.ToolCallDelta, text: str) -> chat.ToolCallOut | chat.CustomToolCallOut:

@@ -62,15 +62,7 @@ class CompletionWriter(AnswerWriter[Completion]):
         if isinstance(event, Begun):
             return self._first(event)
         if isinstance(event, Ended):
-            return self._chunk(
-                CompletionChoice(
-                    index=event.choice,
-                    text="",
-                    finish_reason=event.reason.openai,
-                    stop_reason=event.stop,
-                    token_ids=self._no_ids,
-                )
-            )
+            return self._ended(event)
         assert isinstance(event, (Progress, Usage)), "a completion has no reasoning and no tool calls"
         return self._counts(event)
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar
 from msgspec import UNSET, UnsetType
 
 from candle_vllm.openai.adapter import OpenAIAdapter
-from candle_vllm.openai.answers import ChunkStream
+from candle_vllm.openai.answers import ChunkStream, Writer
 from candle_vllm.openai.chat_answers import join_chat, wire_usage
 from candle_vllm.openai.events import Begun, Ended, Event, Head, Text, Usage
 from candle_vllm.openai.protocol import usage as wire
@@ -80,7 +80,7 @@ async def fim_answer(
     return await (await fim_stream(adapter, request, defaults)).whole(join_chat)
 
 
-class _Writer:
+class _Writer(Writer[ChatCompletionChunk]):
     """Writes the chunks of one answer; the last chunk has the finish reason and the usage, as in Mistral's API."""
 
     def __init__(self) -> None:

@@ -66,14 +66,14 @@ _LIMITS = (
 _LINE_ENDS = {end.encode(): f"\\u{ord(end):04x}".encode() for end in "\u2028\u2029\x85"}
 
 
-def to_json_bytes(value: msgspec.Struct, other: Callable[[Any], Any] | None = None) -> bytes:
-    """Encode an answer, chunk or error as JSON in UTF-8 that is one line for every reader.
+def to_json_bytes(value: msgspec.Struct | str, other: Callable[[Any], Any] | None = None) -> bytes:
+    """Encode an answer, chunk, error or text as JSON in UTF-8 that is one line for every reader.
 
     U+2028, U+2029 and U+0085 end a line for some readers of streams and of JSON lines, such as Python's
     `str.splitlines`, so they are escaped; JSON escapes all other line ends. `other` converts values of other types.
     """
     data = msgspec.json.encode(value, enc_hook=other)
-    for end, escape in _LINE_ENDS.items():
+    for end, escape in () if data.isascii() else _LINE_ENDS.items():
         if end in data:
             data = data.replace(end, escape)
     return data
@@ -100,7 +100,7 @@ def decode_json(body: bytes | str, name: str = "The body") -> Any:
         raise _too_deep(name) from None
     except ValueError:  # Python's limit for the digits of an integer
         raise InvalidBodyError(f"{name} holds a number with thousands of digits.") from None
-    if is_deeper(value, MAX_DEPTH):
+    if sum(map(text.count, "[{")) > MAX_DEPTH and is_deeper(value, MAX_DEPTH):
         raise _too_deep(name)
     if "\\ud" in text or "\\uD" in text:
         _check_surrogates(value, name)
@@ -190,9 +190,8 @@ def parse_body(kind: type[_Request], body: bytes | Mapping[str, Any] | _Request)
     if not isinstance(value, Mapping):
         given = "" if isinstance(body, bytes) else f", as {{'messages': [...]}} is, not {type(body).__name__}"
         raise InvalidBodyError(f"The body must be one JSON object{given}.")
-    value = dict(value)
     try:
-        return kind.model_validate(value)
+        return kind.model_validate(dict(value))
     except ValidationError as error:
         others = {**getattr(kind, "other_names", {}), "n_predict": "max_tokens"}.items()
         given = {name: other for other, name in others if None is value.get(name) is not value.get(other)}

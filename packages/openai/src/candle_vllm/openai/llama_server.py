@@ -19,7 +19,7 @@ from candle_vllm.core.engine.outputs import PositionLogprobs, TokenLogprob
 from candle_vllm.core.sampling.params import BIAS, MAX_TOKEN_ID
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.openai.adapter import OpenAIAdapter
-from candle_vllm.openai.answers import ChunkStream
+from candle_vllm.openai.answers import ChunkStream, Writer
 from candle_vllm.openai.chat_answers import RunningTimings, wire_progress, wire_timings
 from candle_vllm.openai.events import Begun, Ended, Event, Progress, Text, Usage
 from candle_vllm.openai.logprobs import LOWEST
@@ -398,7 +398,7 @@ def _chosen(piece: LlamaText, paths: Sequence[str] | None) -> Answered:
     return found
 
 
-class _Writer:
+class _Writer(Writer[Any]):
     """Writes the chunks of one answer; with `whole`, for chunks that are joined, the last one has all fields.
 
     `settings` are the sampling values of the answer.

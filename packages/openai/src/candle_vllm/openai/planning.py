@@ -99,7 +99,6 @@ class AnswerPlanner:
         called = tools if use.mode != "none" else None
         tail = prompt[-_TAIL:]
         opening = "" if reasoning is None else reasoning.open_mark(tail, continued=continued)
-        is_open = bool(opening)
         reasoning = reasoning and reasoning.led_by(opening)
         closed = reasoning is not None and tail.rstrip(SPACE).endswith(tuple(reasoning.pairs.values()))
         structured = None
@@ -109,8 +108,8 @@ class AnswerPlanner:
                 task.form,
                 tools,
                 use,
-                reasoning=None if continued or (declined and not is_open) else reasoning,
-                in_reasoning=is_open,
+                reasoning=None if continued or (declined and not opening) else reasoning,
+                in_reasoning=bool(opening),
                 special=self._special,
                 own=self._marks,
                 loose=loose,
@@ -130,7 +129,7 @@ class AnswerPlanner:
             lazy=structured is not None and use.mode == "auto" and task.form is None,
             forced=structured is not None and use.mode == "required",
             most_calls=MAX_TOOL_CALLS if use.parallel else 1,
-            in_reasoning=is_open,
+            in_reasoning=bool(opening),
             behind_reasoning=closed,
             show_reasoning=task.show_thoughts,
             show_special_tokens=task.sampling.get("skip_special_tokens") is False,

@@ -277,6 +277,8 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
 
         Most chat templates do not write the ids of calls, so the model can tell the results apart only by their order.
         """
+        if all(message.role != "tool" for message in self.messages):
+            return self
         # A message's key: the number of the answer whose results it is among (or its own), and its place among these.
         keys, answer, order = list[tuple[int, tuple[int, ...]]](), 0, dict[str | None, tuple[int, ...]]()
         for place, message in enumerate(self.messages):

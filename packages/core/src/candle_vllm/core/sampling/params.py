@@ -18,7 +18,7 @@ from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.core.sampling.thoughts import MAX_BUDGET, ThoughtBudget
 from candle_vllm.core.setting_kinds import SEED, Integer, Number
-from candle_vllm.core.text.detokenizer import NO_STOPS, StopMarks, StopScanner
+from candle_vllm.core.text.detokenizer import StopMarks, StopScanner
 
 MAX_SEQUENCES = 128  # maximum number of sequences of one prompt (`n`)
 MAX_STOP_STRINGS = 64
@@ -296,8 +296,6 @@ class SamplingParams(  # pyrefly: ignore[invalid-inheritance]
 
     def stop_scanner(self, special_tokens: Iterable[str]) -> StopScanner:
         """Return a scanner for one text; `special_tokens` are the names of the vocabulary's special tokens."""
-        if not self.stop_strings:
-            return NO_STOPS
         return StopScanner(
             self.stop_strings,
             include_stop=self.include_stop_str_in_output,

@@ -66,7 +66,7 @@ class Detokenizer:
         if continues_prompt:
             self._decode(b"".join(map(tokenizer.token_bytes, prompt_token_ids[-_MOST_BEGUN:])))
         self._scanner = stops or NO_STOPS
-        self._shows_all = self._scanner.idle
+        self._shows_all = stops is None
         self._strip_space = tokenizer.strips_leading_space and not self._any_visible(prompt_token_ids)
         self.is_plain = self._shows_all and not self._strip_space and not self._begun
 
@@ -110,6 +110,8 @@ class Detokenizer:
     def finish(self) -> str:
         """End the sequence and return the text that was held back. An incomplete character becomes U+FFFD."""
         tail = self._decoder.decode(b"", True)
+        if self._shows_all:
+            return tail
         shown = self._scanner.feed(tail, armed=self._num_tokens > self._min_tokens)
         return shown + self._scanner.flush()
 
@@ -219,7 +221,6 @@ class StopScanner:
         special_tokens: names of special tokens, which marks may contain.
 
     Attributes:
-        idle: whether there are no stop strings; then `feed` returns each text unchanged.
         found: the stop string that was found, or None.
     """
 
@@ -233,7 +234,6 @@ class StopScanner:
     ) -> None:
         self.found: str | None = None
         found = [_Prefix(stop) for stop in dict.fromkeys(stops) if stop]
-        self.idle = not found
         self._include_stop = include_stop
         self._held = ""
         self._pending: tuple[int, str] | None = None  # (characters after it, stop string); a mark may cancel it
@@ -258,8 +258,8 @@ class StopScanner:
             armed: whether a stop string that ends in this text counts.
             special: name of the special token that was sampled; its text may be hidden, and `text` is then empty.
         """
-        if self.found is not None or self.idle:
-            return text if self.idle else ""
+        if self.found is not None:
+            return ""
         stands = self._names.get(special) if special and self._names else None
         if not text:
             if stands is not None:

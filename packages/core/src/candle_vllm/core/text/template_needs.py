@@ -426,7 +426,8 @@ def fit(rendered: list[dict[str, Any]], needs: TemplateNeeds, image: str = "") -
     """
     calls = any(message["role"] == "tool" or message.get("tool_calls") for message in rendered)
     said = [_as_said(message, needs) for message in rendered] if calls else rendered
-    messages = _in_turn(_late_as_user(said, needs), needs)
+    late = not needs.system_anywhere and any(message["role"] == "system" for message in said[1:])
+    messages = _in_turn(_late_as_user(said) if late else said, needs)
     if calls and not needs.images_in_results:
         messages = _shown_by_users(messages, needs)
     last = messages[-1]["role"] if messages else None
@@ -463,14 +464,13 @@ def _as_said(message: dict[str, Any], needs: TemplateNeeds) -> dict[str, Any]:
     return {**kept, "content": _joined(message.get("content"), calls)}
 
 
-def _late_as_user(messages: Sequence[dict[str, Any]], needs: TemplateNeeds) -> Iterator[dict[str, Any]]:
-    """Convert later system messages to text of the user, if the template does not write them."""
+def _late_as_user(messages: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Convert system messages behind other messages to text of the user."""
     begun = False
     for message in messages:
         begun = begun or message["role"] != "system"
-        if begun and message["role"] == "system" and not needs.system_anywhere:
-            content = _joined("<system>", _joined(message.get("content"), "</system>"))
-            yield _message("user", content)
+        if begun and message["role"] == "system":
+            yield _message("user", _joined("<system>", _joined(message.get("content"), "</system>")))
         else:
             yield message
 

@@ -17,7 +17,7 @@ from candle_vllm.core.engine.outputs import FinishReason
 from candle_vllm.core.errors import InvalidParameterError, PromptTooLongError, RequestError
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.openai.adapter import OpenAIAdapter
-from candle_vllm.openai.answers import AnswerStream, ChunkStream
+from candle_vllm.openai.answers import AnswerStream, ChunkStream, Writer
 from candle_vllm.openai.anthropic import answers
 from candle_vllm.openai.anthropic.answers import Message, MessageEvent, TokenCount
 from candle_vllm.openai.anthropic.request import (
@@ -203,7 +203,7 @@ def _tool_use(request: MessagesRequest | CountTokensRequest) -> ToolUse:
 _Kind = Literal["text", "thinking"]
 
 
-class EventWriter:
+class EventWriter(Writer[answers.MessageEvent]):
     """Converts the events of one answer to Anthropic's events.
 
     One block is closed before the next begins. No block is blank, and only the first may begin with white space,

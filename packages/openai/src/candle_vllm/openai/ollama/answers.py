@@ -16,6 +16,7 @@ from msgspec import UNSET, UnsetType
 from msgspec.structs import replace
 
 from candle_vllm.core.engine.outputs import FinishReason
+from candle_vllm.openai.answers import Writer
 from candle_vllm.openai.anthropic.tool_input import ToolInput, parsed_input
 from candle_vllm.openai.events import Begun, CallBegun, CallText, Ended, Event, Progress, Text, Thought, Usage
 from candle_vllm.openai.logprobs import chat_logprobs
@@ -138,7 +139,7 @@ def loaded_line(model: str, times: Times, reason: str, *, chat: bool) -> ChatLin
     return ChatLine(message=Said(), **known) if chat else GenerateLine(response="", **known)
 
 
-class LineWriter:
+class LineWriter(Writer[Line]):
     """Writes the lines of one answer, as `chat` lines or generate lines.
 
     `ends` are the end-of-sequence tokens, which have no log-probabilities in Ollama's API. With `context`, the prompt's

@@ -6,6 +6,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Annotated, Any, ClassVar, Literal, LiteralString, NamedTuple
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
@@ -250,9 +251,10 @@ class WireModel(BaseModel):
         """Hook for subclasses: refuse an object of another kind before its field names are checked."""
 
     @classmethod
-    def wire_names(cls) -> set[str]:
+    @cache
+    def wire_names(cls) -> frozenset[str]:
         """Return the names of the fields that an object of this class may have."""
-        return {field.alias or name for name, field in cls.model_fields.items()}
+        return frozenset(field.alias or name for name, field in cls.model_fields.items())
 
     @classmethod
     def _suggestion(cls, name: str) -> str:

@@ -100,18 +100,14 @@ def most_connections() -> int:
 
 
 def _part_writer(cycle: RequestResponseCycle) -> WritePart:
-    """Return the `WritePart` of one uvicorn response; uvicorn adds the framing of each part."""
-    send = cycle.send
+    """Return the `WritePart` of one uvicorn response, which writes chunks (RFC 9112, 7.1) as uvicorn does."""
+    flow = cycle.flow
 
     def write(data: bytes) -> bool:
-        if cycle.flow.write_paused or cycle.disconnected or cycle.response_complete or not cycle.response_started:
+        if flow.write_paused or cycle.disconnected or cycle.response_complete or not cycle.chunked_encoding:
             return False
-        sending = send({"type": "http.response.body", "body": data, "more_body": True})
-        try:
-            sending.send(None)  # it suspends only if the client does not keep up
-        except StopIteration:
-            return True
-        raise RuntimeError("a part of an answer was not written at once")
+        cycle.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+        return True
 
     return write
 
@@ -242,8 +238,7 @@ class _LimitedHttpToolsProtocol(HttpToolsProtocol):
         if len(self.pipeline) > MAX_PIPELINED:
             raise ValueError("too many pipelined requests")
         cycle = self.cycle
-        extensions: dict[str, Any] = {WRITE_PART: _part_writer(cycle)}
-        cycle.scope["extensions"] = extensions
+        cycle.scope["extensions"] = {WRITE_PART: _part_writer(cycle)}  # type: ignore[typeddict-item]
         if self.scheme == "https":
             cycle.send = partial(_send_parts, cycle.send)
         if not self.pipeline:

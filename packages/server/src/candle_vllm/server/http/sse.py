@@ -22,6 +22,7 @@ from starlette.types import Receive, Scope, Send
 
 from candle_vllm.core.engine.step.stream import PushStream, Receiver
 from candle_vllm.core.errors import RequestAbortedError
+from candle_vllm.openai.answers import ChunkStream
 from candle_vllm.openai.json_body import to_json_bytes
 from candle_vllm.server.http.body import disconnected
 from candle_vllm.server.http.errors import took_too_long
@@ -121,7 +122,9 @@ class EventStream(Response):
     ) -> None:
         self.media_type = form.media_type
         self.init_headers(_HEADERS)
-        self._chunks = chunks if isinstance(chunks, PushStream) else _Iterated(chunks)
+        source = chunks.encoded(form.event) if isinstance(chunks, ChunkStream) else chunks
+        self._event = form.event if source is chunks else bytes
+        self._chunks = source if isinstance(source, PushStream) else _Iterated(source)
         self._form = form
         self._deadline = deadline
         self._released = released
@@ -140,7 +143,10 @@ class EventStream(Response):
             self._watch_time()
             await self._write(send, watcher)
         except asyncio.CancelledError:
-            await self._last_words(send)
+            self._end()
+            if not self._complete:
+                stopped = RequestAbortedError("The server was stopped before the answer was complete.")
+                await send({"type": "http.response.body", "body": self._form.error(stopped), "more_body": False})
             raise
         finally:
             await asyncio.shield(self._close(watcher))
@@ -148,7 +154,7 @@ class EventStream(Response):
     def put(self, items: Sequence[Any]) -> None:
         """Write chunks, at once if nothing waits before them and the client keeps up."""
         try:
-            data = self._form.event(items[0]) if len(items) == 1 else b"".join(map(self._form.event, items))
+            data = self._event(items[0]) if len(items) == 1 else b"".join(map(self._event, items))
             if self._idle is not None and data and self._write_part is not None and self._write_part(data):
                 self._idle_since = self._loop.time()
                 return
@@ -215,14 +221,6 @@ class EventStream(Response):
             self._push(self._form.silence())
             silence = 0.0
         self._timer = self._loop.call_later(min(left, self._keep_alive - silence), self._watch_time)
-
-    async def _last_words(self, send: Send) -> None:
-        """Send the error of a stream that the server's shutdown cancels."""
-        self._end()
-        if self._complete:
-            return
-        data = self._form.error(RequestAbortedError("The server was stopped before the answer was complete."))
-        await send({"type": "http.response.body", "body": data, "more_body": False})
 
     def _end(self) -> None:
         self._ended = True

@@ -157,14 +157,12 @@ class LiveSequence(Live):
         # `accept` reads these for nearly every token. A step evicts them from the CPU caches, so they are adjacent.
         self._only_appends = False  # whether `SamplingState.append` changes only `tokens`; False before the first token
         self._is_plain = False  # `Detokenizer.is_plain`
-        self._empty = self._output()  # an output without a token
         self._notes_texts = not params.skip_special_tokens
+        names = tokenizer.special_token_ids if params.stop_marks else ()
         self.detokenizer = Detokenizer(
             tokenizer,
             prompt_token_ids=sequence.request.prompt_token_ids,
-            stops=params.stop_scanner(tokenizer.special_token_ids if params.stop_marks else ())
-            if params.stop
-            else None,
+            stops=params.stop_scanner(names) if params.stop else None,
             skip_special_tokens=params.skip_special_tokens,
             min_tokens=params.min_tokens,
             continues_prompt=params.continues_prompt,
@@ -206,7 +204,7 @@ class LiveSequence(Live):
         logprobs = None if sampled.logprobs is None else (self.describe(sampled.logprobs, sampled=True),)
         reason, stop_reason, text = self._ending(token, self.request.params.include_stop_str_in_output)
         self._is_plain, self._only_appends = self.detokenizer.is_plain, not self.state.notes_tokens
-        self._empty = self._output()
+        self._empty = self._output()  # an output without a token
         return self._piece(text, (token,), reason, stop_reason, logprobs=logprobs, prompt_logprobs=prompt_logprobs)
 
     def _failed(self, sampled: SampledToken) -> TokenOutput:

@@ -142,7 +142,7 @@ class PushStream(ABC, AsyncIterator[T]):
         self.close()
 
 
-@dataclasses.dataclass(eq=False, repr=False)
+@dataclasses.dataclass(eq=False, repr=False, slots=True)
 class RequestSink:
     """The sink of one request in an event loop: pushes the engine's outputs to its receiver.
 
@@ -394,12 +394,10 @@ async def whole(stream: TokenStream) -> GenerationOutput:
 
 def raise_failure(output: TokenOutput) -> None:
     """Raise the error of an output, if it has one, and `RequestAbortedError` if the request was aborted."""
+    if output.error is not None and output.error_kind == "request":
+        raise RequestError(output.error, output.error_param)
     if output.error is not None:
-        raise (
-            RequestError(output.error, output.error_param)
-            if output.error_kind == "request"
-            else CandleVllmError(output.error)
-        )
+        raise CandleVllmError(output.error)
     if output.finish_reason == FinishReason.ABORT:
         raise RequestAbortedError(f"request {output.request_id} was aborted")
 

@@ -101,7 +101,7 @@ class OutputQueue:
                 self._loop.call_soon(self._hand_out)
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class _Client:
     """A live request: the sink of its caller, and its number of unfinished sequences."""
 
