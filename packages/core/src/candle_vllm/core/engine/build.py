@@ -487,7 +487,7 @@ def cache_kinds(config: EngineConfig, model: LoadedModel | Described) -> tuple[C
              "leave it out"),
             *((name, not kind.fits(dim), f"{asked} stores blocks of {BLOCK} elements, and the head size of this model, "
                f"{dim}, is not a multiple of that: leave it out")
-              for dim in {spec.key_dim for spec in paged(model.config.cache_specs)}),
+              for dim in {spec.key_dim for spec in paged(model.config.cache_specs) if not spec.exact}),
         )  # fmt: skip
         found.append(kind)
     keys, values = found

@@ -629,20 +629,24 @@ def _caches(
 ) -> tuple[PagedCache | tuple[StateCache, ...], ...]:
     """Allocate the cache of each layer. Layers with the same shape and number of pages share one allocation.
     `kinds` is None for latent attention, which may have index keys in place of values, and for `wide` caches, which are
-    float32 [1, B, S, width]."""
-    pools = Counter((spec.shape, cache_specs.pages_of(spec, windows, num_blocks)) for spec in cache_specs.paged(specs))
+    float32 [1, B, S, width], as those of an exact spec."""
+
+    def pool_of(spec: cache_specs.PagedSpec) -> tuple[tuple[int, int, int], int, bool]:
+        return spec.shape, cache_specs.pages_of(spec, windows, num_blocks), wide or spec.exact
+
     rest = {
-        pool: iter(_layers(pool[0], count, pool[1], block_size, kinds, ranks, wide=wide))
-        for pool, count in pools.items()
+        (shape, pages, exact): iter(
+            _layers(shape, count, pages, block_size, None if exact else kinds, ranks, wide=exact)
+        )
+        for (shape, pages, exact), count in Counter(map(pool_of, cache_specs.paged(specs))).items()
     }
 
     def make(_: int, spec: cache_specs.PagedSpec | cache_specs.StateSpec) -> PagedCache | tuple[StateCache, ...]:
         if isinstance(spec, cache_specs.PagedSpec):
-            cache = next(rest[spec.shape, cache_specs.pages_of(spec, windows, num_blocks)])
-            pool = cache_specs.pool_of(spec, windows)
+            cache, pool = next(rest[pool_of(spec)]), cache_specs.pool_of(spec, windows)
             cache = cache if pool is None else WindowedCache.of(pool, *cache)
-            cache.kinds = kinds
-            if kinds is not None and kinds[0].is_quantised:
+            cache.kinds = None if spec.exact else kinds
+            if cache.kinds is not None and kinds is not None and kinds[0].is_quantised:
                 cache.fit = np.ones((spec.kv_heads, 3, spec.key_dim), np.float32)
                 cache.fit[:, 0] = 0
             return cache

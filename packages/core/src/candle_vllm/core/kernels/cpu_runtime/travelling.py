@@ -48,6 +48,7 @@ CACHES = [(k, v) for k in _KINDS for v in _KINDS if k == v or (k.bits == 8 and v
 def functions(isa: Isa) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Return the precompiled kernels for CPUs with these instructions, as arguments of `operation`."""
     for code in (
+        "attention.cpu_choice:write_keys",
         "collectives.cpu:add_up",
         "collectives.cpu:stand_together",
         "column_order.cpu:column_order",
@@ -105,6 +106,7 @@ def functions(isa: Isa) -> Iterator[tuple[str, tuple[int, ...]]]:
     for scan in ((0, 0), (0, 2), (1, 0), (1, 1)):
         yield "delta_rule.cpu:make_scan", scan
     for flag in (0, 1):
+        yield "attention.cpu_choice:make_choose", (flag, isa)
         yield "compressed_attention.cpu:make_choose", (flag, isa)
         yield "rms_norm.cpu:make_head_norm", (flag,)
         yield "rms_norm.cpu:make_norm_onto", (flag,)

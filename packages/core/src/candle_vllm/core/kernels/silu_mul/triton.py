@@ -11,7 +11,7 @@ from candle_vllm.core.kernels.recorded import GateKind
 from candle_vllm.core.kernels.triton_build import OPTIONS, cdiv, next_power_of_2
 
 _PART = 1024  # elements of a program; not measured yet
-_KINDS = ("silu", "gelu_tanh", "sigmoid", "softplus", "silu_7", "silu_16", "silu_10")
+_KINDS = ("silu", "gelu_tanh", "sigmoid", "softplus", "swiglu_oai", "silu_7", "silu_16", "silu_10")
 
 
 @triton.jit
@@ -40,6 +40,9 @@ def gate_mul_kernel(
     gates = tl.load(gate + token * gate_stride + at // SPAN, mask=inside, other=0.0).to(tl.float32)
     ups = tl.load(up + token * up_stride + at, mask=inside, other=0.0).to(tl.float32)
     inner = gates
+    if KIND == 4:
+        gates, ups = limited(gates, ups, 7.0)
+        inner, ups = 1.702 * gates, ups + 1.0
     if KIND == 1:
         # 0.5 (1 + tanh(z)) is the sigmoid of 2z; 2 sqrt(2 / pi) = 1.5957...
         inner = 1.5957691216057308 * (gates + 0.044715 * gates * gates * gates)
@@ -49,8 +52,8 @@ def gate_mul_kernel(
         small = tl.exp(-tl.abs(gates))
         whole = 1.0 + small  # its logarithm lacks what this sum rounds off
         act = tl.maximum(gates, 0.0) + tl.log(whole) + (small - (whole - 1.0)) / whole
-    if KIND >= 4:
-        act, ups = limited(act, ups, 7.0 if KIND == 4 else 16.0 if KIND == 5 else 10.0)
+    if KIND >= 5:
+        act, ups = limited(act, ups, 7.0 if KIND == 5 else 16.0 if KIND == 6 else 10.0)
     tl.store(y + token * F + at, (act * ups).to(y.dtype.element_ty), mask=inside)
 
 
