@@ -4,11 +4,10 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
 from candle_vllm.core.fields import Fields
-from candle_vllm.core.kernels.attention.rows import KeyBlocks
 from candle_vllm.core.layers.moe import Mixture
 from candle_vllm.core.loading.cache_specs import CacheSpec, PagedSpec, SharedKVSpec
 from candle_vllm.core.loading.config import LatentSizes, shared_from_gguf, shared_from_hf
@@ -24,6 +23,14 @@ _USUAL: dict[str, Any] = {
 }  # fmt: skip
 _INDEX_USUAL = {"use_sparse_attention": True, "sparse_score_type": "max", "sparse_init_block": 0}
 _MOST = 1024  # elements of an index head, positions of a block, chosen blocks
+
+
+class KeyBlocks(NamedTuple):
+    """Sizes of a choice of key blocks: positions of a block, blocks that are chosen, and how many are the last ones."""
+
+    size: int
+    top: int
+    local: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

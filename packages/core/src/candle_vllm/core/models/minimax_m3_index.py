@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Attention of MiniMax M3 to blocks of keys that an index chooses, other blocks for each key-value head.
 
-`kernels/attention/cpu_choice.py` describes the index, its cache and the choice, and computes it in recorded steps.
+`kernels/attention/cpu_choice.py` describes the index, its cache and the choice, and computes it in recorded steps,
+`minimax_m3_choice.py` op by op.
 Source: transformers' `MiniMaxM3VLIndexer`.
 Shapes: T tokens, E hidden, H heads, K key-value heads, D head size, Di size of an index head, B blocks of S slots.
 """
@@ -17,7 +18,6 @@ import numpy as np
 from candle_vllm.core.kernels.attention.cpu_cache import HEADER
 from candle_vllm.core.kernels.attention.cpu_record import ChoiceArguments, ChosenBlocks
 from candle_vllm.core.kernels.cpu_runtime.operation import address_of, operation
-from candle_vllm.core.kernels.latent_attention.layout import FEW_TOKENS
 from candle_vllm.core.kernels.recorded import Recorded, Value
 from candle_vllm.core.kernels.whole_attention.cpu_record import WholeHeads, record_turn
 from candle_vllm.core.layers.attention import StepInput
@@ -28,6 +28,7 @@ from candle_vllm.core.layers.rotary import Rotary
 from candle_vllm.core.loading.config import LatentSizes
 from candle_vllm.core.loading.weights import Parameter
 from candle_vllm.core.models import llama
+from candle_vllm.core.models.minimax_m3_choice import choose
 
 
 class BlockIndex:
@@ -57,8 +58,6 @@ class BlockIndex:
         q, key = self.rotary(q, key, step.positions)
         there = step.slots >= 0
         cache.flatten(0, 1)[step.slots[there].long()] = key[there].to(cache.dtype)
-        from candle_vllm.core.kernels.attention.torch_choice import choose
-
         return choose(q, cache, step.rows, step.attend, self.blocks)
 
     def _record(self, q: Any, cache: Any) -> ChosenBlocks:
@@ -84,15 +83,16 @@ class BlockIndex:
             shift=blocks.size.bit_length() - 1,
             top=blocks.top,
             local=blocks.local,
-            scratch=HEADER + recorder.scratch(HEADER + 4 * heads * whole * max(FEW_TOKENS, limits.threads)),
+            scores=HEADER + recorder.scratch(HEADER + 4 * limits.tokens * heads * whole),
             blocks=whole,
             tables=address_of(made.tables),
             contexts=address_of(made.contexts),
             count=count,
         )
         recorder.add(operation("attention.cpu_choice:write_keys"), row)
-        for chooses in (0, 1):
-            recorder.add(operation("attention.cpu_choice:make_choose", chooses, recorder.isa), row)
+        if whole > blocks.top:
+            recorder.add(operation("attention.cpu_choice:make_score", recorder.isa), row)
+        recorder.add(operation("attention.cpu_choice:choose"), row)
         return made
 
 

@@ -288,7 +288,7 @@ class ChoiceArguments(NamedTuple):
         cache: address of the index's cache.
         query_start, block_tables, table_stride, block_shift: as in `AttendArguments`.
         shift, top, local: log2 of a key block's positions; number of blocks that are chosen, and of last ones of them.
-        scratch, blocks: address of scores, float32 [tokens or threads, K, blocks]; key blocks of the longest sequence.
+        scores, blocks: address of float32 [T, K, blocks]; number of key blocks of the longest sequence.
         tables, contexts, count: see `ChosenBlocks`.
     """
 
@@ -306,7 +306,7 @@ class ChoiceArguments(NamedTuple):
     shift: int
     top: int
     local: int
-    scratch: int
+    scores: int
     blocks: int
     tables: int
     contexts: int

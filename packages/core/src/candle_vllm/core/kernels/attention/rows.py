@@ -62,14 +62,6 @@ class WindowedCache(PagedCache):
         return made
 
 
-class KeyBlocks(NamedTuple):
-    """Sizes of a choice of key blocks: positions of a block, blocks that are chosen, and how many are the last ones."""
-
-    size: int
-    top: int
-    local: int
-
-
 @dataclasses.dataclass(frozen=True)
 class AttentionRows:
     """The step's R sequences, with their lengths on the host: which tokens and which blocks belong to each.
