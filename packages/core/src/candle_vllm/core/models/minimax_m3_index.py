@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from candle_vllm.core.kernels.attention.cpu_cache import HEADER
-from candle_vllm.core.kernels.attention.cpu_record import ChoiceArguments, ChosenBlocks
+from candle_vllm.core.kernels.attention.cpu_record import ChoiceArguments
 from candle_vllm.core.kernels.cpu_runtime.operation import address_of, operation
 from candle_vllm.core.kernels.recorded import Recorded, Value
 from candle_vllm.core.kernels.whole_attention.cpu_record import WholeHeads, record_turn
@@ -42,10 +42,11 @@ class BlockIndex:
         self.inputs = Linear(config.hidden_size, shards, placement)
         self.q_norm, self.k_norm = (RMSNorm(self.size, config.norm_eps, placement) for _ in range(2))
 
-    def __call__(self, x: Value, step: StepInput) -> Any:
+    def __call__(self, x: Value, step: StepInput) -> tuple[ChoiceArguments | None, Any]:
         """Write the keys of x [T, E] to the cache, and choose blocks.
 
-        Return `ChosenBlocks` in a recorded step; else a function that computes attention to them, or None for all.
+        Return the recorded choice, and the memory of its result, which must be kept until attention is recorded. Op by
+        op return None, and a function that computes attention to the blocks, or None for attention to all.
         """
         row = self.inputs(x)
         q, key = (
@@ -58,14 +59,14 @@ class BlockIndex:
         q, key = self.rotary(q, key, step.positions)
         there = step.slots >= 0
         cache.flatten(0, 1)[step.slots[there].long()] = key[there].to(cache.dtype)
-        return choose(q, cache, step.rows, step.attend, self.blocks)
+        return None, choose(q, cache, step.rows, step.attend, self.blocks)
 
-    def _record(self, q: Any, cache: Any) -> ChosenBlocks:
+    def _record(self, q: Any, cache: Any) -> tuple[ChoiceArguments, Any]:
         recorder, blocks, heads, size = q.recorder, self.blocks, self.heads, self.size
         arrays, limits = recorder.arrays, recorder.limits
         whole = -(-limits.table_width * limits.block_size // blocks.size)
         count = min(blocks.top, whole) * (blocks.size // limits.block_size)
-        made = ChosenBlocks(recorder.memory(heads * count, np.int64), recorder.memory(1, np.int64), count)
+        made = tables, contexts = recorder.memory(heads * count, np.int64), recorder.memory(1, np.int64)
         index = WholeHeads(q.address, q.buffer.stride, heads, 1, size)
         record_turn(recorder, index, arrays.positions, self.rotary.tables, arrays.turns)
         row = ChoiceArguments(
@@ -85,15 +86,15 @@ class BlockIndex:
             local=blocks.local,
             scores=HEADER + recorder.scratch(HEADER + 4 * limits.tokens * heads * whole),
             blocks=whole,
-            tables=address_of(made.tables),
-            contexts=address_of(made.contexts),
+            tables=address_of(tables),
+            contexts=address_of(contexts),
             count=count,
         )
         recorder.add(operation("attention.cpu_choice:write_keys"), row)
         if whole > blocks.top:
             recorder.add(operation("attention.cpu_choice:make_score", recorder.isa), row)
         recorder.add(operation("attention.cpu_choice:choose"), row)
-        return made
+        return row, made
 
 
 class Attention(llama.Attention):
@@ -104,10 +105,10 @@ class Attention(llama.Attention):
         self.index = BlockIndex(config, layer, rotary, placement) if layer in config.index_layers else None
 
     def __call__(self, x: Value, step: StepInput) -> Value:
-        chosen = None if self.index is None else self.index(x, step)
+        chosen, made = (None, None) if self.index is None else self.index(x, step)
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in self.qkv(x).split(self.sizes, dim=-1))
-        if chosen is not None and not isinstance(q, Recorded):
-            step, chosen = dataclasses.replace(step, attend=chosen), None
+        if chosen is None and made is not None:
+            step = dataclasses.replace(step, attend=made)
         return self.output(self.attend(q, k, v, step, chosen=chosen).flatten(1))
 
     def parameters(self) -> Mapping[str, Parameter]:

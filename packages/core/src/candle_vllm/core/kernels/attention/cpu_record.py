@@ -36,7 +36,7 @@ class Scores:
     Attributes:
         narrows: whether attention is computed only for tokens whose logits are wanted.
         causal: whether no token attends to a later position.
-        chosen: the blocks to which each token attends, instead of its sequence's blocks.
+        chosen: a recorded choice of the blocks to which each token attends, instead of its sequence's blocks.
     """
 
     scale: float
@@ -47,21 +47,7 @@ class Scores:
     causal: bool = False
     slopes: NDArray[np.float32] | None = None
     relative: tuple[Recorded, NDArray[np.float32]] | None = None
-    chosen: ChosenBlocks | None = None
-
-
-class ChosenBlocks(NamedTuple):
-    """Blocks of the cache to which each token attends, written by an earlier operation of the step.
-
-    Attributes:
-        tables: int64 [T, K, N] flat, the blocks for each KV head in the order of their positions.
-        contexts: int64 [T], the number of positions in the blocks of each head.
-        count: N.
-    """
-
-    tables: NDArray[np.int64]
-    contexts: NDArray[np.int64]
-    count: int
+    chosen: ChoiceArguments | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,15 +140,9 @@ def record_attention(
     )
     if (chosen := scores.chosen) is not None:  # each token is a sequence of its own
         assert not scores.narrows
-        assert not narrow
-        attended = attended._replace(
-            query_start=address_of(recorder.row_numbers(2)),
-            context_lens=address_of(chosen.contexts),
-            block_tables=address_of(chosen.tables),
-            table_stride=kv_heads * chosen.count,
-            head_tables=chosen.count,
-            sequences=StepNumber.TOKENS,
-        )
+        tables = {"block_tables": chosen.tables, "table_stride": kv_heads * chosen.count, "head_tables": chosen.count}
+        rows = {"query_start": address_of(recorder.row_numbers(2)), "context_lens": chosen.contexts}
+        attended = attended._replace(**tables, **rows, sequences=StepNumber.TOKENS)
     recorder.add(attend_operation(dim, recorder.isa, keys, values, scores.relative is not None), attended)
     recorder.add(merge_operation(dim, values), attended)
 
@@ -289,7 +269,8 @@ class ChoiceArguments(NamedTuple):
         query_start, block_tables, table_stride, block_shift: as in `AttendArguments`.
         shift, top, local: log2 of a key block's positions; number of blocks that are chosen, and of last ones of them.
         scores, blocks: address of float32 [T, K, blocks]; number of key blocks of the longest sequence.
-        tables, contexts, count: see `ChosenBlocks`.
+        tables, count: address of int64 [T, K, count], the chosen blocks of the cache in the order of their positions.
+        contexts: address of int64 [T], the number of positions in the blocks of each head.
     """
 
     index: int
