@@ -126,8 +126,8 @@ class StepInput:
 class PagedAttention:
     """QK norm, RoPE, KV-cache write and attention: q [T, H, D], k and v [T, K, D] -> [T, H, D].
 
-    `relative` is the relative logits' r [T, H, P] and profiles [P, X] (`kernels/attention`); None without them. In a
-    recorded step, tokens attend to blocks that were `chosen` (`attention/cpu_record.ChoiceArguments`) unless it is None.
+    `relative` is the relative logits' r [T, H, P] and profiles [P, X] (`kernels/attention`); None without them.
+    `chosen` are the blocks to which tokens attend in a recorded step (`attention/cpu_record.py`); None for all.
     A layer that reads the cache of another layer (`SharedKVSpec`) is called without k and v, and writes nothing.
 
     Args:

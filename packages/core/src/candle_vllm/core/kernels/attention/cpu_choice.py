@@ -7,8 +7,8 @@ the head's query with a key of the block. A token attends to the blocks of its l
 the other ones with the largest scores, `top` blocks in all. In the order of positions, the last block has the token's
 own position and all others are whole, so that each head attends to the same number of positions.
 
-`models/minimax_m3_index.py` records these operations; `models/minimax_m3_choice.py` computes the same op by op. A score
-does not depend on the rest of the step. Source: transformers' `MiniMaxM3VLIndexer`.
+`models/minimax_m3_index.py` records these operations; `models/minimax_m3_choice.py` computes the same op by op.
+Source: transformers' `MiniMaxM3VLIndexer`.
 """
 
 from __future__ import annotations

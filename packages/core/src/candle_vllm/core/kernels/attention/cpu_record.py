@@ -140,9 +140,9 @@ def record_attention(
     )
     if (chosen := scores.chosen) is not None:  # each token is a sequence of its own
         assert not scores.narrows
-        tables = {"block_tables": chosen.tables, "table_stride": kv_heads * chosen.count, "head_tables": chosen.count}
+        blocks = {"block_tables": chosen.tables, "table_stride": kv_heads * chosen.count, "head_tables": chosen.count}
         rows = {"query_start": address_of(recorder.row_numbers(2)), "context_lens": chosen.contexts}
-        attended = attended._replace(**tables, **rows, sequences=StepNumber.TOKENS)
+        attended = attended._replace(**blocks, **rows, sequences=StepNumber.TOKENS)
     recorder.add(attend_operation(dim, recorder.isa, keys, values, scores.relative is not None), attended)
     recorder.add(merge_operation(dim, values), attended)
 
@@ -264,8 +264,7 @@ class ChoiceArguments(NamedTuple):
     Attributes:
         index, stride: address of float32 rows of K query heads and a key, rotated, and their row stride in floats.
         heads, size: K and Di.
-        positions, slots: addresses of int64 [T].
-        cache: address of the index's cache.
+        positions, slots, cache: addresses of int64 [T] each, and of the index's cache.
         query_start, block_tables, table_stride, block_shift: as in `AttendArguments`.
         shift, top, local: log2 of a key block's positions; number of blocks that are chosen, and of last ones of them.
         scores, blocks: address of float32 [T, K, blocks]; number of key blocks of the longest sequence.

@@ -20,14 +20,14 @@ from candle_vllm.core.kernels.cpu_runtime.matrices import Inputs, linear_call
 from candle_vllm.core.kernels.cpu_runtime.operation import Matrix, StepNumber, address_of, operation, plan_row
 from candle_vllm.core.kernels.moe import arguments as given
 from candle_vllm.core.kernels.moe.arguments import Activation, Routing, Scoring
-from candle_vllm.core.kernels.silu_mul import GATES
 
 if TYPE_CHECKING:
     from candle_vllm.core.kernels.cpu_runtime.recorder import Recorder
 
 PROLOGUES: Mapping[Activation, Prologue] = MappingProxyType({
-    **{kind: prologue for kind, prologue in GATES.items() if kind in get_args(Activation)},
-    "relu2": Prologue.RELU2, "gelu": Prologue.GELU,
+    "silu": Prologue.SILU, "gelu_tanh": Prologue.GELU_GATE, "swiglu_oai": Prologue.SWIGLU_OAI,
+    "relu2": Prologue.RELU2, "gelu": Prologue.GELU, "silu_7": Prologue.SILU_7, "silu_16": Prologue.SILU_16,
+    "silu_10": Prologue.SILU_10,
 })  # fmt: skip
 """By activation: how the input of the down matrices is computed from the gate and up products."""
 

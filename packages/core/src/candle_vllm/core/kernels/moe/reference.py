@@ -103,7 +103,7 @@ def expert_linear(
         elif activation == "gelu":
             y = torch.nn.functional.gelu(y)
         elif activation is not None:
-            y = gated_product(*y.chunk(2, -1), activation)
+            y = gated_product(*y.chunk(2, -1), kind=activation)
         if waits:
             out[token, slot] = y
         else:
