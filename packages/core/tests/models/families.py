@@ -743,7 +743,7 @@ MINIMAX_M2 = {
 MINIMAX_M3 = MINIMAX_M2 | {  # a choice of 3 of 5 blocks
     "num_hidden_layers": 3,
     "dense_intermediate_size": 80,
-    "shared_intermediate_size": 48,
+    "shared_intermediate_size": 96,
     "layer_types": ["full_attention", "minimax_m3_sparse", "minimax_m3_sparse"],
     "mlp_layer_types": ["dense", "sparse", "sparse"],
     "index_n_heads": 2,
@@ -752,9 +752,10 @@ MINIMAX_M3 = MINIMAX_M2 | {  # a choice of 3 of 5 blocks
     "index_topk_blocks": 3,
     "rms_norm_eps": 1e-5,
 }
-MINIMAX_M3_LOCAL = MINIMAX_M3 | {  # the last two blocks; index heads that rotate whole; last layers without index
+MINIMAX_M3_FIRST = MINIMAX_M3 | {  # index heads that rotate whole; blocks of two pages; last layers without index
     "layer_types": ["minimax_m3_sparse", "full_attention", "full_attention"],
     "mlp_layer_types": ["sparse", "dense", "dense"],
+    "shared_intermediate_size": 48,
     "index_head_dim": 16,
     "index_block_size": 32,
     "index_topk_blocks": 2,
@@ -1084,7 +1085,7 @@ ROWS: Mapping[str, Row] = {
     "Step 3.5 biases": Row("step3p5", STEP | STEP_PLAIN, undecided=0.1, common=False),
     "MiniMax-M2": Row("minimax_m2", MINIMAX_M2, "minimax-m2", undecided=0.1, common=False),
     "MiniMax-M3": Row("minimax_m3_vl_text", MINIMAX_M3, "minimax-m3", undecided=0.2, common=False),
-    "MiniMax-M3 local": Row("minimax_m3_vl_text", MINIMAX_M3_LOCAL, undecided=0.2, common=False),
+    "MiniMax-M3 first": Row("minimax_m3_vl_text", MINIMAX_M3_FIRST, undecided=0.2, common=False),
     "MiniMax-M3 plain": Row(
         "minimax_m3_vl_text", MINIMAX_M3 | {"layer_types": None, "mlp_layer_types": None}, undecided=0.1, common=False
     ),

@@ -74,9 +74,7 @@ TOWERS: Mapping[str, Mapping[str, str]] = MappingProxyType(
         "MiniCPMOcrForConditionalGeneration": _QWEN35,
         "MiniCPMV4_6ForConditionalGeneration": _QWEN35,
         "MiniCPMV4_7ForConditionalGeneration": _QWEN35,
-        "MiniMaxM3SparseForConditionalGeneration": dict.fromkeys(
-            ("minimax_m3_vl_text", "minimax_m3_text"), "MiniMaxM3VLForCausalLM"
-        ),
+        "MiniMaxM3SparseForConditionalGeneration": {"minimax_m3_vl_text": "MiniMaxM3VLForCausalLM"},
         "Mistral3ForConditionalGeneration": _MISTRAL3,
         "MuseGlimmerForConditionalGeneration": {"muse_glimmer_text": "MuseGlimmerForCausalLM"},
         "PaddleOCRVLForConditionalGeneration": {"paddleocr_vl_text": "Ernie4_5ForCausalLM"},

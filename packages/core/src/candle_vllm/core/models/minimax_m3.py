@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.layers.parameters import Placement
 from candle_vllm.core.layers.rotary import Rotary
 from candle_vllm.core.loading.tensors import Checkpoint
@@ -81,15 +82,19 @@ WEIGHTS = also_named(also_named(map(_line, _LINES), _TRANSFORMERS), _PUBLISHED)
 
 def gguf_keys(config: MiniMaxM3Config) -> dict[str, Any]:
     """The GGUF metadata of experts and of the index."""
-    assert config.mixture is not None
-    layers, at = range(config.num_layers), "attention.indexer."
-    dense = next((n for n in layers if n in config.sparse_layers), len(layers))
-    keys = routed_keys(config.mixture) | {"leading_dense_block_count": dense}
-    if config.index is None:
-        return keys
-    sizes = zip(("block_size", "top_k", "local_blocks"), config.blocks)
-    keys |= {at + "head_count": config.index.heads, at + "key_length": config.index.nope}
-    return keys | {at + key: size for key, size in sizes}
+    mixture, index, layers, at = config.mixture, config.index, range(config.num_layers), "attention.indexer."
+    assert mixture is not None
+    dense = next((n for n in layers if n in config.index_layers), len(layers))
+    whole = mixture.shared_size % mixture.inner_size == 0
+    if index is None or not whole or not config.sparse_layers == config.index_layers == frozenset(layers[dense:]):
+        raise UnsupportedModelError(
+            "llama.cpp's minimax-m3 has an index and experts in the same layers, behind all others, and a shared "
+            "expert of the size of one or several experts"
+        )
+    sizes = {"block_size": config.blocks.size, "top_k": config.blocks.top, "local_blocks": config.blocks.local}
+    sizes |= {"head_count": index.heads, "key_length": index.nope}
+    keys = routed_keys(mixture) | {"leading_dense_block_count": dense}
+    return keys | {at + key: size for key, size in sizes.items()}
 
 
 FAMILY = Family(
