@@ -742,7 +742,7 @@ MINIMAX_M2 = {
 }
 MINIMAX_M3 = MINIMAX_M2 | {  # a choice of 3 of 5 blocks
     "num_hidden_layers": 3,
-    "dense_intermediate_size": 80,
+    "dense_intermediate_size": 128,
     "shared_intermediate_size": 96,
     "layer_types": ["full_attention", "minimax_m3_sparse", "minimax_m3_sparse"],
     "mlp_layer_types": ["dense", "sparse", "sparse"],
