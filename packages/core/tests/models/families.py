@@ -1153,6 +1153,7 @@ TOWERS: Mapping[str, str] = {
     "GotOcr2ForConditionalGeneration": "Qwen2ForCausalLM",
     "InklingForConditionalGeneration": "InklingForCausalLM",
     "Llama4ForConditionalGeneration": "Llama4ForCausalLM",
+    "MiniMaxM3SparseForConditionalGeneration": "MiniMaxM3VLForCausalLM",
     "Mistral3ForConditionalGeneration": "Ministral3ForCausalLM",
     "MuseGlimmerForConditionalGeneration": "MuseGlimmerForCausalLM",
     "Qwen3_5ForConditionalGeneration": "Qwen3_5ForCausalLM",
