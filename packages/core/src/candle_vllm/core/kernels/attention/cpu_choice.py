@@ -3,9 +3,9 @@
 
 An index has a query head of Di elements for each of the K KV heads, and one key for each position, cached as float32
 [B, S, Di]. A key block is a power of two of positions, a multiple of S. Its score for a head is the largest product of
-the head's query with a key of the block. A token attends to the blocks of its last positions (`local`) and to those of
-the other ones with the largest scores, `top` blocks in all. In the order of positions, the last block has the token's
-own position and all others are whole, so that each head attends to the same number of positions.
+the head's query with a key of the block. A token attends to the blocks of its last positions (`local`) and to the other
+blocks with the largest scores, to `top` blocks in all. In the order of positions, the last block has the token's own
+position and all others are whole, so that each head attends to the same number of positions.
 
 `models/minimax_m3_index.py` records these operations; `models/minimax_m3_choice.py` computes the same op by op.
 Source: transformers' `MiniMaxM3VLIndexer`.
