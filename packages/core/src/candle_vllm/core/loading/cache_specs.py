@@ -26,7 +26,7 @@ class PagedSpec:
     key_dim: int
     value_dim: int
     window: int | None = None
-    exact: bool = False
+    exact: bool = dataclasses.field(default=False, kw_only=True)
 
     @property
     def shape(self) -> tuple[int, int, int]:
