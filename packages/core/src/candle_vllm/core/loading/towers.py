@@ -167,7 +167,7 @@ _TEXT = re.compile(r"(?:language_model\.(?=model\.|lm_head\.|output\.)|model\.(?
 _PARTS = (
     "vit|vision_(?:tower(?:_high)?|model|embedder|embed_tokens|adapter|projection|encoder|tokenizer)|connector|visual"
     "|(?:(?:multi_modal|mm)_)?projector(?:_vary)?|(?:layerwise|spatial)_projectors|vit_large_projector|sam_model|merger"
-    "|embed_(?:vision|audio)|audio_to(?:wer|kenizer)|mlp_AR|mlp1|qwen2_model"
+    "|embed_(?:vision|audio)|audio_to(?:wer|kenizer)|mlp_AR|mlp1|patch_merge_mlp|qwen2_model"
 )
 _UNUSED = re.compile(r"[^.]*audio|visual\.vision_model\.(?:head|embeddings\.packing_position_embedding)\.")
 """Prefixes of tensors that are not loaded: audio towers, and two unused parts of PaddleOCR-VL's vision tower."""

@@ -80,6 +80,11 @@ _LINES = [
 WEIGHTS = also_named(also_named(map(_line, _LINES), _TRANSFORMERS), _PUBLISHED)
 
 
+def ignored(config: MiniMaxM3Config) -> list[str]:
+    """Names that Llama ignores, and multi-token prediction layers."""
+    return [*llama.ignored(config), r"model\.mtp\..*"]
+
+
 def gguf_keys(config: MiniMaxM3Config) -> dict[str, Any]:
     """The GGUF metadata of experts and of the index."""
     mixture, index, layers, at = config.mixture, config.index, range(config.num_layers), "attention.indexer."
@@ -104,6 +109,6 @@ FAMILY = Family(
     config_from_gguf=config_from_gguf,
     build=MiniMaxM3,
     weights=WEIGHTS,
-    ignored=llama.ignored,
+    ignored=ignored,
     as_gguf={"minimax_m3_vl_text": Architecture(name="minimax-m3", more=gguf_keys, head=True)},
 )
