@@ -186,6 +186,8 @@ def test_numbers_that_llama_cpp_wants(tmp_path: Path, words: Path) -> None:
             {},
             "bailingmoe3 has a lower bound of decays, as many heads in all layers",
         ),
+        ("MiniMax-M3 first", {}, "minimax-m3 has an index and experts in the same layers"),
+        ("MiniMax-M3 plain", {}, "of the size of one or several experts"),
         ("ERNIE 4.5 MoE", {"num_hidden_layers": 3, "moe_layer_interval": 2}, "has all dense layers in front"),
     ],
 )

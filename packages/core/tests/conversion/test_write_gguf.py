@@ -83,6 +83,8 @@ LLAMA_CPP = (
     "GLM-5.3-Flash pools",
     "Ling 3.0 free decays",
     "Qwen4 plain",
+    "MiniMax-M3 first",
+    "MiniMax-M3 plain",
 )  # refused for its sake: see `test_gguf_families.py`
 UNKNOWN = (  # to llama.cpp, and DeepSeek V4, whose GGUF files are not read
     *("Inkling", "Inkling full layers"),

@@ -9,7 +9,6 @@ from candle_vllm.core.kernels.activation import activation
 from candle_vllm.core.kernels.activation_quant import GROUP, Prologue
 from candle_vllm.core.kernels.activation_rows import RowForm, row_elements
 from candle_vllm.core.kernels.layer_norm import layer_norm
-from candle_vllm.core.kernels.moe.reference import gated
 from candle_vllm.core.kernels.rms_norm.reference import rms_norm
 from candle_vllm.core.kernels.silu_mul import GATES
 from candle_vllm.core.kernels.silu_mul.reference import gate_mul
@@ -21,9 +20,6 @@ def behind(prologue: Prologue, x: torch.Tensor, weight: torch.Tensor | None = No
         return x
     if (kind := next((kind for kind, own in GATES.items() if own is prologue), None)) is not None:
         return gate_mul(x, kind)
-    if prologue is Prologue.SWIGLU_OAI:
-        gate, up = x.chunk(2, dim=-1)
-        return gated(gate, up, "swiglu_oai")
     if not prologue.norm:
         return activation(x, prologue.name.lower())
     assert weight is not None

@@ -130,7 +130,7 @@ class Problem:
                 halves = [(as_read(x[t : t + 1], m) @ decoded(m).T) for m in (gate, up)]
                 if self.biases is not None:
                     halves = [half + bias for half, bias in zip(halves, self.biases[0][e].chunk(2))]
-                result = as_read(reference.gated(*halves, self.activation), down) @ decoded(down).T
+                result = as_read(reference.gated_product(*halves, self.activation), down) @ decoded(down).T
                 total[t] += weight * (result[0] if self.biases is None else result[0] + self.biases[1][e])
         return total
 

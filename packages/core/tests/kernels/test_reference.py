@@ -103,6 +103,9 @@ def test_gate_mul(dtype: torch.dtype, rows: int) -> None:
         act = (gate / (1 + (-gate).exp())).clamp(max=limit)
         assert error(gate_mul(x, kind), act * up.clamp(-limit, limit)) < TOLERANCE[dtype]  # type: ignore[arg-type]
     assert {kind for kind, _ in cases} == set(LIMITS)
+    gate, up = x.double().chunk(2, -1)
+    gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
+    assert error(gate_mul(x, "swiglu_oai"), (up + 1) * gate / (1 + (-1.702 * gate).exp())) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -740,6 +740,29 @@ MINIMAX_M2 = {
     "num_experts_per_tok": 3,
     "rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "partial_rotary_factor": 0.5},
 }
+MINIMAX_M3 = MINIMAX_M2 | {  # a choice of 3 of 5 blocks
+    "num_hidden_layers": 3,
+    "dense_intermediate_size": 128,
+    "shared_intermediate_size": 96,
+    "layer_types": ["full_attention", "minimax_m3_sparse", "minimax_m3_sparse"],
+    "mlp_layer_types": ["dense", "sparse", "sparse"],
+    "index_n_heads": 2,
+    "index_head_dim": 32,
+    "index_block_size": 16,
+    "index_topk_blocks": 3,
+    "rms_norm_eps": 1e-5,
+}
+MINIMAX_M3_FIRST = MINIMAX_M3 | {  # index heads that rotate whole; blocks of two pages; last layers without index
+    "layer_types": ["minimax_m3_sparse", "full_attention", "full_attention"],
+    "mlp_layer_types": ["sparse", "dense", "dense"],
+    "shared_intermediate_size": 48,
+    "index_head_dim": 16,
+    "index_block_size": 32,
+    "index_topk_blocks": 2,
+    "index_local_blocks": 1,
+    "routed_scaling_factor": 1.0,
+    "tie_word_embeddings": True,
+}
 COHERE = {"hidden_size": 128, "logit_scale": 0.25}
 COHERE_MOE = COHERE | {
     "head_dim": 32,
@@ -1061,6 +1084,11 @@ ROWS: Mapping[str, Row] = {
     "Step 3.5": Row("step3p5", STEP, "step35", undecided=0.1, common=False),
     "Step 3.5 biases": Row("step3p5", STEP | STEP_PLAIN, undecided=0.1, common=False),
     "MiniMax-M2": Row("minimax_m2", MINIMAX_M2, "minimax-m2", undecided=0.1, common=False),
+    "MiniMax-M3": Row("minimax_m3_vl_text", MINIMAX_M3, "minimax-m3", undecided=0.2, common=False),
+    "MiniMax-M3 first": Row("minimax_m3_vl_text", MINIMAX_M3_FIRST, undecided=0.2, common=False),
+    "MiniMax-M3 plain": Row(
+        "minimax_m3_vl_text", MINIMAX_M3 | {"layer_types": None, "mlp_layer_types": None}, undecided=0.1, common=False
+    ),
     "Command R": Row("cohere", COHERE, "command-r", common=False),
     "Command R+": Row("cohere", COHERE | {"use_qk_norm": True, "attention_bias": True}, "command-r", common=False),
     "Command R7B": Row("cohere2", COHERE | WINDOWS, "cohere2"),
@@ -1125,6 +1153,7 @@ TOWERS: Mapping[str, str] = {
     "GotOcr2ForConditionalGeneration": "Qwen2ForCausalLM",
     "InklingForConditionalGeneration": "InklingForCausalLM",
     "Llama4ForConditionalGeneration": "Llama4ForCausalLM",
+    "MiniMaxM3SparseForConditionalGeneration": "MiniMaxM3VLForCausalLM",
     "Mistral3ForConditionalGeneration": "Ministral3ForCausalLM",
     "MuseGlimmerForConditionalGeneration": "MuseGlimmerForCausalLM",
     "Qwen3_5ForConditionalGeneration": "Qwen3_5ForCausalLM",

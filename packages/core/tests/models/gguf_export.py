@@ -1158,6 +1158,37 @@ def _minimax_m2(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors)
     return {name.replace("e_score_correction_bias", "e_score_correction.bias"): data for name, data in made.items()}
 
 
+def _minimax_m3(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
+    """Norms plus 1; gate and up apart; tensors and keys of the index, which the package does not know."""
+    at = f"{writer.arch}.attention.indexer."
+    for key, name in (
+        ("head_count", "index_n_heads"),
+        ("key_length", "index_head_dim"),
+        ("top_k", "index_topk_blocks"),
+        ("block_size", "index_block_size"),
+        ("local_blocks", "index_local_blocks"),
+    ):
+        writer.add_uint32(at + key, config[name])
+    writer.add_expert_shared_count(config["shared_intermediate_size"] // config["intermediate_size"])
+    writer.add_expert_weights_scale(config["routed_scaling_factor"])
+    writer.add_expert_weights_norm(True)
+    writer.add_leading_dense_block_count(config["mlp_layer_types"].count("dense"))
+    writer.add_feed_forward_length(config["dense_intermediate_size"])
+    made: Tensors = {}
+    for name, data in _shared_experts(_minimax_m2(writer, config, tensors)).items():
+        layer = next((part for part in name.split(".") if part.isdecimal()), "")
+        data = data + 1 if name.endswith("norm.weight") else data
+        if ".indexer." in name:
+            made[f"blk.{layer}.indexer.{name.partition('.indexer.')[2]}"] = data
+        elif "gate_up" in name:
+            kind = "_exps" if ".experts." in name else "_shexp" if "shexp" in name else ""
+            for part, half in zip(("gate", "up"), np.split(data, 2, axis=-2), strict=True):
+                made[f"blk.{layer}.ffn_{part}{kind}.weight"] = half
+        else:
+            made[name] = data
+    return made
+
+
 def _cohere(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
     """Rows stay in pairs of neighbours; the metadata of Cohere 2 leaves out that every fourth layer has no window."""
     writer.add_layer_norm_eps(config["layer_norm_eps"])
@@ -1336,6 +1367,7 @@ CONVERTERS: Mapping[str, Convert] = {
     "exaone4": _olmo2,
     "olmoe": lambda writer, config, tensors: _experts(writer, config, tensors),
     "minimax-m2": _minimax_m2,
+    "minimax-m3": _minimax_m3,
     "command-r": _cohere,
     "cohere2": _cohere,
     "ernie4_5-moe": _ernie4_5_moe,

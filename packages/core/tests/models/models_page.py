@@ -42,6 +42,7 @@ SPELLED = {
     "BailingMoeV3ForCausalLM": "BailingHybridForCausalLM",
     "PhiMoEForCausalLM": "PhimoeForCausalLM",
     "ExaoneMoEForCausalLM": "ExaoneMoeForCausalLM",
+    "MiniMaxM3SparseForCausalLM": "MiniMaxM3VLForCausalLM",
 }  # as published files have it
 COMPILED, TORCH, INTERPRETED, REFERENCE, UNTESTED, NONE = (
     "compiled",

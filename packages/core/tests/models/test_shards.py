@@ -61,7 +61,7 @@ def logits_of(source: Path, size: int, chunks: list[int], **settings: Any) -> li
     """Logits of each rank."""
 
     def work(ranks: ThreadRanks) -> torch.Tensor:
-        config = EngineConfig(model=str(source), op_by_op=True, **settings)
+        config = EngineConfig(model=str(source), op_by_op=True, **{"block_size": BLOCK} | settings)
         loaded = load_model(config, CPU, lambda *_: None, ranks=ranks)
         room = room_of(loaded.decoder)
         runner = EagerRunner(loaded.decoder, 32, BLOCK, CPU, loaded.placement.torch_dtype, room=room)
@@ -70,7 +70,7 @@ def logits_of(source: Path, size: int, chunks: list[int], **settings: Any) -> li
     return in_threads(size, work)
 
 
-WHOLE = ("OLMo", "MiniMax", "DeepSeek-V4", "Qwen4")
+WHOLE = ("OLMo", "MiniMax-M2", "DeepSeek-V4", "Qwen4")
 
 
 @pytest.mark.one_of_each(8)

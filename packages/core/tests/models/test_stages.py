@@ -51,7 +51,7 @@ def logits_of(source: Path, size: int, stages: int, chunks: list[int], **setting
     """Logits of the ranks of the first stage."""
 
     def work(ranks: ThreadRanks) -> torch.Tensor:
-        config = EngineConfig(model=str(source), op_by_op=True, **settings)
+        config = EngineConfig(model=str(source), op_by_op=True, **{"block_size": BLOCK} | settings)
         loaded: Any = load_model(config, CPU, lambda *_: None, ranks=ranks)
         memory = 32, BLOCK, CPU, loaded.placement.torch_dtype
         runner = Steps(loaded.decoder, *memory, None, None, None, room_of(loaded.decoder))
@@ -63,7 +63,7 @@ def logits_of(source: Path, size: int, stages: int, chunks: list[int], **setting
 COMMON = ["Llama", "Phi", "Gemma 2", "gpt-oss", "DeepSeek-V3"]
 # Layers read keys, or chosen positions, of other layers, get embeddings of their own, or have several streams.
 REFUSED = ("Gemma-4 shared keys", "Gemma-3n", "GLM-5", "DeepSeek-V4", "Qwen4")
-WHOLE_NORMS = ("OLMo", "MiniMax")  # of all heads, which are not divided
+WHOLE_NORMS = ("OLMo", "MiniMax-M2")  # of all heads, which are not divided
 CASES = [
     (name, size)
     for name in ROWS

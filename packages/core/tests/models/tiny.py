@@ -221,7 +221,9 @@ def some_tokens(count: int = LENGTH) -> list[int]:
 
 def load(source: Path, **settings: Any) -> LoadedModel:
     """What is loaded; of models that see, the text model alone where `max_images` is not set."""
-    return load_model(EngineConfig(model=str(source), **{"max_images": 0} | settings), CPU, lambda *_: None)
+    return load_model(
+        EngineConfig(model=str(source), **{"max_images": 0, "block_size": BLOCK} | settings), CPU, lambda *_: None
+    )
 
 
 def eager_logits(source: Path, tokens: list[int], chunks: list[int], **settings: Any) -> torch.Tensor:

@@ -353,7 +353,11 @@ ElementBytes: TypeAlias = Callable[[int], float]
 
 def cache_bytes(specs: Iterable[CacheSpec], tokens: int, element_bytes: ElementBytes) -> int:
     """Return the bytes of `tokens` tokens in the paged caches among these specs; states do not count."""
-    return round(tokens * sum(spec.elements * element_bytes(spec.key_dim) for spec in paged(specs)))
+    return round(tokens * sum(spec.elements * _bytes_of(spec, element_bytes) for spec in paged(specs)))
+
+
+def _bytes_of(spec: PagedSpec, element_bytes: ElementBytes) -> float:
+    return 4 if spec.exact else element_bytes(spec.key_dim)
 
 
 def device_element_bytes(config: EngineConfig, plain: int) -> ElementBytes:
@@ -369,11 +373,12 @@ def device_element_bytes(config: EngineConfig, plain: int) -> ElementBytes:
 def _elements(specs: Sequence[PagedSpec], element_bytes: ElementBytes) -> str:
     """Return the formula of a token's bytes for the log, with a term for each shape of keys and values."""
     terms: list[str] = []
-    for (heads, keys, values), count in Counter(spec.shape for spec in specs).items():
+    counts = Counter((spec.shape, _bytes_of(spec, element_bytes)) for spec in specs)
+    for ((heads, keys, values), size), count in counts.items():
         kept = f"2 x {count} layers x {heads} heads x {keys}"
         if keys != values:
             kept = f"{count} layers x {heads} head{'s' * (heads > 1)} x {keys + values}"
-        terms.append(f"{kept} x {element_bytes(keys):g} B")
+        terms.append(f"{kept} x {size:g} B")
     return " + ".join(terms)
 
 

@@ -63,7 +63,8 @@ def logits(
         quantised = any(tensor.dtype is None for tensor in checkpoint.tensors.values())
         return dataclasses.replace(usual(config, device, checkpoint, *others), keeps_quantised=quantised)
 
-    config = EngineConfig(model=str(source), op_by_op=True, dtype=dtype, max_model_len=160, **settings)  # type: ignore[arg-type]
+    settings = {"dtype": dtype, "max_model_len": 160, "block_size": BLOCK} | settings
+    config = EngineConfig(model=str(source), op_by_op=True, **settings)
     with monkeypatch.context() as patched:
         patched.setattr(loading, "choose_placement", placed)
         loaded = loading.load_model(config, device, lambda *_: None)
@@ -122,6 +123,20 @@ def test_an_index_chooses(
     config = source / "config.json"
     config.write_text(config.read_text().replace(f'"index_topk": {top}', '"index_topk": 8'))
     assert error(found[top:], reference(source, "f32", monkeypatch)[top:]) > 1e-3
+
+
+@pytest.mark.every_case
+def test_heads_attend_to_blocks_of_their_own(
+    device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two blocks of five, in one step and token by token."""
+    row = ROWS["MiniMax-M3"]
+    source = write_tiny(tmp_path, row.model_type, **{**row.config, "index_topk_blocks": 2})
+    wanted = eager_logits(source, some_tokens(70), [70])
+    assert error(logits(source, device, "f32", monkeypatch, [64, 5, 1]), wanted) < 1e-4
+    config = source / "config.json"
+    config.write_text(config.read_text().replace('"index_topk_blocks": 2', '"index_topk_blocks": 5'))
+    assert error(eager_logits(source, some_tokens(70), [70]), wanted) > 1e-2
 
 
 @pytest.mark.every_case

@@ -95,15 +95,15 @@ def test_rotary(device: torch.device, dtype: torch.dtype, heads: int, kv_heads: 
 @pytest.mark.one_of_each
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("tokens", "size"), [(1, 63), (3, 123), (2, 4097)])
-@pytest.mark.parametrize("kind", ["silu", "gelu_tanh", "silu_7", "silu_16", "silu_10"])
+@pytest.mark.parametrize("kind", ["silu", "gelu_tanh", "silu_7", "silu_16", "silu_10", "swiglu_oai"])
 def test_gates(
     device: torch.device,
     dtype: torch.dtype,
     tokens: int,
     size: int,
-    kind: Literal["silu", "gelu_tanh", "silu_7", "silu_16", "silu_10"],
+    kind: Literal["silu", "gelu_tanh", "silu_7", "silu_16", "silu_10", "swiglu_oai"],
 ) -> None:
-    large = 10 if kind in LIMITS else 3  # some are beyond the limit
+    large = 10 if kind in (*LIMITS, "swiglu_oai") else 3  # some are beyond the limit
     x = (random(tokens, 2 * size + 16, dtype=dtype) * large).to(device)[:, : 2 * size]
     check(gate.gated(x[:, size:], x[:, :size], kind), gate_reference.gate_mul(x, kind))
 

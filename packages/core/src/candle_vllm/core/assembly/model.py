@@ -374,6 +374,9 @@ def fit_settings(config: EngineConfig, model: ModelConfig | EncoderConfig) -> En
             f"block_size to {model.index_pool} or more",
             "block_size",
         )
+    if isinstance(model, ModelConfig) and model.index_block % config.block_size:
+        way = f"which block_size must divide: set block_size to {model.index_block} or less"
+        raise ConfigError(f"{model.model_type} chooses blocks of {model.index_block} tokens, {way}", "block_size")
     if isinstance(model, ModelConfig) and model.compresses and config.block_size < LEAST_BLOCK:
         least = f"attention to compressed entries or chosen blocks needs blocks of {LEAST_BLOCK} tokens or more"
         raise ConfigError(f"block_size={config.block_size}: {least}", "block_size")

@@ -82,7 +82,10 @@ def stage_of(name: str, family: Family, config: ModelConfig, checkpoint: Checkpo
         obstacle = f"{few}: set pipeline_parallel_size to {config.num_layers} or less"
     elif getattr(config, "streams", 0):
         obstacle = f"the layers of {name} have several residual streams: leave pipeline_parallel_size out"
-    elif any(isinstance(spec, SharedKVSpec) for spec in config.cache_specs) or config.shared_choices:
+    elif config.shared_choices or any(
+        isinstance(spec, SharedKVSpec) and spec.layer != layer % config.num_layers  # not a missing second cache
+        for layer, spec in enumerate(config.cache_specs)
+    ):
         shared = f"some layers of {name} have no attention, or read keys, values or chosen positions of other layers"
         obstacle = f"{shared}, which is not supported between stages: leave pipeline_parallel_size out"
     elif getattr(config, "input_size", 0):

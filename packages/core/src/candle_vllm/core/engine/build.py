@@ -434,7 +434,8 @@ def _index_bytes(model: ModelConfig, tokens: int, threads: int, recorded: bool) 
         return 0
     if recorded:
         pooled = index.nope if model.index_pool > 1 else 0
-        return choice_scratch(context, threads, pooled) + 4 * tokens * model.index_top
+        scores = 4 * tokens * index.heads * -(-context // model.index_block) if model.index_block else 0
+        return scores + choice_scratch(context, threads, pooled) + 4 * tokens * model.index_top
     from candle_vllm.core.kernels.latent_attention.reference import score_bytes
 
     return score_bytes(index.heads, context // model.index_pool) + 8 * tokens * model.index_top
@@ -487,7 +488,7 @@ def cache_kinds(config: EngineConfig, model: LoadedModel | Described) -> tuple[C
              "leave it out"),
             *((name, not kind.fits(dim), f"{asked} stores blocks of {BLOCK} elements, and the head size of this model, "
                f"{dim}, is not a multiple of that: leave it out")
-              for dim in {spec.key_dim for spec in paged(model.config.cache_specs)}),
+              for dim in {spec.key_dim for spec in paged(model.config.cache_specs) if not spec.exact}),
         )  # fmt: skip
         found.append(kind)
     keys, values = found

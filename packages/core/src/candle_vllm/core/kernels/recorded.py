@@ -19,7 +19,9 @@ Value: TypeAlias = Any
 Activation: TypeAlias = Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "relu2", "tanh"]
 """Activation without a gate; see `kernels/activation`."""
 
-GateKind: TypeAlias = Literal["sigmoid", "silu", "gelu_tanh", "gelu", "softplus", "silu_7", "silu_16", "silu_10"]
+GateKind: TypeAlias = Literal[
+    "sigmoid", "silu", "gelu_tanh", "gelu", "softplus", "silu_7", "silu_16", "silu_10", "swiglu_oai"
+]
 """Activation of a gate; see `kernels/silu_mul`."""
 
 LIMITS: Mapping[str, tuple[float, float]] = MappingProxyType(

@@ -127,6 +127,7 @@ class PagedAttention:
     """QK norm, RoPE, KV-cache write and attention: q [T, H, D], k and v [T, K, D] -> [T, H, D].
 
     `relative` is the relative logits' r [T, H, P] and profiles [P, X] (`kernels/attention`); None without them.
+    `chosen` are the blocks to which tokens attend in a recorded step (`attention/cpu_record.py`); None for all.
     A layer that reads the cache of another layer (`SharedKVSpec`) is called without k and v, and writes nothing.
 
     Args:
@@ -184,6 +185,7 @@ class PagedAttention:
         v: Value | None,
         step: StepInput,
         relative: tuple[Value, Value] | None = None,
+        chosen: Any = None,
     ) -> Value:
         assert k is not None or (self.k_norm is None and not self.norms_behind)
         cache = step.caches[self.layer]
@@ -208,7 +210,7 @@ class PagedAttention:
                 else:
                     q, k = rotary(q, k, step.positions)
             narrows = self.layer == step.narrows
-            return q.attend(k, v, cache, **scores, narrows=narrows, causal=self.causal)
+            return q.attend(k, v, cache, **scores, narrows=narrows, causal=self.causal, chosen=chosen)
         slots, rows = step.windowed[cache.pool] if isinstance(cache, WindowedCache) else (step.slots, step.rows)
         rows = rows.causal() if self.causal else rows
         if k is None or v is None:

@@ -19,12 +19,14 @@ class PagedSpec:
         value_dim: size of a head's values. In latent attention, whose values are a part of the keys, it is the size of
             a token's index key (sparse attention), stored in the values' place; 0 without an indexer.
         window: number of positions that a token attends to, including itself; None for all.
+        exact: the elements are float32 rows, whatever the type of the cache: the keys of an index.
     """
 
     kv_heads: int
     key_dim: int
     value_dim: int
     window: int | None = None
+    exact: bool = dataclasses.field(default=False, kw_only=True)
 
     @property
     def shape(self) -> tuple[int, int, int]:

@@ -67,6 +67,7 @@ class ModelConfig:
             `latent` is twice `nope`: a key and its gates.
         index_top: maximum number of positions that the indexer chooses for a query.
         index_pool: number of neighbouring positions that the indexer chooses together; it must divide the block size.
+        index_block: number of positions that the index of MiniMax M3 chooses together; the block size must divide it.
         answer_window: in every layer, a generated token attends to the prompt and to this number of last generated
             tokens, including itself (reference sliding window attention); None for all tokens.
     """
@@ -95,6 +96,7 @@ class ModelConfig:
     index: LatentSizes | None = None
     index_top: int = 0
     index_pool: int = 1
+    index_block: int = 0
     answer_window: int | None = None
 
     def __post_init__(self) -> None:

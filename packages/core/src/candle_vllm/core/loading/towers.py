@@ -74,6 +74,7 @@ TOWERS: Mapping[str, Mapping[str, str]] = MappingProxyType(
         "MiniCPMOcrForConditionalGeneration": _QWEN35,
         "MiniCPMV4_6ForConditionalGeneration": _QWEN35,
         "MiniCPMV4_7ForConditionalGeneration": _QWEN35,
+        "MiniMaxM3SparseForConditionalGeneration": {"minimax_m3_vl_text": "MiniMaxM3VLForCausalLM"},
         "Mistral3ForConditionalGeneration": _MISTRAL3,
         "MuseGlimmerForConditionalGeneration": {"muse_glimmer_text": "MuseGlimmerForCausalLM"},
         "PaddleOCRVLForConditionalGeneration": {"paddleocr_vl_text": "Ernie4_5ForCausalLM"},
@@ -166,7 +167,7 @@ _TEXT = re.compile(r"(?:language_model\.(?=model\.|lm_head\.|output\.)|model\.(?
 _PARTS = (
     "vit|vision_(?:tower(?:_high)?|model|embedder|embed_tokens|adapter|projection|encoder|tokenizer)|connector|visual"
     "|(?:(?:multi_modal|mm)_)?projector(?:_vary)?|(?:layerwise|spatial)_projectors|vit_large_projector|sam_model|merger"
-    "|embed_(?:vision|audio)|audio_to(?:wer|kenizer)|mlp_AR|mlp1|qwen2_model"
+    "|embed_(?:vision|audio)|audio_to(?:wer|kenizer)|mlp_AR|mlp1|patch_merge_mlp|qwen2_model"
 )
 _UNUSED = re.compile(r"[^.]*audio|visual\.vision_model\.(?:head|embeddings\.packing_position_embedding)\.")
 """Prefixes of tensors that are not loaded: audio towers, and two unused parts of PaddleOCR-VL's vision tower."""

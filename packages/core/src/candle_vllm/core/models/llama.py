@@ -41,7 +41,7 @@ from candle_vllm.core.models.stack import DecoderStack
 # ---- config ----------------------------------------------------------------------------------------------------------
 
 
-MLPGate: TypeAlias = Literal["silu", "silu_7", "silu_16", "silu_10"]
+MLPGate: TypeAlias = Literal["silu", "silu_7", "silu_16", "silu_10", "swiglu_oai"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

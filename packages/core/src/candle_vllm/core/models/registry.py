@@ -68,6 +68,7 @@ FAMILIES = (
     "olmo2",
     "olmoe",
     "minimax_m2",
+    "minimax_m3",
     "cohere",
     "cohere2_moe",
     "ernie4_5",
@@ -116,7 +117,6 @@ NOT_BUILT = frozenset(
     | {"RWKV7ForCausalLM", "rwkv7"}
     | {"BailingMoeV2_5ForCausalLM"}
     | {"Inkling2ForCausalLM", "Inkling2ForConditionalGeneration"}
-    | {"MiniMaxM3VLForCausalLM", "MiniMaxM3SparseForCausalLM", "MiniMaxM3SparseForConditionalGeneration", "minimax-m3"}
 )
 """Architectures for which docs/models.md lists what is missing."""
 

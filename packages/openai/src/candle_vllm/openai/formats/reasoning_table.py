@@ -59,7 +59,7 @@ REASONING_FORMATS: tuple[ReasoningFormat, ...] = (
         aliases=("hy_v3",),
         model_types=("hy_v3",),
     ),
-    ReasoningFormat("minimax_m3", "<mm:think>", "</mm:think>", model_types=("minimax_m3",)),
+    ReasoningFormat("minimax_m3", "<mm:think>", "</mm:think>", model_types=("minimax_m3", "minimax_m3_vl_text")),
     ReasoningFormat(
         "gemma4",
         "<|channel>thought",

@@ -273,7 +273,7 @@ TOOL_FORMATS: tuple[ToolFormat, ...] = (
         opens=("]<]minimax[>[<tool_call>",),
         bodies=(Nested("]<]minimax[>[", closers=("]<]minimax[>[</tool_call>",)),),
         argument_tags=True,
-        model_types=("minimax_m3",),
+        model_types=("minimax_m3", "minimax_m3_vl_text"),
     ),
     ToolFormat(
         "dots",

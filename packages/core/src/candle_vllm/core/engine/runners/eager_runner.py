@@ -200,7 +200,8 @@ def layer_caches_of(
             return tuple(state(number, part) for part in spec.parts)
         sizes = (spec.key_dim, spec.value_dim) if number in here else ()
         count, pool = cache_specs.pages_of(spec, windows, blocks[0]), cache_specs.pool_of(spec, windows)
-        parts = [empty((count, blocks[1], spec.kv_heads, size + beside)) for size in sizes]
+        shape, exact = (count, blocks[1], spec.kv_heads), {"dtype": torch.float32} if spec.exact else {}
+        parts = [empty((*shape, size if exact else size + beside), **exact) for size in sizes]
         parts = parts or [empty(0), empty(0)]
         return PagedCache(*parts) if pool is None else WindowedCache.of(pool, *(*parts, None)[:2])
 

@@ -629,20 +629,20 @@ def _caches(
 ) -> tuple[PagedCache | tuple[StateCache, ...], ...]:
     """Allocate the cache of each layer. Layers with the same shape and number of pages share one allocation.
     `kinds` is None for latent attention, which may have index keys in place of values, and for `wide` caches, which are
-    float32 [1, B, S, width]."""
-    pools = Counter((spec.shape, cache_specs.pages_of(spec, windows, num_blocks)) for spec in cache_specs.paged(specs))
-    rest = {
-        pool: iter(_layers(pool[0], count, pool[1], block_size, kinds, ranks, wide=wide))
-        for pool, count in pools.items()
-    }
+    float32 [1, B, S, width], as those of an exact spec."""
+
+    def pool_of(spec: cache_specs.PagedSpec) -> tuple[tuple[int, int, int], int, bool]:
+        return spec.shape, cache_specs.pages_of(spec, windows, num_blocks), wide or spec.exact
+
+    pools = Counter(map(pool_of, cache_specs.paged(specs)))
+    rest = {pool: iter(_layers(pool, count, block_size, kinds, ranks)) for pool, count in pools.items()}
 
     def make(_: int, spec: cache_specs.PagedSpec | cache_specs.StateSpec) -> PagedCache | tuple[StateCache, ...]:
         if isinstance(spec, cache_specs.PagedSpec):
-            cache = next(rest[spec.shape, cache_specs.pages_of(spec, windows, num_blocks)])
-            pool = cache_specs.pool_of(spec, windows)
+            cache, pool = next(rest[pool_of(spec)]), cache_specs.pool_of(spec, windows)
             cache = cache if pool is None else WindowedCache.of(pool, *cache)
-            cache.kinds = kinds
-            if kinds is not None and kinds[0].is_quantised:
+            cache.kinds = None if spec.exact else kinds
+            if cache.kinds is not None and cache.kinds[0].is_quantised:
                 cache.fit = np.ones((spec.kv_heads, 3, spec.key_dim), np.float32)
                 cache.fit[:, 0] = 0
             return cache
@@ -660,20 +660,17 @@ def _zeros(shape: tuple[int, ...]) -> NDArray[np.float32]:
 
 
 def _layers(
-    shape: tuple[int, int, int],
+    pool: tuple[tuple[int, int, int], int, bool],
     layers: int,
-    num_blocks: int,
     block_size: int,
     kinds: tuple[CacheKind, CacheKind] | None,
     ranks: CpuRanks | None,
-    *,
-    wide: bool,
 ) -> list[PagedCache]:
-    """Allocate the caches of layers of one shape (`PagedSpec.shape`).
+    """Allocate the caches of layers of one `pool`: shape (`PagedSpec.shape`), number of pages, and whether it is wide.
 
     The heads of a rank are on its NUMA node; if heads cannot be divided, pages are interleaved over all nodes.
     """
-    kv_heads, key_dim, value_dim = shape
+    (kv_heads, key_dim, value_dim), num_blocks, wide = pool
     if wide:
         shapes = [(1, layers, num_blocks, block_size, kv_heads * dim) for dim in (key_dim, value_dim) if dim]
     elif kinds is None:
@@ -682,7 +679,7 @@ def _layers(
         sizes = (num_blocks, block_size, layers, kv_heads, key_dim)
         shapes = [key_cache_shape(*sizes, kinds[0]), value_cache_shape(*sizes, kinds[1])]
     types: list[Any] = [np.float32] * 2 if wide else [kind.dtype for kind in kinds or PLAIN]
-    by_heads = kinds is not None and ranks is not None and ranks.divides(kv_heads)
+    by_heads = not wide and kinds is not None and ranks is not None and ranks.divides(kv_heads)
     made: list[NDArray[Any]] = []
     for each, dtype in zip(shapes, types):
         count = math.prod(each)

@@ -77,10 +77,8 @@ from candle_vllm.core.kernels.attention.cpu_tiles import (
 )
 from candle_vllm.core.kernels.cpu_runtime.emit_squares import end_squares
 from candle_vllm.core.kernels.cpu_runtime.level import LANES, Isa
-from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber
 from candle_vllm.core.kernels.cpu_runtime.primitives import fetch_add, int64_at, rank_of, read, step_number
 
-_SEQUENCES = int(StepNumber.SEQUENCES)
 _RUNS_PER_THREAD = 6  # desired units of one long sequence per thread; few, because long sequential reads are fastest
 
 
@@ -242,7 +240,7 @@ def make_attend(head_dim: int, isa: int, keys_as: int, values_as: int, relates: 
 
         partials = scratch + HEADER + threads * thread_bytes
         free = given.scratch_size - HEADER - threads * thread_bytes
-        sequences = step_number(row, _SEQUENCES)
+        sequences = step_number(row, given.sequences)
         total = total_cost(starts, contexts, sequences, window)
         before = 0  # number of units of the sequences before this one
         counter, own, end = rank_of(given.ranks, thread, threads)
@@ -253,7 +251,7 @@ def make_attend(head_dim: int, isa: int, keys_as: int, values_as: int, relates: 
         for r in range(sequences):
             token, context = starts[r], contexts[r]
             tokens = starts[r + 1] - token
-            table = int64_at(given.block_tables + 8 * r * given.table_stride)
+            table = given.block_tables + 8 * r * given.table_stride
             all_rows = tokens * group
             row_tiles = count_row_tiles(all_rows)
             first_chunk = chunk_of(first_seen(context - tokens, window))
@@ -326,7 +324,7 @@ def make_attend(head_dim: int, isa: int, keys_as: int, values_as: int, relates: 
                             tiles if when == 0 else coming,
                             given.key_cache + of * given.head_gap * key_size,
                             given.value_cache + of * given.head_gap * value_size,
-                            table,
+                            int64_at(table + 8 * of * given.head_tables),
                             max(chunk_start(n), seen & ~(LANES - 1)),
                             CHUNK // LANES if asks else (count + TILES - 1) // TILES * TILES,
                             min(chunk_start(n + 1) - 1, last_seen),
@@ -408,7 +406,7 @@ def make_merge(head_dim: int, rotated: int) -> Callable[..., None]:
         state = scratch + HEADER + thread * thread_bytes
         partials = scratch + HEADER + threads * thread_bytes
         free = given.scratch_size - HEADER - threads * thread_bytes
-        sequences = step_number(row, _SEQUENCES)
+        sequences = step_number(row, given.sequences)
         total = total_cost(starts, contexts, sequences, window)
         turn = thread  # rows are assigned round-robin, so that each thread gets a share of every sequence
         for r in range(sequences):

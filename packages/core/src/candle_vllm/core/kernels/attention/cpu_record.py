@@ -36,6 +36,7 @@ class Scores:
     Attributes:
         narrows: whether attention is computed only for tokens whose logits are wanted.
         causal: whether no token attends to a later position.
+        chosen: a recorded choice of the blocks to which each token attends, instead of its sequence's blocks.
     """
 
     scale: float
@@ -46,6 +47,7 @@ class Scores:
     causal: bool = False
     slopes: NDArray[np.float32] | None = None
     relative: tuple[Recorded, NDArray[np.float32]] | None = None
+    chosen: ChoiceArguments | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,6 +138,11 @@ def record_attention(
         profile_count=len(mirrored),
         profile_size=mirrored.shape[1],
     )
+    if (chosen := scores.chosen) is not None:  # each token is a sequence of its own
+        assert not scores.narrows
+        blocks = {"block_tables": chosen.tables, "table_stride": kv_heads * chosen.count, "head_tables": chosen.count}
+        rows = {"query_start": address_of(recorder.row_numbers(2)), "context_lens": chosen.contexts}
+        attended = attended._replace(**blocks, **rows, sequences=StepNumber.TOKENS)
     recorder.add(attend_operation(dim, recorder.isa, keys, values, scores.relative is not None), attended)
     recorder.add(merge_operation(dim, values), attended)
 
@@ -201,7 +208,7 @@ class AttendArguments(NamedTuple):
         out: address of float32 results [T, H, D].
         key_cache, value_cache: addresses of the layer's caches, see `cpu_cache.py`.
         query_start, context_lens: addresses of int64 [R + 1] and [R]; see `AttentionRows`.
-        block_tables: address of int64 [R, table_stride].
+        block_tables: address of int64 [R, table_stride]; with `head_tables`, a sequence has a table for each KV head.
         stretch_step: slots from one stretch of the caches to the next.
         block_shift: the binary logarithm of S.
         heads, kv_heads: H and K.
@@ -217,6 +224,8 @@ class AttendArguments(NamedTuple):
         profiles: address of float32 [P, profile_size]: the profiles times log2(e), the longest distance first, between
             `LANES` zeros.
         profile_count: P.
+        head_tables: blocks from the table of a KV head to that of the next one; 0 for one table of all heads.
+        sequences: the `StepNumber` that is R.
     """
 
     q: int
@@ -245,6 +254,43 @@ class AttendArguments(NamedTuple):
     profiles: int = 0
     profile_count: int = 0
     profile_size: int = 0
+    head_tables: int = 0
+    sequences: int = StepNumber.SEQUENCES
+
+
+class ChoiceArguments(NamedTuple):
+    """Arguments of the operations of `cpu_choice.py`.
+
+    Attributes:
+        index, stride: address of float32 rows of K query heads and a key, rotated, and their row stride in floats.
+        heads, size: K and Di.
+        positions, slots, cache: addresses of int64 [T] each, and of the index's cache.
+        query_start, block_tables, table_stride, block_shift: as in `AttendArguments`.
+        shift, top, local: log2 of a key block's positions; number of blocks that are chosen, and of last ones of them.
+        scores, blocks: address of float32 [T, K, blocks]; number of key blocks of the longest sequence.
+        tables, count: address of int64 [T, K, count], the chosen blocks of the cache in the order of their positions.
+        contexts: address of int64 [T], the number of positions in the blocks of each head.
+    """
+
+    index: int
+    stride: int
+    heads: int
+    size: int
+    positions: int
+    slots: int
+    cache: int
+    query_start: int
+    block_tables: int
+    table_stride: int
+    block_shift: int
+    shift: int
+    top: int
+    local: int
+    scores: int
+    blocks: int
+    tables: int
+    contexts: int
+    count: int
 
 
 def attend_operation(head_dim: int, isa: Isa, keys: CacheKind, values: CacheKind, relates: bool = False) -> int:

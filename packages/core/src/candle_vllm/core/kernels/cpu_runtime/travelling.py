@@ -48,6 +48,8 @@ CACHES = [(k, v) for k in _KINDS for v in _KINDS if k == v or (k.bits == 8 and v
 def functions(isa: Isa) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Return the precompiled kernels for CPUs with these instructions, as arguments of `operation`."""
     for code in (
+        "attention.cpu_choice:choose",
+        "attention.cpu_choice:write_keys",
         "collectives.cpu:add_up",
         "collectives.cpu:stand_together",
         "column_order.cpu:column_order",
@@ -81,6 +83,7 @@ def functions(isa: Isa) -> Iterator[tuple[str, tuple[int, ...]]]:
         "whole_attention.cpu:turn",
     ):
         yield code, ()
+    yield "attention.cpu_choice:make_score", (isa,)
     yield "compressed_attention.cpu:make_attend", (isa,)
     yield "compressed_attention.cpu_blocks:make_attend", (isa,)
     yield "whole_attention.cpu:make_attend_whole", (isa, 0)

@@ -26,12 +26,11 @@ followed by its up rows, [X, 2 N, K], and the result for a pair of token t and e
 
     act(gate[e] x[t]) * (up[e] x[t])
 
-gpt-oss's "swiglu_oai" is (up + 1) * gate * sigmoid(1.702 gate), gate at most 7 and up within [-7, 7], instead of
-act(gate) * up; "silu_7", "silu_16" and "silu_10" have limits too, see `kernels/silu_mul`. With "relu2" the matrix has
-only up rows, [X, N, K], and the result is the square of max(up[e] x[t], 0); with "gelu" it is the GELU of up[e] x[t].
-Without an activation x is the result of such a call, with a row for each pair, and the result is down[e] x. A bias [X,
-N] (or [X, 2 N]) is added to the products. The order of rows of results [T * k, N] is private to these functions;
-results of pairs without an expert are undefined.
+or another gated product of `kernels/silu_mul`: "swiglu_oai", "silu_7", "silu_16" and "silu_10" have limits. With
+"relu2" the matrix has only up rows, [X, N, K], and the result is the square of max(up[e] x[t], 0); with "gelu" it is
+the GELU of up[e] x[t]. Without an activation x is the result of such a call, with a row for each pair, and the result
+is down[e] x. A bias [X, N] (or [X, 2 N]) is added to the products. The order of rows of results [T * k, N] is private
+to these functions; results of pairs without an expert are undefined.
 
 `combine`: y[t], in new memory, is the sum over j of weights[t, j] times the result of token t's expert j. The experts
 of a token must be distinct. A number outside 0 to X - 1, as in padding rows, means no expert, which adds nothing.

@@ -103,7 +103,7 @@ def expert_linear(
         elif activation == "gelu":
             y = torch.nn.functional.gelu(y)
         elif activation is not None:
-            y = gated(*y.chunk(2, -1), activation=activation)
+            y = gated_product(*y.chunk(2, -1), kind=activation)
         if waits:
             out[token, slot] = y
         else:
@@ -119,11 +119,3 @@ def combine(results: torch.Tensor, pairs: Pairs) -> torch.Tensor:
         inside = (pairs.experts[:, slot] >= 0) & (pairs.experts[:, slot] < pairs.count)
         total += torch.where(inside, pairs.weights[:, slot], 0.0)[:, None] * results[:, slot]
     return total
-
-
-def gated(gate: torch.Tensor, up: torch.Tensor, activation: Activation) -> torch.Tensor:
-    """Return act(gate) * up; see the contract."""
-    if activation != "swiglu_oai":
-        return gated_product(gate, up, activation)
-    gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
-    return (up + 1) * gate * torch.sigmoid(1.702 * gate)

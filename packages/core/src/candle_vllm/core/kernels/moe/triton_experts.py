@@ -16,7 +16,7 @@ x's dtype.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -29,7 +29,7 @@ from candle_vllm.core.kernels.matrices import DeviceMatrix, Stored
 from candle_vllm.core.kernels.moe.arguments import Activation, Pairs, is_gated
 from candle_vllm.core.kernels.moe.triton_sort import Blocks
 from candle_vllm.core.kernels.packed_linear.layout import PackedKind
-from candle_vllm.core.kernels.silu_mul.triton import limited
+from candle_vllm.core.kernels.silu_mul.triton import KINDS, gated_product
 from candle_vllm.core.kernels.triton_build import OPTIONS, TENSOR_CORES, capability, cdiv, next_power_of_2, stages
 
 
@@ -86,21 +86,11 @@ def finished(
         total += tl.load(bias + row, mask=inside, other=0.0).to(tl.float32)[:, None]
     if GATED:
         gate, up = tl.split(tl.trans(tl.reshape(total, (ROWS // 16, 2, 8, TOKENS)), 0, 2, 3, 1))
-        inner = gate
-        if ACT == 2:  # gpt-oss
-            gate, up = limited(gate, up, 7.0)
-            inner, up = 1.702 * gate, up + 1.0
-        if ACT == 1:
-            # 0.5 (1 + tanh(z)) is the sigmoid of 2z; 2 sqrt(2 / pi) = 1.5957...
-            inner = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)
-        act = gate / (1.0 + tl.exp(-inner))
-        if ACT >= 5:
-            act, up = limited(act, up, 7.0 if ACT == 5 else 16.0 if ACT == 6 else 10.0)
-        total = tl.reshape(act * up, (ROWS // 2, TOKENS))
-    elif ACT == 3:
+        total = tl.reshape(gated_product(gate, up, ACT), (ROWS // 2, TOKENS))
+    elif ACT == 8:
         total = tl.where(total < 0.0, 0.0, total)  # NaN stays NaN
         total *= total
-    elif ACT == 4:
+    elif ACT == 9:
         total = 0.5 * total * (1.0 + tl.erf(total * 0.7071067811865476))
     return total
 
@@ -334,7 +324,7 @@ def _constants(operand: Operand, product: Any, tile: Tile, top_k: int, gate: Act
         "TOP": top_k,
         "FIRST": gate is not None,
         "GATED": is_gated(gate),
-        "ACT": 0 if gate is None else get_args(Activation).index(gate),
+        "ACT": 0 if gate is None else (*KINDS, "relu2", "gelu").index(gate),
         "TOKENS": tile.tokens,
         "ROWS": tile.rows,
     }

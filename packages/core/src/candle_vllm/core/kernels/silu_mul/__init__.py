@@ -5,7 +5,8 @@ Contract of `gate_mul`: x [T, 2F] of any float dtype has the columns of gate, th
 x's dtype, in new memory; the arithmetic is fp32. act is SiLU, or GELU in its tanh form (gelu_tanh): 0.5 g (1 + tanh(
 sqrt(2 / pi) (g + 0.044715 g^3))), or GELU by the error function (gelu): g Phi(g). "silu_7" and "silu_16" have a limit
 l: y is min(silu(gate), l) * min(max(up, -l), l), as in Step 3.5. "silu_10" has its limit before SiLU, as in DeepSeek
-V4: y is silu(min(gate, 10)) * min(max(up, -10), 10).
+V4: y is silu(min(gate, 10)) * min(max(up, -10), 10). "swiglu_oai", of gpt-oss, is (up + 1) * gate * sigmoid(1.702
+gate), with gate at most 7 and up within [-7, 7].
 `gated` has x [T, F] and gate [T, H] as separate arguments, and each gate belongs to F / H adjacent columns:
 y = x * act(gate), where act is SiLU, GELU in its tanh form, the sigmoid or softplus. Recorded steps overwrite x. The
 elements of a row are contiguous; rows may have any stride.
@@ -26,6 +27,7 @@ from candle_vllm.core.kernels.recorded import GateKind, Recorded, Value
 GATES: Mapping[GateKind, Prologue] = MappingProxyType({
     "silu": Prologue.SILU, "gelu_tanh": Prologue.GELU_GATE, "gelu": Prologue.GELU_ERF_GATE,
     "silu_7": Prologue.SILU_7, "silu_16": Prologue.SILU_16, "silu_10": Prologue.SILU_10,
+    "swiglu_oai": Prologue.SWIGLU_OAI,
 })  # fmt: skip
 """Prologue by which recorded steps compute `gate_mul`."""
 

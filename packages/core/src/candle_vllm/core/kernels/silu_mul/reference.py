@@ -21,6 +21,9 @@ _ACTS = {
 
 def gated_product(gate: torch.Tensor, up: torch.Tensor, kind: str) -> torch.Tensor:
     """Multiply act(gate) by up, both clamped if the kind has a limit."""
+    if kind == "swiglu_oai":
+        gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
+        return (up + 1) * gate * torch.sigmoid(1.702 * gate)
     act = _ACTS[kind](gate)
     if (limits := LIMITS.get(kind)) is not None:
         act, up = act.clamp(max=limits[0]), up.clamp(-limits[1], limits[1])

@@ -23,4 +23,5 @@ FORMS = (
     _build("bf16", 4096, "sigmoid"),
     _build("bf16", 6144, "softplus", 128),
     _build("bf16", 1280, "silu_16"),
+    _build("bf16", 3072, "swiglu_oai"),
 )
