@@ -19,10 +19,10 @@ from candle_vllm.core import (
     UnsupportedModelError,
 )
 from candle_vllm.core.assembly.stages import stage_of
-from candle_vllm.core.loading.towers import text_fields
 from candle_vllm.core.memory import Room, plan_cache
 from candle_vllm.core.models import eagle3, glm5_next
 from candle_vllm.core.models.registry import family_from_hf
+from candle_vllm.core.models.towers import text_fields
 from packages.core.tests.engine.drafted import same_times
 from packages.core.tests.models.families import ROWS
 from packages.core.tests.models.gguf_export import export_gguf

@@ -26,10 +26,10 @@ from candle_vllm.core.assembly.opening import open_model
 from candle_vllm.core.assembly.stages import stage_of
 from candle_vllm.core.devices import CPU
 from candle_vllm.core.loading.source import resolve
-from candle_vllm.core.loading.towers import text_fields
 from candle_vllm.core.memory import Room, plan_cache
 from candle_vllm.core.models import eagle3, qwen4_exp
 from candle_vllm.core.models.registry import family_from_gguf
+from candle_vllm.core.models.towers import text_fields
 from packages.core.tests.engine.drafted import same_times
 from packages.core.tests.models.families import ROWS
 from packages.core.tests.models.gguf_export import export_gguf
