@@ -246,7 +246,7 @@ def recording_obstacle(checkpoint: Checkpoint, model: ModelConfig, block_size: i
     obstacle = matrix_obstacle(checkpoint)
     if obstacle is not None:
         return obstacle
-    if hasattr(model, "streams") and model.hidden_size % 16:
+    if model.stream_count and model.hidden_size % 16:
         return f"residual streams of {model.hidden_size} elements have no kernel"
     if model.compresses:
         sizes = model.head_dim, 0 if model.index is None else model.index.rope + model.index.latent
