@@ -22,10 +22,12 @@ from candle_vllm.core import (
     WeightsError,
 )
 from candle_vllm.core.assembly.opening import open_model
+from candle_vllm.core.conversion import write
 from candle_vllm.core.devices import CPU
 from candle_vllm.core.loading.source import resolve
 from candle_vllm.core.memory import Room, plan_cache
 from candle_vllm.core.models import eagle3, qwen4_exp
+from candle_vllm.core.models.ngram_table import Parts
 from candle_vllm.core.models.registry import family_from_gguf
 from candle_vllm.core.models.towers import text_fields
 from packages.core.tests.models.families import ROWS
@@ -180,6 +182,19 @@ def test_a_table_stays_in_its_file(isq: str | None, folder: Path) -> None:
     assert {part.type_name for part in table._parts} == {"F32"}
     assert sum(len(part) for part in table._arrays) == table.shape[0]
     assert not any(part.flags.owndata or part.flags.writeable for part in table._arrays)
+
+
+@pytest.mark.parametrize("isq", [None, "q8_0"])
+def test_a_table_is_written_part_by_part(isq: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file is the same as from a whole table, which is not read."""
+    config = EngineConfig(model=str(write_row(tmp_path / "model", NAMES[0])), isq=isq)
+    monkeypatch.setattr(write, "_words", lambda *_: {})  # the tokenizer of the tests cannot be written
+    with monkeypatch.context() as patch:
+        patch.setattr(Parts, "in_parts", lambda table: (table,))
+        write.write_gguf(config, tmp_path / "whole.gguf")
+    monkeypatch.setattr(Parts, "raw", lambda _: pytest.fail("the whole table is read"))
+    write.write_gguf(config, tmp_path / "parts.gguf")
+    assert (tmp_path / "parts.gguf").read_bytes() == (tmp_path / "whole.gguf").read_bytes()
 
 
 @pytest.mark.parametrize(

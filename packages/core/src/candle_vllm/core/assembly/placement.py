@@ -26,7 +26,7 @@ from candle_vllm.core.loading.config import ModelConfig
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.memory import room_for
 from candle_vllm.core.models.gemma_parts import TABLES
-from candle_vllm.core.models.ngram_table import MAPPED, Parts
+from candle_vllm.core.models.ngram_table import MAPPED
 from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType
 from candle_vllm.core.quantization.plain import ELEMENTS
 from candle_vllm.core.quantization.tensors import StoredTensor, Viewed
@@ -320,7 +320,7 @@ def room_for_weights(
 
 
 def _memory_of(placement: Placement, tensor: StoredTensor) -> int:
-    if isinstance(tensor, Parts):
+    if tensor.stays_in_file:
         return 4 * tensor.numel if placement.recorded and tensor.type_name not in MAPPED else 0
     if placement.recorded and tensor.name in TABLES and not isinstance(tensor, Viewed):
         return 0  # the table stays in its mapped file
