@@ -51,9 +51,13 @@ class PlannedTensor:
 
     def tofile(self, file: IO[bytes]) -> None:
         """Write the tensor's data, as `np.ndarray.tofile` does for an array, part by part."""
+        written = 0
         for part in self.stored.in_parts():
-            _bytes(dataclasses.replace(self, stored=part)).tofile(file)
+            data = _bytes(dataclasses.replace(self, stored=part))
+            data.tofile(file)
             part.release()
+            written += data.nbytes
+        assert written == self.nbytes
 
 
 def write_file(
