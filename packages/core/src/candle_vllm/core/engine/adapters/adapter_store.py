@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import msgspec
 
@@ -34,9 +34,6 @@ from candle_vllm.core.errors import (
     InvalidParameterError,
 )
 from candle_vllm.core.setting_kinds import nearest
-
-if TYPE_CHECKING:
-    from candle_vllm.core.kernels.lora import PackedAdapter
 
 logger = logging.getLogger(__name__)
 
@@ -52,12 +49,14 @@ _CROWDED = "running requests and pinned adapters use all the memory for adapters
 _PINNED = "pinned adapters use all the memory for adapters: raise max_cpu_loras or lora_memory, or remove one"
 _CLOSING = 1.0  # seconds that `close` waits for the loading thread, which a disk may block
 
+Adapter: TypeAlias = Any  # a `PackedAdapter` of `kernels/lora`, which imports numpy
+
 
 @dataclasses.dataclass(frozen=True)
 class LoadedAdapter:
     """A loaded adapter: packed for steps, with the base model that its files name, and notes about its files."""
 
-    packed: PackedAdapter
+    packed: Adapter
     base: str | None = None
     notes: tuple[str, ...] = ()
 
@@ -324,7 +323,7 @@ class AdapterStore:
                 self._drop_forgotten()
                 self._begin()
 
-    def lease(self, entries: Entries) -> tuple[tuple[PackedAdapter, float], ...] | None:
+    def lease(self, entries: Entries) -> tuple[tuple[Adapter, float], ...] | None:
         """Lease adapters, which stay in memory until `release`; return None if not all of them are in memory."""
         if any(entry.loaded is None for entry, _ in entries):
             return None

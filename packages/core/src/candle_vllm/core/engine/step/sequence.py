@@ -11,16 +11,13 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from struct import pack
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 
-from candle_vllm.core.engine.adapters.adapter_store import Entries
+from candle_vllm.core.engine.adapters.adapter_store import Adapter, Entries
 from candle_vllm.core.engine.requests import GenerationRequest, PoolingRequest, serving_rank
 from candle_vllm.core.vision.inputs import ImageInput
-
-if TYPE_CHECKING:
-    from candle_vllm.core.kernels.lora import PackedAdapter
 
 NO_LIMIT = 1 << 62
 
@@ -148,7 +145,7 @@ class Sequence:
     windowed: list[tuple[int, int]] = field(default_factory=list[tuple[int, int]])
     answer_window: int | None = None
     adapted_from: tuple[int, ...] = ()
-    _adapters: tuple[tuple[PackedAdapter, float], ...] = field(default=(), init=False)
+    _adapters: tuple[tuple[Adapter, float], ...] = field(default=(), init=False)
     _hashes: list[bytes] = field(default_factory=list[bytes], init=False)
 
     def __post_init__(self) -> None:
@@ -168,12 +165,12 @@ class Sequence:
         return len(self.tokens) + self.num_ahead - self.num_uncomputed_tokens
 
     @property
-    def adapters(self) -> tuple[tuple[PackedAdapter, float], ...]:
+    def adapters(self) -> tuple[tuple[Adapter, float], ...]:
         """The adapters of its tokens and their scales; set once, before its first step."""
         return self._adapters
 
     @adapters.setter
-    def adapters(self, adapters: tuple[tuple[PackedAdapter, float], ...]) -> None:
+    def adapters(self, adapters: tuple[tuple[Adapter, float], ...]) -> None:
         prompt = self.tokens[: self.num_prompt_tokens]
         self._adapters, self._hashes = adapters, []
         self.adapted_from = tuple(_activation(prompt, adapter.alora) for adapter, _ in adapters)
