@@ -277,7 +277,7 @@ def test_sizes_with_a_kernel() -> None:
     ):
         index = LatentSizes(heads=heads, nope=nope, rope=rope, latent=latent, value=0)
         assert choice_supported(index) is has_kernel, index
-        model: Any = mock.Mock(latent=SIZES["small"], index=index, compresses=False, hidden_size=64)
+        model: Any = mock.Mock(latent=SIZES["small"], index=index, compresses=False, stream_count=0)
         obstacle = recording_obstacle(mock.Mock(tensors={}), model, BLOCK)
         assert obstacle == (None if has_kernel else f"the sparse-attention indexer {index} has no kernel")
 

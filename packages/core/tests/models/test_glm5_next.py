@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -18,14 +17,12 @@ from candle_vllm.core import (
     SamplingParams,
     UnsupportedModelError,
 )
-from candle_vllm.core.assembly.stages import stage_of
-from candle_vllm.core.loading.towers import text_fields
 from candle_vllm.core.memory import Room, plan_cache
 from candle_vllm.core.models import eagle3, glm5_next
 from candle_vllm.core.models.registry import family_from_hf
-from packages.core.tests.engine.drafted import same_times
-from packages.core.tests.models.families import ROWS
+from candle_vllm.core.models.towers import text_fields
 from packages.core.tests.models.gguf_export import export_gguf
+from packages.core.tests.models.rows import answers_twice, require_no_stages, require_other_logits, write_row
 from packages.core.tests.models.test_sparse_index import changed
 from packages.core.tests.models.tiny import (
     LENGTH,
@@ -36,7 +33,6 @@ from packages.core.tests.models.tiny import (
     some_tokens,
     spread,
     their_logits,
-    write_tiny,
 )
 from tests.common_run import few
 
@@ -87,8 +83,7 @@ PUBLISHED: dict[str, Any] = {
 
 @pytest.fixture(scope="module", params=NAMES)
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    row = ROWS[request.param]
-    return write_tiny(tmp_path_factory.mktemp("model"), row.model_type, **row.config)
+    return write_row(tmp_path_factory.mktemp("model"), request.param)
 
 
 # ---- logits ----------------------------------------------------------------------------------------------------------
@@ -124,21 +119,14 @@ def test_every_cut_of_the_prompt(cut: int, folder: Path) -> None:
     ids=str,
 )
 def test_keys_that_change_the_logits(keys: dict[str, Any], least: float, tmp_path: Path) -> None:
-    """As they change transformers' logits."""
-    row, tokens = ROWS[NAMES[0]], some_tokens()
-    usual = write_tiny(tmp_path / "usual", row.model_type, **row.config)
-    other = write_tiny(tmp_path / "other", row.model_type, **(dict(row.config) | keys))
-    ours = eager_logits(other, tokens, [LENGTH])
-    assert spread(ours, their_logits(other, tokens)) < 1e-5
-    assert spread(ours, eager_logits(usual, tokens, [LENGTH])) > least
+    require_other_logits(NAMES[0], keys, least, tmp_path, some_tokens(), [LENGTH])
 
 
 # ---- the cache, and the engine ---------------------------------------------------------------------------------------
 
 
 def test_keys_and_gates_stand_beside_latent_rows(tmp_path: Path) -> None:
-    row = ROWS[NAMES[0]]
-    config: Any = load(write_tiny(tmp_path, row.model_type, **row.config), op_by_op=True).config
+    config: Any = load(write_row(tmp_path, NAMES[0]), op_by_op=True).config
     plan = plan_cache(EngineConfig(model="m", block_size=16), config, lambda _: 2, 4, Room(1 << 30, 0.5))
     assert plan.block_bytes == 16 * 2 * (32 + 2 * 32)
     assert (config.index_top, config.index_pool, config.shared_choices) == (27, 4, [])
@@ -153,22 +141,7 @@ def test_what_is_around_a_sequence_changes_nothing(folder: Path) -> None:
     ngram = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 2}
 
     def run(**settings: Any) -> tuple[list[Any], Any]:
-        given: dict[str, Any] = {"threads": 2, "block_size": 16, "device": "cpu"} | settings
-        with InferenceEngine(str(folder), **given) as engine:
-            inner: Any = engine._engine
-            if inner._drafter is not None:
-                inner._drafter.times = same_times
-            found = []
-            for _ in range(2):  # the second time with a warm cache
-                for output in engine.generate(prompts, params, use_tqdm=False):
-                    answers = [
-                        [(e.chosen.token_id, e.chosen.logprob) for e in answer.logprobs or ()]
-                        for answer in output.outputs
-                    ]
-                    assert answers[0] == answers[1]
-                    found.append(answers[0])
-            assert found[:6] == found[6:]
-            return found, engine.stats()
+        return answers_twice(folder, prompts, params, **settings)
 
     alone, _ = run(enable_prefix_caching=False, max_num_seqs=1, speculative_config=None)
     few_blocks = {"kv_cache_memory": 544 << 10, "state_cache_gb": 2e-4, "max_model_len": 256}
@@ -276,16 +249,15 @@ def test_a_flat_config_is_text() -> None:
     ],
 )
 def test_gguf_files_that_are_refused(key: str, value: Any, message: str, tmp_path: Path) -> None:
-    row = ROWS[NAMES[0]]
-    folder = changed(write_tiny(tmp_path / "m", row.model_type, **row.config), tmp_path / "other", **{key: value})
+    folder = changed(write_row(tmp_path / "m", NAMES[0]), tmp_path / "other", **{key: value})
     with pytest.raises((UnsupportedModelError, InvalidFileError), match=message):
         load(export_gguf(folder, tmp_path / "m.gguf", "glm5-next"))
 
 
 def test_indexers_that_are_not_used_are_left_out(tmp_path: Path) -> None:
     """Those of layers with the choice of an earlier layer, which files may have."""
-    row, tokens = ROWS[NAMES[0]], some_tokens()
-    whole = write_tiny(tmp_path / "m", row.model_type, **dict(row.config) | {"layer_types": ["indexed_attention"] * 2})
+    tokens = some_tokens()
+    whole = write_row(tmp_path / "m", NAMES[0], layer_types=["indexed_attention"] * 2)
     folder = changed(whole, tmp_path / "shared", indexer_types=["full", "shared"])
     found = eager_logits(folder, tokens, [LENGTH])
     stored = export_gguf(folder, tmp_path / "m.gguf", "glm5-next")
@@ -293,11 +265,7 @@ def test_indexers_that_are_not_used_are_left_out(tmp_path: Path) -> None:
 
 
 def test_stages_are_refused(tmp_path: Path) -> None:
-    row = ROWS[NAMES[0]]
-    config = load(write_tiny(tmp_path, row.model_type, **row.config)).config
-    line, checkpoint = mock.Mock(size=2, rank=0), mock.Mock(tensors={})
-    with pytest.raises(ConfigError, match="several residual streams: leave pipeline_parallel_size out"):
-        stage_of("GLM", glm5_next.FAMILY, config, checkpoint, line)
+    require_no_stages(tmp_path, NAMES[0], glm5_next.FAMILY)
 
 
 def test_a_head_cannot_read_several_streams() -> None:
@@ -309,8 +277,8 @@ def test_layers_that_predict_further_tokens_are_left_out(tmp_path: Path) -> None
     """They are not loaded, and drafts by them are refused by name."""
     from safetensors.torch import load_file, save_file
 
-    row, tokens = ROWS[NAMES[0]], some_tokens(20)
-    usual = write_tiny(tmp_path / "m", row.model_type, **row.config)
+    tokens = some_tokens(20)
+    usual = write_row(tmp_path / "m", NAMES[0])
     folder = changed(usual, tmp_path / "more", num_nextn_predict_layers=1)
     weights = load_file(folder / "model.safetensors")
     weights |= {f"model.layers.2.{name}.weight": torch.ones(8, 8) for name in ("eh_proj", "self_attn.q_a_proj")}

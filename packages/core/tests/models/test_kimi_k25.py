@@ -8,6 +8,7 @@ import json
 import math
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ from packages.core.tests.models.sight import (
 from packages.core.tests.models.tiny import SMALL
 from tests.common_run import combined, few
 
+Pixels = dict[str, torch.Tensor]
 PAD = 262
 MARKS = ("<|media_begin|>", "<|media_content|>", "<|media_pad|>", "<|media_end|>")
 ONE = f"{MARKS[0]}image{MARKS[1]}{MARKS[2]}{MARKS[3]}"
@@ -75,6 +77,15 @@ def as_published(name: str) -> str:
     return name.replace("encoder.patch_embed.", "patch_embed.").replace("model.mm_projector.", "mm_projector.")
 
 
+def save_random(config: Any, folder: Path) -> Any:
+    """Save a random model, and return it."""
+    model = random_model(config)
+    with torch.no_grad():  # as far apart as embedded patches
+        model.model.vision_tower.patch_embed.pos_emb.position_embeddings.normal_()
+    model.save_pretrained(folder)
+    return model
+
+
 def write(folder: Path, kind: str = "usual", **vision: Any) -> Path:
     config = AutoConfig.for_model(
         "kimi_k25",
@@ -83,10 +94,7 @@ def write(folder: Path, kind: str = "usual", **vision: Any) -> Path:
         projection_hidden_size=32, projection_layer_norm_eps=1e-3, image_token_id=PAD, video_token_id=271,
         tie_word_embeddings=False,
     )  # fmt: skip
-    model = random_model(config)
-    with torch.no_grad():  # as far apart as embedded patches
-        model.model.vision_tower.patch_embed.pos_emb.position_embeddings.normal_()
-    model.save_pretrained(folder)
+    save_random(config, folder)
     stored = load_file(folder / "model.safetensors")
     made = {as_published(name): each for name, each in stored.items()}
     save_file(made, folder / "model.safetensors", {"format": "pt"})
@@ -114,19 +122,36 @@ def navit_resize() -> Any:
     return names["navit_resize"]
 
 
-def their_pixels(pictures: list[NDArray[np.uint8]]) -> dict[str, torch.Tensor]:
-    """As their processor makes them, with Pillow's filter."""
+def patches_of(pictures: list[NDArray[np.uint8]], size: Callable[[int, int], tuple[int, int, int, int]]) -> Pixels:
+    """As their processors make them, with Pillow's filter; `size` gives an image's height and width in a canvas, and
+    those of the canvas."""
     patches, grids = list[NDArray[np.float32]](), list[list[int]]()
     for picture in pictures:
-        (high, wide), (rows, columns) = navit_resize()(*picture.shape[:2], 4, 2, 60, 18)
-        image = Image.fromarray(picture).resize((wide, high), Image.Resampling.BICUBIC)
+        high, wide, rows, columns = size(*picture.shape[:2])
         canvas = np.zeros((rows, columns, 3), np.uint8)
-        canvas[:high, :wide] = np.asarray(image)
+        canvas[:high, :wide] = np.asarray(Image.fromarray(picture).resize((wide, high), Image.Resampling.BICUBIC))
         values = (canvas.astype(np.float32) / 255 - PROCESSOR["image_mean"]) / PROCESSOR["image_std"]
         parts = values.reshape(rows // 4, 4, columns // 4, 4, 3).transpose(0, 2, 4, 1, 3)
         patches.append(parts.reshape(-1, 3, 4, 4).astype(np.float32))
         grids.append([1, rows // 4, columns // 4])
     return {"pixel_values": torch.from_numpy(np.concatenate(patches)), "image_grid_thw": torch.tensor(grids)}
+
+
+def require_same_as_transformers(folder: Path, theirs: Any, pixels: Pixels, prompt: Any, **how: Any) -> None:
+    """Require the logits of a prompt with images."""
+
+    def wanted(ids: torch.Tensor) -> torch.Tensor:
+        return theirs(input_ids=ids, **pixels).logits[0].log_softmax(-1)
+
+    require_logits(folder, prompt, wanted, **how)
+
+
+def their_pixels(pictures: list[NDArray[np.uint8]]) -> Pixels:
+    def size(height: int, width: int) -> tuple[int, int, int, int]:
+        (high, wide), (rows, columns) = navit_resize()(height, width, 4, 2, 60, 18)
+        return high, wide, rows, columns
+
+    return patches_of(pictures, size)
 
 
 @pytest.mark.parametrize("eager", few([True, False], False))
@@ -138,12 +163,7 @@ def test_embeddings_are_those_of_transformers(eager: bool, folder: Path, theirs:
 
 @combined("eager tokens", (True, False), (512, 23), common=[(False, 23)])
 def test_logits_are_those_of_transformers(tokens: int, eager: bool, folder: Path, theirs: Any) -> None:
-    pixels = their_pixels(PICTURES[:2])
-
-    def wanted(ids: torch.Tensor) -> torch.Tensor:
-        return theirs(input_ids=ids, **pixels).logits[0].log_softmax(-1)
-
-    require_logits(folder, PROMPTS[0], wanted, eager=eager, tokens=tokens)
+    require_same_as_transformers(folder, theirs, their_pixels(PICTURES[:2]), PROMPTS[0], eager=eager, tokens=tokens)
 
 
 @pytest.fixture(scope="module")

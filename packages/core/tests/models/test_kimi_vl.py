@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
@@ -27,8 +26,6 @@ from packages.core.tests.models.sight import (
     answers_alone,
     answers_of,
     loaded_from,
-    random_model,
-    require_logits,
     require_same_embeddings,
     require_same_from_gguf,
     require_same_in_steps,
@@ -36,7 +33,15 @@ from packages.core.tests.models.sight import (
     write_tokenizer,
     write_tower,
 )
-from packages.core.tests.models.test_kimi_k25 import NAMES, PAD, TOWER, as_published
+from packages.core.tests.models.test_kimi_k25 import (
+    NAMES,
+    PAD,
+    TOWER,
+    as_published,
+    patches_of,
+    require_same_as_transformers,
+    save_random,
+)
 from packages.core.tests.models.tiny import SMALL
 from tests.common_run import combined, few
 
@@ -77,10 +82,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
         "kimi_k25", text_config=TEXT, vision_config=vision, projection_hidden_size=32, projection_layer_norm_eps=1e-5,
         image_token_id=PAD, video_token_id=271, tie_word_embeddings=False,
     )  # fmt: skip
-    model = random_model(config)
-    with torch.no_grad():  # as far apart as embedded patches
-        model.model.vision_tower.patch_embed.pos_emb.position_embeddings.normal_()
-    model.save_pretrained(folder)
+    model = save_random(config, folder)
     stored = load_file(folder / "model.safetensors")
     renamed = {published_name(name): each for name, each in stored.items() if "time_weight" not in name}
     for layer in range(SMALL["num_hidden_layers"]):  # transformers renames and reorders these as the encoder's
@@ -121,16 +123,7 @@ def resized(height: int, width: int, patch: int, most: int) -> tuple[int, int, i
 
 
 def their_pixels(pictures: list[NDArray[np.uint8]]) -> dict[str, torch.Tensor]:
-    patches, grids = list[NDArray[np.float32]](), list[list[int]]()
-    for picture in pictures:
-        high, wide, rows, columns = resized(*picture.shape[:2], 4, 60)
-        canvas = np.zeros((rows, columns, 3), np.uint8)
-        canvas[:high, :wide] = np.asarray(Image.fromarray(picture).resize((wide, high), Image.Resampling.BICUBIC))
-        values = (canvas.astype(np.float32) / 255 - PROCESSOR["image_mean"]) / PROCESSOR["image_std"]
-        parts = values.reshape(rows // 4, 4, columns // 4, 4, 3).transpose(0, 2, 4, 1, 3)
-        patches.append(parts.reshape(-1, 3, 4, 4).astype(np.float32))
-        grids.append([1, rows // 4, columns // 4])
-    return {"pixel_values": torch.from_numpy(np.concatenate(patches)), "image_grid_thw": torch.tensor(grids)}
+    return patches_of(pictures, lambda height, width: resized(height, width, 4, 60))
 
 
 @pytest.mark.parametrize("eager", few([True, False], False))
@@ -142,12 +135,7 @@ def test_embeddings_are_those_of_transformers(eager: bool, folder: Path, theirs:
 
 @combined("eager tokens", (True, False), (512, 23), common=[(False, 23)])
 def test_logits_are_those_of_transformers(tokens: int, eager: bool, folder: Path, theirs: Any) -> None:
-    pixels = their_pixels(PICTURES[:2])
-
-    def wanted(ids: torch.Tensor) -> torch.Tensor:
-        return theirs(input_ids=ids, **pixels).logits[0].log_softmax(-1)
-
-    require_logits(folder, PROMPTS[0], wanted, eager=eager, tokens=tokens)
+    require_same_as_transformers(folder, theirs, their_pixels(PICTURES[:2]), PROMPTS[0], eager=eager, tokens=tokens)
 
 
 @pytest.fixture(scope="module")

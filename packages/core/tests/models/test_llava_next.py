@@ -22,9 +22,9 @@ from transformers.models.llava_next.processing_llava_next import LlavaNextProces
 from candle_vllm.core import InferenceEngine, SamplingParams
 from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
 from candle_vllm.core.fields import Fields
-from candle_vllm.core.loading.towers import of_tower
 from candle_vllm.core.models.llava_next_tower import FAMILY
 from candle_vllm.core.models.registry import tower_family
+from candle_vllm.core.models.towers import of_tower
 from candle_vllm.core.vision.pictures import picture_of
 from candle_vllm.core.vision.preprocessing import NOTHING
 from packages.core.tests.models.gguf_export import export_gguf

@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -23,16 +22,17 @@ from candle_vllm.core import (
     WeightsError,
 )
 from candle_vllm.core.assembly.opening import open_model
-from candle_vllm.core.assembly.stages import stage_of
+from candle_vllm.core.conversion import write
 from candle_vllm.core.devices import CPU
 from candle_vllm.core.loading.source import resolve
-from candle_vllm.core.loading.towers import text_fields
 from candle_vllm.core.memory import Room, plan_cache
 from candle_vllm.core.models import eagle3, qwen4_exp
+from candle_vllm.core.models.ngram_table import Parts
 from candle_vllm.core.models.registry import family_from_gguf
-from packages.core.tests.engine.drafted import same_times
+from candle_vllm.core.models.towers import text_fields
 from packages.core.tests.models.families import ROWS
 from packages.core.tests.models.gguf_export import export_gguf
+from packages.core.tests.models.rows import answers_twice, require_no_stages, require_other_logits, write_row
 from packages.core.tests.models.test_sparse_index import changed
 from packages.core.tests.models.tiny import (
     LENGTH,
@@ -44,7 +44,6 @@ from packages.core.tests.models.tiny import (
     spread,
     their_logits,
     tiny_config,
-    write_tiny,
 )
 from tests.common_run import few
 
@@ -78,8 +77,7 @@ PUBLISHED: dict[str, Any] = {
 
 @pytest.fixture(scope="module", params=NAMES)
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    row = ROWS[request.param]
-    return write_tiny(tmp_path_factory.mktemp("model"), row.model_type, **row.config)
+    return write_row(tmp_path_factory.mktemp("model"), request.param)
 
 
 def tokens_with_ends() -> list[int]:
@@ -135,18 +133,12 @@ def test_every_cut_of_the_prompt(cut: int, folder: Path) -> None:
     ids=str,
 )  # fmt: skip
 def test_keys_that_change_the_logits(keys: dict[str, Any], least: float, tmp_path: Path) -> None:
-    """As they change transformers' logits."""
-    row, tokens = ROWS[NAMES[0]], tokens_with_ends()
-    usual = write_tiny(tmp_path / "usual", row.model_type, **row.config)
-    other = write_tiny(tmp_path / "other", row.model_type, **(dict(row.config) | keys))
-    ours = eager_logits(other, tokens, [30, LENGTH - 30])
-    assert spread(ours, their_logits(other, tokens)) < 1e-5
-    assert spread(ours, eager_logits(usual, tokens, [LENGTH])) > least
+    require_other_logits(NAMES[0], keys, least, tmp_path, tokens_with_ends(), [30, LENGTH - 30])
 
 
 def test_layers_types_by_an_interval(tmp_path: Path) -> None:
-    row, tokens = ROWS[NAMES[0]], some_tokens(40)
-    folder = write_tiny(tmp_path, row.model_type, **dict(row.config) | {"num_hidden_layers": 4, "layer_types": None})
+    tokens = some_tokens(40)
+    folder = write_row(tmp_path, NAMES[0], num_hidden_layers=4, layer_types=None)
     assert load(folder).config.delta_layers == {0, 1, 2}  # type: ignore[attr-defined]
     assert spread(eager_logits(folder, tokens, [40]), their_logits(folder, tokens)) < 1e-5
 
@@ -192,12 +184,25 @@ def test_a_table_stays_in_its_file(isq: str | None, folder: Path) -> None:
     assert not any(part.flags.owndata or part.flags.writeable for part in table._arrays)
 
 
+@pytest.mark.parametrize("isq", [None, "q8_0"])
+def test_a_table_is_written_part_by_part(isq: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file is the same as from a whole table, which is not read."""
+    config = EngineConfig(model=str(write_row(tmp_path / "model", NAMES[0])), isq=isq)
+    monkeypatch.setattr(write, "_words", lambda *_: {})  # the tokenizer of the tests cannot be written
+    with monkeypatch.context() as patch:
+        patch.setattr(Parts, "in_parts", lambda table: (table,))
+        write.write_gguf(config, tmp_path / "whole.gguf")
+    monkeypatch.setattr(Parts, "raw", lambda _: pytest.fail("the whole table is read"))
+    write.write_gguf(config, tmp_path / "parts.gguf")
+    assert (tmp_path / "parts.gguf").read_bytes() == (tmp_path / "whole.gguf").read_bytes()
+
+
 @pytest.mark.parametrize(
     "keys", [{"hidden_size": 72, "ple_embed_dim": 72, "heads_per_ngram": 1}, {"indexer_head_dim": 24}]
 )
 def test_sizes_without_kernels_run_op_by_op(keys: dict[str, Any], tmp_path: Path) -> None:
-    row, tokens = ROWS[NAMES[0]], some_tokens(40)
-    made = write_tiny(tmp_path, row.model_type, **dict(row.config) | keys)
+    tokens = some_tokens(40)
+    made = write_row(tmp_path, NAMES[0], **keys)
     assert not load(made).placement.recorded
     assert spread(eager_logits(made, tokens, [40]), their_logits(made, tokens)) < 1e-5
 
@@ -217,8 +222,7 @@ def test_stored_hashes_must_be_those_of_the_config(folder: Path, tmp_path: Path)
 
 @pytest.mark.parametrize(("part", "message"), [(0, "missing tensors"), (2, "has shape")])
 def test_a_part_of_a_table_that_is_missing(part: int, message: str, tmp_path: Path) -> None:
-    row = ROWS[NAMES[0]]
-    made = write_tiny(tmp_path, row.model_type, **row.config)
+    made = write_row(tmp_path, NAMES[0])
     weights = load_file(made / "model.safetensors")
     save_file(
         {key: value for key, value in weights.items() if f".shard_{part}." not in key}, made / "model.safetensors"
@@ -228,8 +232,7 @@ def test_a_part_of_a_table_that_is_missing(part: int, message: str, tmp_path: Pa
 
 
 def test_parts_of_a_table_that_do_not_fit(tmp_path: Path) -> None:
-    row = ROWS[NAMES[0]]
-    made = write_tiny(tmp_path, row.model_type, **row.config)
+    made = write_row(tmp_path, NAMES[0])
     weights = load_file(made / "model.safetensors")
     for name, weight in weights.items():
         if ".shard_1." in name:
@@ -243,8 +246,7 @@ def test_parts_of_a_table_that_do_not_fit(tmp_path: Path) -> None:
 
 
 def test_keys_and_states_have_caches_of_their_own(tmp_path: Path) -> None:
-    row = ROWS[NAMES[0]]
-    config: Any = load(write_tiny(tmp_path, row.model_type, **row.config), op_by_op=True).config
+    config: Any = load(write_row(tmp_path, NAMES[0]), op_by_op=True).config
     plan = plan_cache(EngineConfig(model="m", block_size=16), config, lambda _: 2, 4, Room(1 << 30, 0.5))
     assert plan.block_bytes == 16 * 2 * (2 * 2 * 32 + 16 + 8)
     assert (config.index_top, config.index_pool, config.ngrams.span) == (27, 4, 10)
@@ -264,23 +266,7 @@ def test_what_is_around_a_sequence_changes_nothing(folder: Path) -> None:
     ngram = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 2}
 
     def run(n: int = 2, **settings: Any) -> tuple[list[Any], Any]:
-        params = SamplingParams(n=n, **greedy)
-        given: dict[str, Any] = {"threads": 2, "block_size": 16, "device": "cpu"} | settings
-        with InferenceEngine(str(folder), **given) as engine:
-            inner: Any = engine._engine
-            if inner._drafter is not None:
-                inner._drafter.times = same_times
-            found = []
-            for _ in range(2):  # the second time with a warm cache
-                for output in engine.generate(prompts, params, use_tqdm=False):
-                    answers = [
-                        [(e.chosen.token_id, e.chosen.logprob) for e in answer.logprobs or ()]
-                        for answer in output.outputs
-                    ]
-                    assert answers[0] == answers[-1]
-                    found.append(answers[0])
-            assert found[:6] == found[6:]
-            return found, engine.stats()
+        return answers_twice(folder, prompts, SamplingParams(n=n, **greedy), **settings)
 
     alone, _ = run(enable_prefix_caching=False, max_num_seqs=1, speculative_config=None)
     few_blocks: dict[str, Any] = {
@@ -391,8 +377,7 @@ def test_the_texts_own_end_begins_n_grams() -> None:
     ids=str,
 )
 def test_wrong_metadata_is_named(key: str, value: Any, message: str, tmp_path: Path) -> None:
-    row = ROWS[NAMES[0]]
-    export_gguf(write_tiny(tmp_path / "m", row.model_type, **row.config), tmp_path / "m.gguf", "qwen4exp")
+    export_gguf(write_row(tmp_path / "m", NAMES[0]), tmp_path / "m.gguf", "qwen4exp")
     with open_model(resolve(str(tmp_path / "m.gguf")), CPU).checkpoint as checkpoint:
         metadata = dict(checkpoint.metadata) | {f"qwen4exp.{key}": value}
         with pytest.raises((UnsupportedModelError, InvalidFileError), match=message):
@@ -400,11 +385,7 @@ def test_wrong_metadata_is_named(key: str, value: Any, message: str, tmp_path: P
 
 
 def test_stages_are_refused(tmp_path: Path) -> None:
-    row = ROWS[NAMES[0]]
-    config = load(write_tiny(tmp_path, row.model_type, **row.config)).config
-    line, checkpoint = mock.Mock(size=2, rank=0), mock.Mock(tensors={})
-    with pytest.raises(ConfigError, match="leave pipeline_parallel_size out"):
-        stage_of("Qwen", qwen4_exp.FAMILY, config, checkpoint, line)
+    require_no_stages(tmp_path, NAMES[0], qwen4_exp.FAMILY)
 
 
 def test_a_head_cannot_read_several_streams() -> None:
@@ -414,8 +395,8 @@ def test_a_head_cannot_read_several_streams() -> None:
 
 def test_layers_that_predict_further_tokens_are_left_out(tmp_path: Path) -> None:
     """They are not loaded, and drafts by them are refused by name."""
-    row, tokens = ROWS[NAMES[0]], some_tokens(20)
-    folder = write_tiny(tmp_path / "m", row.model_type, **row.config)
+    tokens = some_tokens(20)
+    folder = write_row(tmp_path / "m", NAMES[0])
     wanted = eager_logits(folder, tokens, [20])
     weights = load_file(folder / "model.safetensors") | {"mtp.fc.weight": torch.ones(8, 8)}
     save_file(weights, folder / "model.safetensors")

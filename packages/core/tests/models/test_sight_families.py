@@ -40,10 +40,10 @@ from candle_vllm.core.errors import (
 )
 from candle_vllm.core.fields import Fields, read_json
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
-from candle_vllm.core.loading.towers import of_tower
 from candle_vllm.core.models import clip_tower, gemma4_tower_config, gemma4_unified_tower, llama4_tower, siglip
 from candle_vllm.core.models.canvas_rules import CanvasRule
 from candle_vllm.core.models.registry import tower_family
+from candle_vllm.core.models.towers import of_tower
 from candle_vllm.core.remote import RemoteEngine
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model, write_toy_tokenizer
 from candle_vllm.core.vision.pictures import picture_of

@@ -36,6 +36,7 @@ from candle_vllm.core.models import deepseek, sparse_index
 from candle_vllm.core.models.registry import family_from_hf
 from packages.core.tests.models.families import ROWS
 from packages.core.tests.models.peft_adapters import trained
+from packages.core.tests.models.rows import answers_twice
 from packages.core.tests.models.tiny import (
     BLOCK,
     LENGTH,
@@ -151,27 +152,13 @@ def test_what_is_around_a_sequence_changes_nothing(folder: Path) -> None:
     prompts = [[(7 * i + n) % 256 for i in range(3 + 11 * n)] for n in range(6)]
     params = SamplingParams(temperature=0.0, max_tokens=30, ignore_eos=True, logprobs=1, n=2)
 
-    def run(**settings: Any) -> tuple[list[Any], int]:
-        given: dict[str, Any] = {"threads": 2, "block_size": 16, "device": "cpu"} | settings
-        with InferenceEngine(str(folder), **given) as engine:
-            found = []
-            for _ in range(2):  # the second time with a warm cache
-                for output in engine.generate(prompts, params, use_tqdm=False):
-                    answers = [
-                        [(e.chosen.token_id, e.chosen.logprob) for e in answer.logprobs or ()]
-                        for answer in output.outputs
-                    ]
-                    assert answers[0] == answers[1]
-                    found.append(answers[0])
-            assert found[:6] == found[6:]
-            return found, engine.stats().preemptions
-
     config: Any = load(folder, op_by_op=True).config
     block = 16 * 2 * (config.num_layers * 48 + 32 * len(config.index_layers))
-    alone, _ = run(enable_prefix_caching=False, max_num_seqs=1)
-    small, preemptions = run(kv_cache_memory=block * 9, max_model_len=96, max_num_batched_tokens=48, max_num_seqs=6)
+    alone, _ = answers_twice(folder, prompts, params, enable_prefix_caching=False, max_num_seqs=1)
+    few_blocks = {"kv_cache_memory": block * 9, "max_model_len": 96, "max_num_batched_tokens": 48, "max_num_seqs": 6}
+    small, stats = answers_twice(folder, prompts, params, **few_blocks)
     assert small == alone
-    assert preemptions > 0
+    assert stats.preemptions > 0
 
 
 both = pytest.mark.parametrize("eager", [False, True], ids=["recorded", "eager"])

@@ -16,9 +16,9 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError, WeightsError
 from candle_vllm.core.loading.tensors import Checkpoint
-from candle_vllm.core.loading.towers import DEFAULTS, split_towers, text_fields
 from candle_vllm.core.loading.views import constant
 from candle_vllm.core.models.registry import family_from_hf
+from candle_vllm.core.models.towers import DEFAULTS, split_towers, text_fields
 from candle_vllm.core.testing.toy_model import write_toy_tokenizer
 from packages.core.tests.models.families import (
     DEEPSEEK,

@@ -35,7 +35,7 @@ from candle_vllm.core.engine.runners.model_runner import ModelRunner
 from candle_vllm.core.engine.step.engine import Engine
 from candle_vllm.core.engine.step.scheduler import Scheduler
 from candle_vllm.core.errors import ConfigError, ModelLoadError
-from candle_vllm.core.loading.trunks import prefixed
+from candle_vllm.core.models.trunks import prefixed
 from candle_vllm.core.pooling import PoolingKind, PoolingParams
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
 from packages.core.tests.exact_sums import exact_sums

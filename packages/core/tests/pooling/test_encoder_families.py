@@ -23,10 +23,10 @@ from candle_vllm.core.fields import read_json
 from candle_vllm.core.layers.attention import alibi_slopes
 from candle_vllm.core.loading.rope import inverse_frequencies
 from candle_vllm.core.loading.safetensors import open_safetensors
-from candle_vllm.core.loading.trunks import prefixed
 from candle_vllm.core.loading.weights import expand
 from candle_vllm.core.models.deberta import rows_of_distances
 from candle_vllm.core.models.registry import encoder_from_hf
+from candle_vllm.core.models.trunks import prefixed
 from candle_vllm.core.pooling import PoolingKind, PoolingParams
 from candle_vllm.core.text.tokenizer import Tokenizer
 from packages.core.tests.pooling.test_encoders import add_words, write_out

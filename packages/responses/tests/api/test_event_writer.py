@@ -11,6 +11,7 @@ import pytest
 from candle_vllm.core.engine.outputs import FinishReason
 from candle_vllm.core.errors import CandleVllmError
 from candle_vllm.openai import to_json_bytes
+from candle_vllm.openai.errors import ErrorBody
 from candle_vllm.openai.protocol.custom_tools import custom_input
 from candle_vllm.openai.task import Choice
 from candle_vllm.responses.api.echo import begin_response
@@ -19,7 +20,6 @@ from candle_vllm.responses.api.messages import encode_thoughts
 from candle_vllm.responses.api.tool_plan import PlannedTool, ToolPlan
 from candle_vllm.responses.conversation import events as said
 from candle_vllm.responses.conversation.options import ConversationResult, ConversationUsage, StopReason
-from candle_vllm.responses.protocol.events import ErrorDetail
 from candle_vllm.responses.protocol.request import parse_responses_request
 from candle_vllm.responses.tools.tool import ToolCall, ToolDefinition, ToolOutput, ToolResult
 from tests.response_judges import judge_events
@@ -292,7 +292,7 @@ def test_a_failure_ends_what_has_begun() -> None:
     events = made.start()
     for event in (said.TurnStarted(number=1), *text("Hel")):
         events += made.add(event)
-    events += made.fail(ErrorDetail(type="server_error", code="x", message="broken", param=None), "server_error")
+    events += made.fail(ErrorBody(type="server_error", code="x", message="broken", param=None), "server_error")
     sent = [json.loads(to_json_bytes(event)) for event in events]
     response = judge_events(sent)
     assert [event["type"] for event in sent[-2:]] == ["error", "response.failed"]

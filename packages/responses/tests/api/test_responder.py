@@ -21,14 +21,13 @@ from candle_vllm.core.errors import (
 )
 from candle_vllm.core.testing import ScriptedEngine
 from candle_vllm.openai import GenerationFailedError, OpenAIAdapter, to_json_bytes
-from candle_vllm.openai.errors import UnsupportedParameterError
+from candle_vllm.openai.errors import ErrorBody, UnsupportedParameterError
 from candle_vllm.openai.protocol.fields import MAX_MESSAGES
 from candle_vllm.responses.api.conversations import ConversationCreateRequest, Conversations
 from candle_vllm.responses.api.mcp_source import McpServers, OpenServer
 from candle_vllm.responses.api.responder import Responder, ResponderOptions
 from candle_vllm.responses.api.response_store import ResponseStore
 from candle_vllm.responses.conversation.chat_model import InProcessModel
-from candle_vllm.responses.protocol.events import ErrorDetail
 from candle_vllm.responses.protocol.tools import McpTool
 from candle_vllm.responses.store.backend import StoreOptions
 from candle_vllm.responses.store.entries import Entry, NotStoredError
@@ -707,7 +706,7 @@ async def test_a_stream_that_is_ended_while_it_is_kept_has_failed() -> None:
     reading = asyncio.create_task(read())
     await keeping.wait()
     await until(lambda: events and type(events[-1]).__name__ == "OutputItemDone")
-    events += stream.stop(ErrorDetail(type="server_error", code="timeout", message="too late", param=None))
+    events += stream.stop(ErrorBody(type="server_error", code="timeout", message="too late", param=None))
     await stream.aclose()
     await reading
     made = judge_events([json.loads(to_json_bytes(event)) for event in events])

@@ -160,9 +160,9 @@ def test_a_histogram_of_the_engine_is_shown_as_prometheus_client_shows_its_own(
             own.labels("m", "0").observe(value)
         own.labels("m", "0")
         each.append(_Measured.snapshot(msgspec.structs.asdict(PacedEngine("").stats()), {"waits": waits}))
-    metrics, engine = Metrics(), PacedEngine("")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(exposition, "MODEL_SERIES", engine_series(forms(_Measured), gauges=False))
+        patch.setattr(metric_table, "MODEL_SERIES", engine_series(forms(_Measured), gauges=False))
+        metrics, engine = Metrics(), PacedEngine("")
         for stats in (each[0], combined(each[1:])):
             engine.stats = lambda stats=stats: stats  # type: ignore[method-assign]
             EngineWatcher(engine, metrics.model("m", 64))

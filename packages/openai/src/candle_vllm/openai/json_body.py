@@ -23,6 +23,11 @@ from pydantic_core import PydanticCustomError
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.openai.errors import InvalidBodyError, UnknownParameterError, UnsupportedParameterError
 
+
+class Tagged(msgspec.Struct, frozen=True, kw_only=True, tag_field="type"):
+    """An object of an answer whose field `type` names its kind."""
+
+
 MAX_DEPTH = 64  # nested arrays and objects
 MAX_ELEMENTS = 1_000_000  # commas and opening brackets outside of strings
 MAX_CONTAINERS = 100_000  # arrays and objects

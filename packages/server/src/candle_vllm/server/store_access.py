@@ -12,10 +12,9 @@ from typing import Any
 from fastapi import Request
 
 from candle_vllm.core.errors import InvalidParameterError
-from candle_vllm.openai import to_json_bytes
+from candle_vllm.openai import to_error, to_json_bytes
 from candle_vllm.responses.api.outliving import EncodedEvent
 from candle_vllm.responses.api.response_store import ResponseStore
-from candle_vllm.responses.api.response_stream import error_detail
 from candle_vllm.responses.api.stored_items import DEFAULT_LIMIT, MAX_LIMIT, PageRequest
 from candle_vllm.responses.protocol.events import ErrorOccurred, StreamEvent
 from candle_vllm.responses.protocol.request import INCLUDABLE
@@ -148,6 +147,6 @@ def event_stream(events: AsyncIterator[EncodedEvent]) -> EventStream:
 
 def _error_event(failure: Exception) -> bytes:
     """Return the last event of a stream that failed; its number is 0, because it is no event of the response."""
-    error = error_detail(failure)
+    error = to_error(failure).body.error
     told = ErrorOccurred(sequence_number=0, error=error, code=error.code, message=error.message, param=error.param)
     return named_event(told.event_name, to_json_bytes(told))

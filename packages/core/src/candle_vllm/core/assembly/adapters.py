@@ -25,8 +25,8 @@ from candle_vllm.core.kernels.lora import Delta, FittedAdapter
 from candle_vllm.core.loading.adapter_places import Format, Spot
 from candle_vllm.core.loading.adapters import StoredAdapter
 from candle_vllm.core.loading.config import EncoderConfig
-from candle_vllm.core.loading.towers import of_tower
 from candle_vllm.core.loading.views import computed, entry, parts_of_experts
+from candle_vllm.core.models.towers import of_tower
 from candle_vllm.core.quantization.tensors import StoredTensor
 from candle_vllm.core.threads import LOADING_THREADS, loading_threads
 

@@ -12,8 +12,8 @@ from candle_vllm.core.fields import Fields, read_json
 from candle_vllm.core.loading.pooling import dense_layers, read_pooling
 from candle_vllm.core.loading.source import ModelFiles
 from candle_vllm.core.loading.tensors import Checkpoint
-from candle_vllm.core.loading.trunks import SCORES, is_headed
 from candle_vllm.core.models.encoder_parts import head_of
+from candle_vllm.core.models.trunks import SCORES, is_headed
 from candle_vllm.core.pooled_head import Dense, PooledHead
 from candle_vllm.core.pooling import ModelPooling, PoolingKind
 from candle_vllm.core.text.tokenizer import Tokenizer

@@ -23,7 +23,6 @@ from candle_vllm.core.kernels.weight_quant.searches import SIMPLE
 from candle_vllm.core.loading.imatrix import Imatrix
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.weights import Counted, Line, WeightName, beside_gguf
-from candle_vllm.core.models.ngram_table import Parts
 from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType
 from candle_vllm.core.quantization.tensors import StoredTensor, Viewed
 
@@ -116,7 +115,7 @@ def quantised_in_situ(
     tensors, used, counts = dict[str, StoredTensor](), set[str](), Counter[str]()
     for line, written, found, stored in _matched(table, checkpoint, config, has_place):
         used.add(found)
-        if isinstance(stored, Parts):  # a table of n-grams stays in its file
+        if stored.stays_in_file:
             tensors[line.target] = stored
             continue
         chosen = chosen_type(ISQ_TYPES[name], line.target, stored)

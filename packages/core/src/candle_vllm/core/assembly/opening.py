@@ -106,8 +106,8 @@ def open_model(files: ModelFiles, device: Device, impl: ModelImpl = "auto") -> O
         from candle_vllm.core.assembly.cache_scales import split_cache_scales
         from candle_vllm.core.loading.quantised import read_quantised
         from candle_vllm.core.loading.safetensors import open_safetensors
-        from candle_vllm.core.loading.towers import split_towers
-        from candle_vllm.core.loading.trunks import prefixed
+        from candle_vllm.core.models.towers import split_towers
+        from candle_vllm.core.models.trunks import prefixed
 
         stored = open_safetensors(files.folder)
         if files.config is None:

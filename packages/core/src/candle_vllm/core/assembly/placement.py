@@ -26,7 +26,7 @@ from candle_vllm.core.loading.config import ModelConfig
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.memory import room_for
 from candle_vllm.core.models.gemma_parts import TABLES
-from candle_vllm.core.models.ngram_table import MAPPED, Parts
+from candle_vllm.core.models.ngram_table import MAPPED
 from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType
 from candle_vllm.core.quantization.plain import ELEMENTS
 from candle_vllm.core.quantization.tensors import StoredTensor, Viewed
@@ -246,7 +246,7 @@ def recording_obstacle(checkpoint: Checkpoint, model: ModelConfig, block_size: i
     obstacle = matrix_obstacle(checkpoint)
     if obstacle is not None:
         return obstacle
-    if hasattr(model, "streams") and model.hidden_size % 16:
+    if model.stream_count and model.hidden_size % 16:
         return f"residual streams of {model.hidden_size} elements have no kernel"
     if model.compresses:
         sizes = model.head_dim, 0 if model.index is None else model.index.rope + model.index.latent
@@ -320,7 +320,7 @@ def room_for_weights(
 
 
 def _memory_of(placement: Placement, tensor: StoredTensor) -> int:
-    if isinstance(tensor, Parts):
+    if tensor.stays_in_file:
         return 4 * tensor.numel if placement.recorded and tensor.type_name not in MAPPED else 0
     if placement.recorded and tensor.name in TABLES and not isinstance(tensor, Viewed):
         return 0  # the table stays in its mapped file

@@ -80,7 +80,7 @@ def stage_of(name: str, family: Family, config: ModelConfig, checkpoint: Checkpo
     if line.size > config.num_layers:
         few = f"{name} has only {config.num_layers} layers for {line.size} stages"
         obstacle = f"{few}: set pipeline_parallel_size to {config.num_layers} or less"
-    elif getattr(config, "streams", 0):
+    elif config.stream_count:
         obstacle = f"the layers of {name} have several residual streams: leave pipeline_parallel_size out"
     elif config.shared_choices or any(
         isinstance(spec, SharedKVSpec) and spec.layer != layer % config.num_layers  # not a missing second cache

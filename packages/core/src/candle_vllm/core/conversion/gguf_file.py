@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import IO, Any
 
 import gguf
 import numpy as np
@@ -49,6 +49,16 @@ class PlannedTensor:
         size, width = self.kind.block
         return self.stored.numel // size * width
 
+    def tofile(self, file: IO[bytes]) -> None:
+        """Write the tensor's data, as `np.ndarray.tofile` does for an array, part by part."""
+        written = 0
+        for part in self.stored.in_parts():
+            data = _bytes(dataclasses.replace(self, stored=part))
+            data.tofile(file)
+            part.release()
+            written += data.nbytes
+        assert written == self.nbytes
+
 
 def write_file(
     path: Path,
@@ -57,7 +67,7 @@ def write_file(
     progress: Progress = lambda *_: None,
     types: Mapping[str, tuple[int, int]] = MappingProxyType({}),
 ) -> None:
-    """Write a file; the memory needed is one tensor and its blocks.
+    """Write a file; the memory needed is one tensor, or one of its parts, and its blocks.
 
     Args:
         path: the file's path; an existing file is replaced.
@@ -87,8 +97,8 @@ def write_file(
         writer.write_ti_data_to_file()
         done = 0
         for plan in plans:
-            writer.write_tensor_data(_bytes(plan))
-            plan.stored.release()
+            data: Any = plan  # it has what the writer needs of an array: `nbytes` and `tofile`
+            writer.write_tensor_data(data)
             done += plan.nbytes
             progress(done, total)
     finally:

@@ -42,12 +42,12 @@ from candle_vllm.core.loading.gguf import GgufFile, split_names
 from candle_vllm.core.loading.imatrix import read_imatrix
 from candle_vllm.core.loading.source import ModelFiles
 from candle_vllm.core.loading.tensors import Checkpoint
-from candle_vllm.core.loading.trunks import is_headed
 from candle_vllm.core.loading.views import computed, constant
 from candle_vllm.core.loading.vocabulary import SUPPRESSED, end_tokens
 from candle_vllm.core.loading.weights import check_weights, expand, places
 from candle_vllm.core.models.family import EncoderFamily
 from candle_vllm.core.models.registry import encoder_from_gguf, encoder_from_hf, family_from_gguf, family_from_hf
+from candle_vllm.core.models.trunks import is_headed
 from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType
 from candle_vllm.core.quantization.stored import QuantisedTensor
 from candle_vllm.core.quantization.tensors import StoredTensor

@@ -147,6 +147,11 @@ class ModelConfig:
         return ()
 
     @property
+    def stream_count(self) -> int:
+        """Number of residual streams that the layers mix; 0 for a model with the usual residual connections."""
+        return 0
+
+    @property
     def compresses(self) -> bool:
         """Whether layers attend to compressed entries or chosen blocks, see `kernels/compressed_attention`."""
         return False

@@ -77,6 +77,10 @@ class DeepseekV4Config(ModelConfig):
         return Groups(self.ratios[layer], self.index_size, True) if layer in self.indexed else None
 
     @property
+    def stream_count(self) -> int:
+        return self.streams.count
+
+    @property
     def compresses(self) -> bool:
         """See `ModelConfig.compresses`."""
         return True

@@ -128,7 +128,7 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint, target: ModelConfig
 
 def _fitted(shared: Mapping[str, Any], target: ModelConfig) -> dict[str, Any]:
     """Untie the head; with default or llama3 scaling give it the model's context: heads are trained on short texts."""
-    if getattr(target, "streams", 0):
+    if target.stream_count:
         raise UnsupportedModelError("an EAGLE-3 head of a model with several residual streams is not implemented")
     plain = shared["rope"].kind in ("default", "llama3")
     return {**shared, "tie_embeddings": False} | ({"max_position": target.max_position} if plain else {})

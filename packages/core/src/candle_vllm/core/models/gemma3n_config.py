@@ -59,6 +59,10 @@ class Gemma3nConfig(Gemma4Config):
         assert len(self.deviations) == self.num_layers
 
     @property
+    def stream_count(self) -> int:
+        return self.streams
+
+    @property
     def whole_norms(self) -> bool:
         """Whether ranks cannot divide the model: the cutoff of a gate depends on all of its elements."""
         return any(each is not None for each in self.deviations)

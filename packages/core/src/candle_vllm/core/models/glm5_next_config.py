@@ -66,6 +66,10 @@ class Glm5NextConfig(KimiLinearConfig):
             raise InvalidFileError(f"the first layer with latent attention, {latent[0]}, has no indexer")
 
     @property
+    def stream_count(self) -> int:
+        return self.streams.count
+
+    @property
     def shared_choices(self) -> Sequence[int]:
         """See `DeepseekConfig`; layers with delta attention choose no positions."""
         return [layer for layer in super().shared_choices if layer not in self.delta_layers]

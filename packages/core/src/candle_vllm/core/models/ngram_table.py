@@ -38,6 +38,13 @@ class Parts(StoredTensor):
     def path(self) -> Any:
         return self.parts[0].path
 
+    @property
+    def stays_in_file(self) -> bool:
+        return True
+
+    def in_parts(self) -> tuple[StoredTensor, ...]:
+        return self.parts
+
     def raw(self) -> NDArray[Any]:
         return np.concatenate([part.raw() for part in self.parts])
 
@@ -128,9 +135,9 @@ class NGramTable:
 
     def fill(self, stored: StoredTensor) -> str | None:
         """Keep the tensor's parts of the file mapped."""
-        parts = stored.parts if isinstance(stored, Parts) else (stored,)
         self._parts = [
-            Constant(each.name, each.shape, each.type_name, each.nbytes, each.path, each.raw()) for each in parts
+            Constant(each.name, each.shape, each.type_name, each.nbytes, each.path, each.raw())
+            for each in stored.in_parts()
         ]
         return None
 

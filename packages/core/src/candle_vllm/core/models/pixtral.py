@@ -30,11 +30,11 @@ from candle_vllm.core.layers.mlp import GatedMLP
 from candle_vllm.core.layers.norm import RMSNorm
 from candle_vllm.core.layers.parameters import Placement
 from candle_vllm.core.loading.config import MAX_LAYERS
-from candle_vllm.core.loading.towers import DEFAULTS
 from candle_vllm.core.loading.views import computed
 from candle_vllm.core.loading.weights import WeightName
 from candle_vllm.core.models.siglip import ACTIVATIONS, MOST_PATCHES, gguf_sizes, patch_kernel
 from candle_vllm.core.models.tower_family import Placed, TowerConfig, TowerFamily, TowerStep
+from candle_vllm.core.models.towers import DEFAULTS
 from candle_vllm.core.quantization.tensors import StoredTensor
 from candle_vllm.core.vision.preprocessing import NOTHING, Cut, fit_rule, over
 

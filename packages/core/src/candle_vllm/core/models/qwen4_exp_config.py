@@ -40,6 +40,10 @@ class Qwen4ExpConfig(Qwen3NextConfig):
     ngrams: NGrams | None
 
     @property
+    def stream_count(self) -> int:
+        return self.streams
+
+    @property
     def compresses(self) -> bool:
         """See `ModelConfig.compresses`."""
         return True

@@ -20,11 +20,11 @@ from candle_vllm.core.errors import ConfigError, InvalidFileError, UnsupportedMo
 from candle_vllm.core.fields import Fields
 from candle_vllm.core.loading.config import MAX_LAYERS, EncoderConfig, ModelConfig
 from candle_vllm.core.loading.tensors import Checkpoint
-from candle_vllm.core.loading.towers import TOWERS, text_fields
-from candle_vllm.core.loading.trunks import SCORES, decoder_class, head_as_stored, is_headed, without_head
 from candle_vllm.core.models.family import EncoderFamily, Family
 from candle_vllm.core.models.token_heads import base_class, with_head
 from candle_vllm.core.models.tower_family import TowerFamily
+from candle_vllm.core.models.towers import TOWERS, text_fields
+from candle_vllm.core.models.trunks import SCORES, decoder_class, head_as_stored, is_headed, without_head
 from candle_vllm.core.quantization.tensors import StoredTensor
 
 Row = TypeVar("Row", Family, EncoderFamily)

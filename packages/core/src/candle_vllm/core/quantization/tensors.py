@@ -82,6 +82,15 @@ class StoredTensor(ABC):
         return self.dtype is None
 
     @property
+    def stays_in_file(self) -> bool:
+        """Whether the tensor is a table of which the model reads single rows, and which is not quantised at load."""
+        return False
+
+    def in_parts(self) -> tuple[StoredTensor, ...]:
+        """Return tensors whose rows, one after the other, are the rows of this one, to hold less in memory at once."""
+        return (self,)
+
+    @property
     def numel(self) -> int:
         """Number of elements."""
         return math.prod(self.shape)

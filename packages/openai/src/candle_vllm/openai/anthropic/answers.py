@@ -14,29 +14,26 @@ from msgspec import UNSET, UnsetType
 
 from candle_vllm.openai.errors import to_error
 from candle_vllm.openai.events import Usage as Counts
+from candle_vllm.openai.json_body import Tagged
 
 # Thinking blocks have a signature that Anthropic verifies. Here it is a constant, and requests may have any other.
 SIGNATURE = "Y2FuZGxlLXZsbG0gdGhvdWdodHMsIHVuc2lnbmVk"
 
 
-class _Tagged(msgspec.Struct, frozen=True, kw_only=True, tag_field="type"):
-    """An object with a field `type`."""
-
-
-class TextBlock(_Tagged, frozen=True, kw_only=True, tag="text"):
+class TextBlock(Tagged, frozen=True, kw_only=True, tag="text"):
     """Text of the answer; never only white space."""
 
     text: str
 
 
-class ThinkingBlock(_Tagged, frozen=True, kw_only=True, tag="thinking"):
+class ThinkingBlock(Tagged, frozen=True, kw_only=True, tag="thinking"):
     """The model's reasoning; empty if the request's `display` is `omitted`."""
 
     thinking: str
     signature: str
 
 
-class ToolUseBlock(_Tagged, frozen=True, kw_only=True, tag="tool_use"):
+class ToolUseBlock(Tagged, frozen=True, kw_only=True, tag="tool_use"):
     """A call that the client has to execute; the client's result refers to its `id`.
 
     If the answer was truncated, `input` has the values that were complete. Output that is no JSON object is the value
@@ -83,7 +80,7 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
-class Message(_Tagged, frozen=True, kw_only=True, tag="message"):
+class Message(Tagged, frozen=True, kw_only=True, tag="message"):
     """The whole answer.
 
     Attributes:
@@ -107,7 +104,7 @@ class TokenCount(msgspec.Struct, frozen=True):
     input_tokens: int
 
 
-class _Event(_Tagged, frozen=True, kw_only=True):
+class _Event(Tagged, frozen=True, kw_only=True):
     @property
     def event_name(self) -> str:
         return str(self.__struct_config__.tag)
@@ -130,25 +127,25 @@ class ContentBlockStart(_Event, frozen=True, kw_only=True, tag="content_block_st
     content_block: ContentBlock
 
 
-class TextDelta(_Tagged, frozen=True, kw_only=True, tag="text_delta"):
+class TextDelta(Tagged, frozen=True, kw_only=True, tag="text_delta"):
     """Delta of text."""
 
     text: str
 
 
-class ThinkingDelta(_Tagged, frozen=True, kw_only=True, tag="thinking_delta"):
+class ThinkingDelta(Tagged, frozen=True, kw_only=True, tag="thinking_delta"):
     """Delta of reasoning."""
 
     thinking: str
 
 
-class SignatureDelta(_Tagged, frozen=True, kw_only=True, tag="signature_delta"):
+class SignatureDelta(Tagged, frozen=True, kw_only=True, tag="signature_delta"):
     """The signature, at the end of a thinking block."""
 
     signature: str
 
 
-class InputJsonDelta(_Tagged, frozen=True, kw_only=True, tag="input_json_delta"):
+class InputJsonDelta(Tagged, frozen=True, kw_only=True, tag="input_json_delta"):
     """Delta of the JSON text of a call's input."""
 
     partial_json: str
@@ -237,7 +234,7 @@ class ErrorDetail(msgspec.Struct, frozen=True, kw_only=True):
 _NO_THREADS = ErrorCode(error_code="thread_unsupported_request", unsupported=("thread",))
 
 
-class ErrorBody(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="error"):
+class ErrorBody(Tagged, frozen=True, kw_only=True, tag="error"):
     """Body of a failed request, and data of an error inside a stream."""
 
     error: ErrorDetail

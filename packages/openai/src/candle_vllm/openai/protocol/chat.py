@@ -10,6 +10,7 @@ from msgspec import UNSET, UnsetType
 from pydantic import BeforeValidator, Discriminator, Field, GetJsonSchemaHandler, Tag, field_validator, model_validator
 from pydantic_core import CoreSchema
 
+from candle_vllm.openai.json_body import Tagged
 from candle_vllm.openai.protocol.fields import MAX_PARTS, MAX_TOOLS, WireModel, invalid, list_form, unsupported
 from candle_vllm.openai.protocol.generation import GenerationFields, Logprobs, MaxTokens
 from candle_vllm.openai.protocol.messages import AssistantMessage, Messages, check_history
@@ -171,7 +172,7 @@ class FunctionCallOut(msgspec.Struct, frozen=True):
     arguments: str
 
 
-class ToolCallOut(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="function"):
+class ToolCallOut(Tagged, frozen=True, kw_only=True, tag="function"):
     """A call that the model generated; the result refers to its `id`."""
 
     id: str
@@ -189,7 +190,7 @@ class CustomCallOut(msgspec.Struct, frozen=True):
     input: str
 
 
-class CustomToolCallOut(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="custom"):
+class CustomToolCallOut(Tagged, frozen=True, kw_only=True, tag="custom"):
     """A call of a custom tool; the result refers to its `id`."""
 
     id: str

@@ -13,6 +13,7 @@ from msgspec.structs import replace
 
 from candle_vllm.core.engine.outputs import FinishReason
 from candle_vllm.openai.chat_answers import RunningTimings, wire_progress
+from candle_vllm.openai.errors import ErrorBody
 from candle_vllm.openai.events import Progress, Usage
 from candle_vllm.responses.api.item_writers import OutputLog, new_id
 from candle_vllm.responses.api.tool_plan import ToolPlan
@@ -145,7 +146,7 @@ class EventWriter:
         self._log.emit(_LAST[self.response.status], response=self.response)
         return self._log.take()
 
-    def fail(self, error: wire.ErrorDetail, code: str) -> list[wire.StreamEvent]:
+    def fail(self, error: ErrorBody, code: str) -> list[wire.StreamEvent]:
         """End a response that failed; unfinished items become incomplete.
 
         `error` is as in the envelope of a failed request; `code` is the error code of the response object.

@@ -11,7 +11,7 @@ from contextlib import AsyncExitStack
 from typing import Any
 
 from candle_vllm.core.errors import EngineDeadError, EngineOverloadedError, PromptTooLongError, RequestError
-from candle_vllm.openai import to_error
+from candle_vllm.openai.errors import ErrorBody, to_error
 from candle_vllm.responses.api.event_writer import EventWriter
 from candle_vllm.responses.conversation.channel import end_task
 from candle_vllm.responses.protocol import events as wire
@@ -129,7 +129,7 @@ class ResponseStream:
         finally:
             await self.opened.aclose()
 
-    def stop(self, error: wire.ErrorDetail) -> list[wire.StreamEvent]:
+    def stop(self, error: ErrorBody) -> list[wire.StreamEvent]:
         """End a response with an error, and return its last events; the caller must then close the stream."""
         self._closed = True
         if self._last is not None:
@@ -147,17 +147,11 @@ class ResponseStream:
                 if to_error(failure).status >= 500 and not isinstance(failure, EngineDeadError):
                     logger.error("a response failed: %s", failure, exc_info=traced(failure))
                 failure.__traceback__ = None  # it refers to this stream
-                await self.put(self._writer.fail(error_detail(failure), response_code(failure)))
+                await self.put(self._writer.fail(to_error(failure).body.error, response_code(failure)))
         finally:
             self._closed = True
             self._decided.set()
             self._news.set()
-
-
-def error_detail(failure: Exception) -> wire.ErrorDetail:
-    """Return the public part of a failure, as in the envelope of a failed request."""
-    body = to_error(failure).body.error
-    return wire.ErrorDetail(type=body.type, code=body.code, message=body.message, param=body.param)
 
 
 def response_code(failure: Exception) -> str:

@@ -3,15 +3,16 @@
 
 from __future__ import annotations
 
-import msgspec
 from msgspec import UNSET, UnsetType
 
+from candle_vllm.openai.errors import ErrorBody
+from candle_vllm.openai.json_body import Tagged
 from candle_vllm.openai.protocol.chat import ChatTokenLogprob
 from candle_vllm.openai.protocol.usage import PromptProgress, Timings
 from candle_vllm.responses.protocol.response import OutputItem, OutputText, ReasoningText, Response
 
 
-class StreamEvent(msgspec.Struct, frozen=True, kw_only=True, tag_field="type"):
+class StreamEvent(Tagged, frozen=True, kw_only=True):
     """An event; with `timings_per_token`, events after the first measurement have `timings`, as in llama.cpp."""
 
     sequence_number: int
@@ -176,15 +177,6 @@ class McpCallFailed(_PlacedEvent, frozen=True, kw_only=True, tag="response.mcp_c
     """The call failed, or ended without a result."""
 
 
-class ErrorDetail(msgspec.Struct, frozen=True, kw_only=True):
-    """An error, as in the envelope of a failed request."""
-
-    type: str
-    code: str | None
-    message: str
-    param: str | None
-
-
 class ErrorOccurred(StreamEvent, frozen=True, kw_only=True, tag="error"):
     """An error; `response.failed` follows, unless the error is one of reading a background response's events.
 
@@ -193,7 +185,7 @@ class ErrorOccurred(StreamEvent, frozen=True, kw_only=True, tag="error"):
         code, message, param: the same error, as in OpenAI's events.
     """
 
-    error: ErrorDetail
+    error: ErrorBody
     code: str | None
     message: str
     param: str | None

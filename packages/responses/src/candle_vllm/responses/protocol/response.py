@@ -8,15 +8,12 @@ from typing import Any
 import msgspec
 from msgspec import UNSET, UnsetType
 
+from candle_vllm.openai.json_body import Tagged
 from candle_vllm.openai.protocol.chat import ChatTokenLogprob
 from candle_vllm.responses.protocol.items import Phase
 
 
-class _Typed(msgspec.Struct, frozen=True, kw_only=True, tag_field="type"):
-    """An object with a field `type`."""
-
-
-class OutputText(_Typed, frozen=True, kw_only=True, tag="output_text"):
+class OutputText(Tagged, frozen=True, kw_only=True, tag="output_text"):
     """Text of an answer; `logprobs` is empty unless the request asks for them."""
 
     text: str
@@ -24,13 +21,13 @@ class OutputText(_Typed, frozen=True, kw_only=True, tag="output_text"):
     logprobs: tuple[ChatTokenLogprob, ...] = ()
 
 
-class ReasoningText(_Typed, frozen=True, kw_only=True, tag="reasoning_text"):
+class ReasoningText(Tagged, frozen=True, kw_only=True, tag="reasoning_text"):
     """Text of the reasoning."""
 
     text: str
 
 
-class MessageOut(_Typed, frozen=True, kw_only=True, tag="message"):
+class MessageOut(Tagged, frozen=True, kw_only=True, tag="message"):
     """A message of the model.
 
     Attributes:
@@ -45,7 +42,7 @@ class MessageOut(_Typed, frozen=True, kw_only=True, tag="message"):
     phase: Phase | UnsetType = UNSET
 
 
-class ReasoningOut(_Typed, frozen=True, kw_only=True, tag="reasoning"):
+class ReasoningOut(Tagged, frozen=True, kw_only=True, tag="reasoning"):
     """Reasoning of the model.
 
     Attributes:
@@ -60,7 +57,7 @@ class ReasoningOut(_Typed, frozen=True, kw_only=True, tag="reasoning"):
     encrypted_content: str | None = None
 
 
-class FunctionCallOut(_Typed, frozen=True, kw_only=True, tag="function_call"):
+class FunctionCallOut(Tagged, frozen=True, kw_only=True, tag="function_call"):
     """A call that the client has to run; the client's output item refers to its `call_id`.
 
     Attributes:
@@ -76,7 +73,7 @@ class FunctionCallOut(_Typed, frozen=True, kw_only=True, tag="function_call"):
     namespace: str | UnsetType = UNSET
 
 
-class CustomToolCallOut(_Typed, frozen=True, kw_only=True, tag="custom_tool_call"):
+class CustomToolCallOut(Tagged, frozen=True, kw_only=True, tag="custom_tool_call"):
     """A call of a custom tool, with its input, that the client has to run."""
 
     id: str
@@ -96,7 +93,7 @@ class ListedTool(msgspec.Struct, frozen=True, kw_only=True):
     annotations: dict[str, Any] | None = None
 
 
-class McpListToolsOut(_Typed, frozen=True, kw_only=True, tag="mcp_list_tools"):
+class McpListToolsOut(Tagged, frozen=True, kw_only=True, tag="mcp_list_tools"):
     """Tools of an MCP server, or why they could not be listed."""
 
     id: str
@@ -106,32 +103,32 @@ class McpListToolsOut(_Typed, frozen=True, kw_only=True, tag="mcp_list_tools"):
     status: str
 
 
-class ToolFailure(_Typed, frozen=True, kw_only=True, tag="mcp_tool_execution_error"):
+class ToolFailure(Tagged, frozen=True, kw_only=True, tag="mcp_tool_execution_error"):
     """The error that a tool itself reported."""
 
     content: tuple[dict[str, Any], ...]
 
 
-class ProtocolFailure(_Typed, frozen=True, kw_only=True, tag="mcp_protocol_error"):
+class ProtocolFailure(Tagged, frozen=True, kw_only=True, tag="mcp_protocol_error"):
     """Why a call has no output: for example, the server could not be reached, or did not answer in time."""
 
     code: int
     message: str
 
 
-class ShownText(_Typed, frozen=True, kw_only=True, tag="input_text"):
+class ShownText(Tagged, frozen=True, kw_only=True, tag="input_text"):
     """Text of a tool's result, as the model saw it."""
 
     text: str
 
 
-class ShownImage(_Typed, frozen=True, kw_only=True, tag="input_image"):
+class ShownImage(Tagged, frozen=True, kw_only=True, tag="input_image"):
     """An image of a tool's result that the model saw, as a data URL."""
 
     image_url: str
 
 
-class McpCallOut(_Typed, frozen=True, kw_only=True, tag="mcp_call"):
+class McpCallOut(Tagged, frozen=True, kw_only=True, tag="mcp_call"):
     """A tool call that this server made on an MCP server.
 
     Attributes:
@@ -152,7 +149,7 @@ class McpCallOut(_Typed, frozen=True, kw_only=True, tag="mcp_call"):
     approval_request_id: str | None = None
 
 
-class McpApprovalRequestOut(_Typed, frozen=True, kw_only=True, tag="mcp_approval_request"):
+class McpApprovalRequestOut(Tagged, frozen=True, kw_only=True, tag="mcp_approval_request"):
     """A call that waits for an approval: send an `mcp_approval_response` with its id."""
 
     id: str

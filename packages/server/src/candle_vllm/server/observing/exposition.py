@@ -6,7 +6,6 @@ This runs in a worker thread, because it takes a few milliseconds with many mode
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate
 
@@ -21,7 +20,7 @@ from prometheus_client.utils import INF, floatToGoString
 
 from candle_vllm.core.engine.stats import Histogram
 from candle_vllm.server.observing.model_metrics import ModelMetrics
-from candle_vllm.server.observing.series import ENGINE, MCP_SERVERS, MODEL_SERIES, ModelReading, Series
+from candle_vllm.server.observing.series import ENGINE, Series
 
 
 def render(registry: CollectorRegistry, accept: str = "") -> tuple[bytes, str]:
@@ -36,25 +35,33 @@ def render(registry: CollectorRegistry, accept: str = "") -> tuple[bytes, str]:
     return openmetrics.generate_latest(registry, escaping=openmetrics.ALLOWUTF8), openmetrics.CONTENT_TYPE_LATEST
 
 
-class ModelCollector(Collector):
-    """The metrics of all models, read at each scrape."""
+Sample = tuple[Series, tuple[str, ...], float | Histogram]  # with the values of the series' labels
 
-    def __init__(self, models: Callable[[], list[ModelMetrics]]) -> None:
-        self._models = models
+
+class SeriesCollector(Collector):
+    """Series of the table; `read` returns their samples at each scrape."""
+
+    def __init__(self, table: Sequence[Series], read: Callable[[], Iterable[Sample]]) -> None:
+        self._table, self._read = table, read
 
     def describe(self) -> list[Metric]:
         """Return every family, without samples."""
-        return [_family(series) for series in MODEL_SERIES]
+        return [_family(series) for series in self._table]
 
-    def collect(self) -> Iterator[Metric]:
-        """Yield every family that has a sample."""
-        readings = [model.read() for model in self._models()]
-        for series in MODEL_SERIES:
-            family = _family(series)
-            for reading in readings:
-                _add(family, series, reading)
-            if family.samples:
-                yield family
+    def collect(self) -> list[Metric]:
+        """Return every family that has a sample."""
+        families = {series.name: _family(series) for series in self._table}
+        for series, labels, value in self._read():
+            _add(families[series.name], labels, value)
+        return [family for family in families.values() if family.samples]
+
+
+def model_samples(table: Sequence[Series], models: Iterable[ModelMetrics]) -> Iterator[Sample]:
+    """Read the series of all models."""
+    for reading in [model.read() for model in models]:
+        for series in table:
+            assert series.read is not None
+            yield from ((series, (reading.name, ENGINE, *more), value) for more, value in series.read(reading))
 
 
 class EventCollector(Collector):
@@ -76,38 +83,16 @@ class EventCollector(Collector):
                     yield family
 
 
-class McpServersCollector(Collector):
-    """The number of MCP servers in each state, counted at each scrape."""
-
-    def __init__(self, states: Callable[[], Iterable[str]]) -> None:
-        self._states = states
-
-    def describe(self) -> list[Metric]:
-        """Return the family, without samples."""
-        return [_family(MCP_SERVERS)]
-
-    def collect(self) -> Iterator[Metric]:
-        """Yield the family, with a sample for each state that occurs."""
-        family = _family(MCP_SERVERS)
-        assert isinstance(family, GaugeMetricFamily)
-        for state, count in sorted(Counter(self._states()).items()):
-            family.add_metric((state,), count)
-        yield family
-
-
 def _family(series: Series) -> Metric:
     kinds = {"counter": CounterMetricFamily, "gauge": GaugeMetricFamily, "histogram": HistogramMetricFamily}
     return kinds[series.kind](series.name, series.help, labels=series.labels)
 
 
-def _add(family: Metric, series: Series, reading: ModelReading) -> None:
-    assert series.read is not None
-    for more, value in series.read(reading):
-        labels = (reading.name, ENGINE, *more)
-        if isinstance(value, Histogram):
-            assert isinstance(family, HistogramMetricFamily)
-            bounds, counts = map(floatToGoString, (*value.bounds, INF)), map(float, accumulate(value.counts))
-            family.add_metric(labels, list(zip(bounds, counts, strict=True)), value.total)
-        else:
-            assert isinstance(family, (CounterMetricFamily, GaugeMetricFamily))
-            family.add_metric(labels, value)
+def _add(family: Metric, labels: Sequence[str], value: float | Histogram) -> None:
+    if isinstance(value, Histogram):
+        assert isinstance(family, HistogramMetricFamily)
+        bounds, counts = map(floatToGoString, (*value.bounds, INF)), map(float, accumulate(value.counts))
+        family.add_metric(labels, list(zip(bounds, counts, strict=True)), value.total)
+    else:
+        assert isinstance(family, (CounterMetricFamily, GaugeMetricFamily))
+        family.add_metric(labels, value)

@@ -7,6 +7,7 @@ token are plain numbers (`ModelMetrics`); rarer events, such as refusals, are pr
 
 from __future__ import annotations
 
+import collections
 import enum
 import threading
 from collections.abc import Callable, Iterable, Sequence
@@ -17,7 +18,7 @@ from prometheus_client.metrics import MetricWrapperBase
 
 from candle_vllm.server.http.routing import NO_KEY
 from candle_vllm.server.observing import series
-from candle_vllm.server.observing.exposition import EventCollector, McpServersCollector, ModelCollector
+from candle_vllm.server.observing.exposition import EventCollector, Sample, SeriesCollector, model_samples
 from candle_vllm.server.observing.model_metrics import ModelMetrics, Observer
 from candle_vllm.server.observing.request_log import RequestLog
 from candle_vllm.server.observing.request_record import MAX_KEYS, OTHER_KEYS, UsageRow, UsageTable
@@ -66,7 +67,8 @@ class Metrics:
             for each in series.EVENTS
         }
         self.registry = CollectorRegistry()
-        self.registry.register(ModelCollector(self.models))
+        table = series.MODEL_SERIES
+        self.registry.register(SeriesCollector(table, lambda: model_samples(table, self.models())))
         self.registry.register(EventCollector(tuple(self._events.values())))
         ProcessCollector(registry=self.registry)
 
@@ -117,7 +119,12 @@ class Metrics:
 
     def watch_mcp_servers(self, states: Callable[[], Iterable[str]]) -> None:
         """Show the number of MCP servers in each state; scrapes call `states` in other threads."""
-        self.registry.register(McpServersCollector(states))
+
+        def read() -> list[Sample]:
+            counts = collections.Counter(states())
+            return [(series.MCP_SERVERS, (state,), count) for state, count in sorted(counts.items())]
+
+        self.registry.register(SeriesCollector((series.MCP_SERVERS,), read))
 
 
 class Observation:

@@ -17,14 +17,14 @@ from starlette.requests import HTTPConnection
 from starlette.responses import Response as HttpResponse
 
 from candle_vllm.core.errors import EngineDeadError, EngineOverloadedError, InvalidParameterError
-from candle_vllm.openai.errors import UnsupportedParameterError
+from candle_vllm.openai.errors import ErrorBody, UnsupportedParameterError, to_error
 from candle_vllm.openai.fair_threads import RequestBytes, apart, request_bytes
 from candle_vllm.openai.json_body import parse_body
 from candle_vllm.responses.api.mcp_source import McpServers, McpSource, OpenServer
-from candle_vllm.responses.api.response_stream import ResponseStream, error_detail
+from candle_vllm.responses.api.response_stream import ResponseStream
 from candle_vllm.responses.api.stored_items import ItemList, entry_of
 from candle_vllm.responses.protocol import request as requests
-from candle_vllm.responses.protocol.events import EVENTS, ErrorDetail, StreamEvent
+from candle_vllm.responses.protocol.events import EVENTS, StreamEvent
 from candle_vllm.responses.protocol.items import ItemReference
 from candle_vllm.responses.protocol.response import CompactedResponse, InputTokens, Response, ResponseDeleted
 from candle_vllm.responses.protocol.tools import McpTool
@@ -169,11 +169,11 @@ async def compact_response(request: Request) -> HttpResponse:
     return answering.json_answer(compacted)
 
 
-def detail_of(failure: Exception) -> ErrorDetail:
+def detail_of(failure: Exception) -> ErrorBody:
     """Return the error of a response that failed, also for an error of this server."""
     if isinstance(failure, HttpError):
-        return ErrorDetail(type="server_error", code=failure.code, message=str(failure), param=failure.param)
-    return error_detail(failure)
+        return ErrorBody(type="server_error", code=failure.code, message=str(failure), param=failure.param)
+    return to_error(failure).body.error
 
 
 async def _in_background(request: Request, wire: requests.ResponsesRequest, deadline: float) -> HttpResponse:

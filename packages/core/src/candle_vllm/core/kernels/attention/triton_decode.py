@@ -132,13 +132,14 @@ def decode_kernel(
         place = (head * G + lines)[:, None] * D + dims[None, :]
         queries = tl.load(q + row.to(tl.int64) * q_stride + place, mask=valid, other=0.0)
         positions = tl.zeros([GP], tl.int32) + context - 1
-        bias = None
+        scoring = (factor, cap_in, cap, slopes, relative)
         if slopes is not None:
             bias = tl.load(slopes + head * G + lines, mask=lines < G, other=0.0) * (1.4426950408889634 / factor)
-        logits = relative
+            scoring = (factor, cap_in, cap, bias, relative)
         if EXTENT:
             logits = relative + row.to(tl.int64) * (K * G * EXTENT)
             bias = (head * G + tl.minimum(lines, G - 1)) * EXTENT
+            scoring = (factor, cap_in, cap, bias, logits)
 
         tops = tl.full([GP], float("-inf"), tl.float32)
         sums = tl.zeros([GP], tl.float32)
@@ -157,22 +158,7 @@ def decode_kernel(
                     k_scales = load_scales(key_cache, slots, at, end, head, K, D, S, key_unit(stored), True)
                     v_scales = load_scales(value_cache, slots, at, end, head, K, D, S, value_unit(stored), True)
                 tops, sums, weights, keep = weigh_tile(
-                    queries,
-                    tops,
-                    sums,
-                    k,
-                    k_scales,
-                    positions,
-                    at,
-                    factor,
-                    cap_in,
-                    cap,
-                    bias,
-                    logits,
-                    CAP,
-                    WINDOW,
-                    EXTENT,
-                    True,
+                    queries, tops, sums, k, k_scales, positions, at, scoring, CAP, WINDOW, EXTENT, True
                 )
                 low, high = unpack_pairs(pairs, stored, queries.dtype)
                 even = add_values(weights, low, v_scales, even, keep)
@@ -185,25 +171,7 @@ def decode_kernel(
                 k = load_tile(keys_at, slots, at, end, K * D, D, DP, True, S, 0)
                 v = load_tile(values_at, slots, at, end, K * D, D, DP, True, S, 0)
                 tops, sums, values = attend_tile(
-                    queries,
-                    tops,
-                    sums,
-                    values,
-                    k,
-                    v,
-                    None,
-                    None,
-                    positions,
-                    at,
-                    factor,
-                    cap_in,
-                    cap,
-                    bias,
-                    logits,
-                    CAP,
-                    WINDOW,
-                    EXTENT,
-                    True,
+                    queries, tops, sums, values, k, v, None, None, positions, at, scoring, CAP, WINDOW, EXTENT, True
                 )
         values = values * out_factor
         if count == 1:

@@ -77,11 +77,7 @@ def attend_keys(
     end,  # position after the last key
     head,
     positions,
-    factor,
-    cap_in,
-    cap,
-    bias,
-    logits,
+    scoring,
     K: tl.constexpr,
     D: tl.constexpr,
     DP: tl.constexpr,
@@ -106,25 +102,7 @@ def attend_keys(
     k = as_queries(k, queries.dtype)
     v = as_queries(v, queries.dtype)
     return attend_tile(
-        queries,
-        tops,
-        sums,
-        values,
-        k,
-        v,
-        k_scales,
-        v_scales,
-        positions,
-        at,
-        factor,
-        cap_in,
-        cap,
-        bias,
-        logits,
-        CAP,
-        WINDOW,
-        EXTENT,
-        MASKED,
+        queries, tops, sums, values, k, v, k_scales, v_scales, positions, at, scoring, CAP, WINDOW, EXTENT, MASKED
     )
 
 
@@ -215,14 +193,15 @@ def prefill_kernel(
             factor = 1.0
         factor = factor * 1.4426950408889634
         table = block_tables + row.to(tl.int64) * table_stride
-        bias = None
+        scoring = (factor, cap_in, cap, slopes, relative)
         if slopes is not None:
             bias = tl.load(slopes + heads, mask=lines < BLOCK_Q * G, other=0.0) * (1.4426950408889634 / factor)
-        logits = relative
+            scoring = (factor, cap_in, cap, bias, relative)
         if EXTENT:
             logits = relative + (start + tile * BLOCK_Q).to(tl.int64) * (K * G * EXTENT)
             there = (lines < BLOCK_Q * G) & (tokens < count)
             bias = tl.where(there, lines // G * (K * G) + heads, 0) * EXTENT
+            scoring = (factor, cap_in, cap, bias, logits)
 
         tops = tl.full([BLOCK_M], float("-inf"), tl.float32)
         sums = tl.zeros([BLOCK_M], tl.float32)
@@ -231,17 +210,17 @@ def prefill_kernel(
             for at in range(begin, unmasked, BLOCK_N):
                 tops, sums, values = attend_keys(
                     queries, tops, sums, values, key_cache, value_cache, table, at, last + 1, head, positions,
-                    factor, cap_in, cap, bias, logits, K, D, DP, S, EXTRA, CAP, WINDOW, EXTENT, BLOCK_N, False, True
+                    scoring, K, D, DP, S, EXTRA, CAP, WINDOW, EXTENT, BLOCK_N, False, True
                 )  # fmt: skip
         for at in range(unmasked, whole, BLOCK_N):
             tops, sums, values = attend_keys(
-                queries, tops, sums, values, key_cache, value_cache, table, at, last + 1, head, positions, factor,
-                cap_in, cap, bias, logits, K, D, DP, S, EXTRA, CAP, WINDOW, EXTENT, BLOCK_N, False, False
+                queries, tops, sums, values, key_cache, value_cache, table, at, last + 1, head, positions, scoring,
+                K, D, DP, S, EXTRA, CAP, WINDOW, EXTENT, BLOCK_N, False, False
             )  # fmt: skip
         for at in range(whole, last + 1, BLOCK_N):
             tops, sums, values = attend_keys(
-                queries, tops, sums, values, key_cache, value_cache, table, at, last + 1, head, positions, factor,
-                cap_in, cap, bias, logits, K, D, DP, S, EXTRA, CAP, WINDOW, EXTENT, BLOCK_N, True, True
+                queries, tops, sums, values, key_cache, value_cache, table, at, last + 1, head, positions, scoring,
+                K, D, DP, S, EXTRA, CAP, WINDOW, EXTENT, BLOCK_N, True, True
             )  # fmt: skip
         if SINKS:
             sink = tl.load(sinks + heads, mask=lines < BLOCK_Q * G, other=0.0) * 1.4426950408889634

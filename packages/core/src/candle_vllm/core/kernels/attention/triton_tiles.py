@@ -150,11 +150,7 @@ def weigh_tile(
     k_scales,  # [N] fp32, factors of the scores, or None
     positions,  # [M] int32, positions of the queries
     first,  # position of the first key
-    factor,  # > 0: scores times `factor` are exponents of 2
-    cap_in,  # with CAP: the score is cap_out * tanh(cap_in * q k)
-    cap_out,
-    bias,  # [M] fp32, subtracted from a score for each position of distance; with EXTENT int32, see `logits`; or None
-    logits,  # with EXTENT: pointer to relative logits, in which `bias` are the rows' first elements
+    scoring,  # a tuple, see below
     CAP: tl.constexpr,
     WINDOW: tl.constexpr,
     EXTENT: tl.constexpr,  # distances with relative logits; 0 without them
@@ -162,8 +158,15 @@ def weigh_tile(
 ):
     """Update the softmax state of M queries with the keys of one tile.
 
+    `scoring` has these elements:
+        factor: > 0: scores times `factor` are exponents of 2.
+        cap_in, cap_out: with CAP, the score is cap_out * tanh(cap_in * q k).
+        bias: [M] fp32, subtracted from a score for each position of distance; with EXTENT int32, see `logits`; or None.
+        logits: with EXTENT, a pointer to relative logits, in which `bias` are the rows' first elements.
+
     Returns tops, sums, the weights [M, N] of the tile's values, and the factor [M] of the values of earlier tiles.
     """
+    factor, cap_in, cap_out, bias, logits = scoring
     scores = tl.dot(q, tl.trans(k), input_precision="ieee")
     if k_scales is not None:
         scores = scores * k_scales[None, :]
@@ -184,6 +187,12 @@ def weigh_tile(
         if WINDOW:
             seen = seen & (keys[None, :] >= first_seen(positions, WINDOW)[:, None])
         scores = tl.where(seen, scores, float("-inf"))
+    return soften(scores, tops, sums, factor)
+
+
+@triton.jit
+def soften(scores, tops, sums, factor):
+    """Update tops and sums [M] by a tile's scores [M, N]; see `weigh_tile`, which returns the same."""
     new_tops = tl.maximum(tops, tl.max(scores, 1))
     base = tl.where(new_tops == float("-inf"), 0.0, new_tops) * factor
     # In this form, product and difference become one fma with and without a mask, so the bits are the same.
@@ -212,11 +221,7 @@ def attend_tile(
     v_scales,
     positions,
     first,
-    factor,
-    cap_in,
-    cap_out,
-    bias,
-    logits,
+    scoring,
     CAP: tl.constexpr,
     WINDOW: tl.constexpr,
     EXTENT: tl.constexpr,
@@ -224,6 +229,6 @@ def attend_tile(
 ):
     """Update the softmax state of M queries with one tile's keys and values; see `weigh_tile`."""
     tops, sums, weights, keep = weigh_tile(
-        q, tops, sums, k, k_scales, positions, first, factor, cap_in, cap_out, bias, logits, CAP, WINDOW, EXTENT, MASKED
+        q, tops, sums, k, k_scales, positions, first, scoring, CAP, WINDOW, EXTENT, MASKED
     )
     return tops, sums, add_values(weights, v, v_scales, values, keep)

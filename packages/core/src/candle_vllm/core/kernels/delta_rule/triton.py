@@ -15,7 +15,7 @@ import triton.language as tl
 
 from candle_vllm.core.kernels.delta_rule.layout import DeltaGates
 from candle_vllm.core.kernels.delta_rule.triton_chunks import in_chunks, scan_chunks
-from candle_vllm.core.kernels.delta_rule.triton_scan import CACHE_STRIDES, STRIDES, constants_of, scan_tokens
+from candle_vllm.core.kernels.delta_rule.triton_scan import CACHE_STRIDES, STRIDES, form_of, scan_tokens
 from candle_vllm.core.kernels.states import TABLES
 from candle_vllm.core.kernels.triton_build import OPTIONS, cdiv
 
@@ -45,15 +45,16 @@ def keep_kernel(
     b_token,
     kept_slot,
     kept_row,
-    HK: tl.constexpr,
-    HV: tl.constexpr,
-    DK: tl.constexpr,
-    DV: tl.constexpr,
-    EACH: tl.constexpr,
+    FORM: tl.constexpr,
     ROWS: tl.constexpr,
     PART: tl.constexpr,
 ):
     """Write a part of a token's kept row, if the token has one."""
+    HK: tl.constexpr = FORM.HK
+    HV: tl.constexpr = FORM.HV
+    DK: tl.constexpr = FORM.DK
+    DV: tl.constexpr = FORM.DV
+    EACH: tl.constexpr = FORM.EACH
     token = tl.program_id(0).to(tl.int64)
     place = tl.load(keeps + token).to(tl.int64)
     if place >= 0:
@@ -115,28 +116,25 @@ def delta_rule(
     given: dict[str, Any] = {**inputs, "decay": gates.decay, "bias": gates.bias, "out": out, "states": states}
     keeps = tables.pop("keeps")
     given |= {"kept": kept, **tables, "most": gates.strength, "scale": scale, **strides}
-    constants = constants_of(key_heads, heads, key_dim, value_dim, normed=normed, least=gates.least)
-    grid = (len(rows.slots), heads, cdiv(value_dim, constants["BLOCK_V"]))
     each = gates.decay.numel() // heads if gates.decay.dim() == 1 else 0
+    how: dict[str, Any] = {"normed": normed, "corrects": gates.skip is None, "each": each, "least": gates.least}
+    form = form_of(key_heads, heads, key_dim, value_dim, **how)
     given["skip"] = gates.skip
     if each and in_chunks(q, rows.positions, normed=normed):
         assert rows.positions.is_contiguous()
-        scan_chunks(grid, given, rows.positions, constants)
+        scan_chunks(len(rows.slots), given, rows.positions, form)
     else:
-        scan_tokens(grid, given, constants)
+        scan_tokens(len(rows.slots), given, form)
     if kept.shape[1]:
         asked = ("k", "v", "a", "b", "kept", "query_start", "slots", *STRIDES[2:], *CACHE_STRIDES[1:])
         keep_kernel[(tokens, cdiv(kept.shape[2], _PART))](
             **{name: given[name] for name in asked},
             keeps=keeps,
             sequences=len(rows.slots),
-            **_keep_constants(key_heads, heads, key_dim, value_dim, each),
+            FORM=form,
+            ROWS=_ROWS,
+            PART=_PART,
             num_warps=4,
             **OPTIONS,
         )
     return out
-
-
-def _keep_constants(key_heads: int, heads: int, key_dim: int, value_dim: int, each: int = 1) -> dict[str, int]:
-    sizes = {"HK": key_heads, "HV": heads, "DK": key_dim, "DV": value_dim, "EACH": each}
-    return {**sizes, "ROWS": _ROWS, "PART": _PART}

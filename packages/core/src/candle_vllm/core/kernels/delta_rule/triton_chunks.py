@@ -34,8 +34,10 @@ import torch
 import triton
 import triton.language as tl
 
+from candle_vllm.core.kernels.delta_rule.layout import EPS
 from candle_vllm.core.kernels.delta_rule.triton_scan import (
     STRIDES,
+    Form,
     gates_of,
     log_decay,
     scan_rows,
@@ -50,15 +52,16 @@ from candle_vllm.core.kernels.triton_build import OPTIONS, TENSOR_CORES, capabil
 CHUNK = 64
 """Tokens of a chunk."""
 
+_CHUNK, _EPS = tl.constexpr(CHUNK), tl.constexpr(EPS)
 _BLOCK_K = 64  # columns of q and k that are multiplied at a time
 _PART = tl.constexpr(16)  # tokens of a part of a chunk, within which decays of rows of S are multiplied pair by pair
 _BLOCK_V = 16  # columns of a program: the maximum without register spills
 
 
 @triton.jit
-def _rows_of(x, first, token_stride, column, D: tl.constexpr, CHUNK: tl.constexpr):
+def _rows_of(x, first, token_stride, column, D: tl.constexpr):
     """Load the rows [CHUNK, ...] of a head for tokens from `first` on."""
-    row = (first + tl.arange(0, CHUNK)).to(tl.int64)
+    row = (first + tl.arange(0, _CHUNK)).to(tl.int64)
     return tl.load(x + row[:, None] * token_stride + column[None, :], mask=(column < D)[None, :], other=0.0)
 
 
@@ -70,10 +73,10 @@ def _squares(x):
 
 
 @triton.jit
-def _norms(squares, NORMED: tl.constexpr, EPS: tl.constexpr):
+def _norms(squares, NORMED: tl.constexpr):
     """Return the factor that norms each row [CHUNK]."""
     if NORMED:
-        return 1.0 / tl.sqrt(squares + EPS)
+        return 1.0 / tl.sqrt(squares + _EPS)
     return squares * 0.0 + 1.0
 
 
@@ -100,9 +103,9 @@ def _both(x, y, result):
 
 
 @triton.jit
-def _line(x, line, CHUNK: tl.constexpr):
+def _line(x, line):
     """Return x [CHUNK, ..] with each row replaced by row `line` of its part; zeros if there is no such row."""
-    parts: tl.constexpr = CHUNK // _PART
+    parts: tl.constexpr = _CHUNK // _PART
     split = tl.reshape(x, (parts, _PART, x.shape[1]))
     here = tl.arange(0, _PART)[None, :, None] == line
     found = tl.sum(tl.where(here, split, 0.0), axis=1)
@@ -110,24 +113,24 @@ def _line(x, line, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def _row_scores(alike, found, keys, queries, gates, CHUNK: tl.constexpr):
+def _row_scores(alike, found, keys, queries, gates):
     """Add K K^T D and Q K^T D of some rows of S with the log decays `gates` [CHUNK, ..] to `alike` and `found`.
 
     The log of each product of decays is a sum of its own: within a part of a chunk it grows token by token, between two
     parts it is the sum up to the beginning of the query's part, and from there to the query.
     """
     keys, queries = keys.to(tl.float32), queries.to(tl.float32)
-    each = tl.arange(0, CHUNK)
+    each = tl.arange(0, _CHUNK)
     place = each % _PART
     decays = gates * 0.0
     for step in range(_PART):
         line = _PART - 1 - step
-        decays = tl.where((place > line)[:, None], decays + _line(gates, line + 1, CHUNK), 0.0)
-        decayed = tl.exp(decays) * _line(keys, line, CHUNK)
+        decays = tl.where((place > line)[:, None], decays + _line(gates, line + 1), 0.0)
+        decayed = tl.exp(decays) * _line(keys, line)
         here = (each[None, :] == (each - place + line)[:, None]) & (place >= line)[:, None]
         alike += tl.where(here, tl.sum(keys * decayed, axis=1)[:, None], 0.0)
         found += tl.where(here, tl.sum(queries * decayed, axis=1)[:, None], 0.0)
-    for part in range(1, CHUNK // _PART):
+    for part in range(1, _CHUNK // _PART):
         first = part * _PART
         inside = ((each >= first) & (each < first + _PART))[:, None]
         before = (each < first)[:, None]
@@ -179,24 +182,21 @@ def chunk_kernel(
     k_head,
     a_token,
     b_token,
-    HK: tl.constexpr,
-    HV: tl.constexpr,
-    DK: tl.constexpr,
-    DKP: tl.constexpr,
+    FORM: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    NORMED: tl.constexpr,
-    EPS: tl.constexpr,
-    CHUNK: tl.constexpr,
-    CORRECTS: tl.constexpr,  # whether it is the delta rule
-    EACH: tl.constexpr,  # decays of a value head, 1 or DK
-    LEAST: tl.constexpr,  # used if EACH > 1
 ):
+    CHUNK: tl.constexpr = _CHUNK
+    HV: tl.constexpr = FORM.HV
+    DK: tl.constexpr = FORM.DK
+    DKP: tl.constexpr = FORM.DKP
+    CORRECTS: tl.constexpr = FORM.CORRECTS
+    EACH: tl.constexpr = FORM.EACH
     SIZE: tl.constexpr = CHUNK * CHUNK
     ROOM: tl.constexpr = 4 * SIZE if CORRECTS else 2 * SIZE
     FACTORS: tl.constexpr = 3 * CHUNK + (DKP if EACH > 1 else CHUNK)
     place = tl.program_id(0)
     head = tl.program_id(1)
-    key_head = head // (HV // HK)
+    key_head = head // (HV // FORM.HK)
     each = tl.arange(0, CHUNK)
     token = place * CHUNK + each
     there = token + CHUNK <= tokens
@@ -210,13 +210,13 @@ def chunk_kernel(
         alike, found = tl.zeros([CHUNK, CHUNK], tl.float32), tl.zeros([CHUNK, CHUNK], tl.float32)
         for base in range(0, DKP, BLOCK_K):
             column = base + tl.arange(0, BLOCK_K)
-            keys = _rows_of(k + key_head * k_head, first, k_token, column, DK, CHUNK)
-            queries = _rows_of(q + key_head * q_head, first, q_token, column, DK, CHUNK)
+            keys = _rows_of(k + key_head * k_head, first, k_token, column, DK)
+            queries = _rows_of(q + key_head * q_head, first, q_token, column, DK)
             of_keys += _squares(keys)
             of_queries += _squares(queries)
             if EACH > 1:
-                gates = _row_gates(a, decay, bias, first, a_token, head, column, DK, CHUNK, LEAST)
-                alike, found = _row_scores(alike, found, keys, queries, gates, CHUNK)
+                gates = _row_gates(a, decay, bias, first, a_token, head, column, FORM)
+                alike, found = _row_scores(alike, found, keys, queries, gates)
                 wide = scaled + (place * HV + head).to(tl.int64) * (6 * CHUNK * DKP)
                 _store_scaled(wide + each[:, None] * DKP + column[None, :], keys, queries, gates, CHUNK * DKP)
                 ends = factors + (place * HV + head).to(tl.int64) * FACTORS + 3 * CHUNK
@@ -225,8 +225,8 @@ def chunk_kernel(
                 if CORRECTS:
                     alike = tl.dot(keys, tl.trans(keys), alike)
                 found = tl.dot(queries, tl.trans(keys), found)
-        norms = _norms(of_keys, NORMED, EPS)
-        read = _norms(of_queries, NORMED, EPS) * scale
+        norms = _norms(of_keys, FORM.NORMED)
+        read = _norms(of_queries, FORM.NORMED) * scale
         to = factors + (place * HV + head).to(tl.int64) * FACTORS + each
         given, shift = norms, 0.0  # used if not CORRECTS
         if EACH > 1:
@@ -254,7 +254,7 @@ def chunk_kernel(
         _store_halves(to, scores if CORRECTS else scores * step_size(given, shift)[None, :], SIZE)
         if CORRECTS:
             strengths = strength_of(tl.load(b + row * b_token + head), most)
-            _store_halves(to + 2 * SIZE, _inverse(alike, decays, norms, strengths, CHUNK), SIZE)
+            _store_halves(to + 2 * SIZE, _inverse(alike, decays, norms, strengths), SIZE)
 
 
 @triton.jit
@@ -268,23 +268,22 @@ def _store_scaled(at, keys, queries, gates, SIZE: tl.constexpr):
 
 
 @triton.jit
-def _row_gates(
-    a, decay, bias, first, a_token, head, column, DK: tl.constexpr, CHUNK: tl.constexpr, LEAST: tl.constexpr
-):
+def _row_gates(a, decay, bias, first, a_token, head, column, FORM: tl.constexpr):
     """Return the log decays [CHUNK, ..] of rows `column` of S for the tokens from `first` on; zeros beyond DK."""
-    given = _rows_of(a + head * DK, first, a_token, column, DK, CHUNK)
+    DK: tl.constexpr = FORM.DK
+    given = _rows_of(a + head * DK, first, a_token, column, DK)
     shift = tl.load(bias + head * DK + column, mask=column < DK, other=0.0)
     factor = tl.load(decay + head * DK + column, mask=column < DK, other=0.0)
-    return log_decay(given, shift[None, :], factor[None, :], LEAST)
+    return log_decay(given, shift[None, :], factor[None, :], FORM.LEAST)
 
 
 @triton.jit
-def _inverse(alike, decays, norms, strengths, CHUNK: tl.constexpr):
+def _inverse(alike, decays, norms, strengths):
     """Return inverse(I + tril(B K K^T D, -1)) B; `decays` is D with the norms of its columns' keys."""
-    each = tl.arange(0, CHUNK)
+    each = tl.arange(0, _CHUNK)
     lower = tl.where(each[:, None] > each[None, :], alike * (norms * strengths)[:, None] * decays, 0.0)
     inverse = tl.where(each[:, None] == each[None, :], 1.0, 0.0)
-    for line in range(1, CHUNK):
+    for line in range(1, _CHUNK):
         here = (each == line)[:, None]
         row_factors = tl.sum(tl.where(here, lower, 0.0), axis=0)
         others = tl.sum(row_factors[:, None] * inverse, axis=0)
@@ -307,22 +306,22 @@ def _take_chunk(
     v_token,
     row,
     column,
-    HV: tl.constexpr,
-    DK: tl.constexpr,
-    DV: tl.constexpr,
-    CHUNK: tl.constexpr,
-    CORRECTS: tl.constexpr,
     skip,  # used if not CORRECTS
     scaled,  # of the chunk and value head, used if EACH > 1
-    DKP: tl.constexpr,
-    EACH: tl.constexpr,
+    FORM: tl.constexpr,
 ):
     """Write the results of a whole chunk; return the state after the chunk."""
+    CHUNK: tl.constexpr = _CHUNK
+    DK: tl.constexpr = FORM.DK
+    DV: tl.constexpr = FORM.DV
+    DKP: tl.constexpr = FORM.DKP
+    CORRECTS: tl.constexpr = FORM.CORRECTS
+    EACH: tl.constexpr = FORM.EACH
     SIZE: tl.constexpr = CHUNK * CHUNK
     WIDE: tl.constexpr = CHUNK * DKP
     each = tl.arange(0, CHUNK)
     at = matrices + each[:, None] * CHUNK + each[None, :]
-    values = _rows_of(v, first, v_token, column, DV, CHUNK).to(tl.float32)
+    values = _rows_of(v, first, v_token, column, DV).to(tl.float32)
     corrections = values  # in Mamba 2, whose scores and factors contain B
     remembered = values  # used if CORRECTS
     if EACH > 1:
@@ -331,15 +330,15 @@ def _take_chunk(
         result = _product(rows + 2 * WIDE, state, WIDE)
     else:
         if CORRECTS:
-            remembered = _times(_rows_of(k, first, k_token, row, DK, CHUNK), state)
-        result = _times(_rows_of(q, first, q_token, row, DK, CHUNK), state)
+            remembered = _times(_rows_of(k, first, k_token, row, DK), state)
+        result = _times(_rows_of(q, first, q_token, row, DK), state)
     if CORRECTS:
         corrections = _product(at + 2 * SIZE, values - tl.load(factors + each)[:, None] * remembered, SIZE)
     result *= tl.load(factors + CHUNK + each)[:, None]
     result += _product(at, corrections, SIZE)
     if not CORRECTS:
         result += skip * values
-    to = out + (first + each).to(tl.int64)[:, None] * (HV * DV) + column[None, :]
+    to = out + (first + each).to(tl.int64)[:, None] * (FORM.HV * DV) + column[None, :]
     tl.store(to, result.to(out.dtype.element_ty), mask=(column < DV)[None, :])
     corrections *= tl.load(factors + 2 * CHUNK + each)[:, None]
     if EACH > 1:
@@ -347,7 +346,7 @@ def _take_chunk(
         added = _product(scaled + 4 * WIDE + row[:, None] + each[None, :] * DKP, corrections, WIDE)
         state = state * decays[:, None] + added
     else:
-        turned = tl.trans(_rows_of(k, first, k_token, row, DK, CHUNK))
+        turned = tl.trans(_rows_of(k, first, k_token, row, DK))
         state = state * tl.load(factors + 4 * CHUNK - 1) + _times(turned, corrections)
     return state
 
@@ -387,38 +386,32 @@ def chunks_kernel(
     slot_stride,
     kept_slot,
     kept_row,
-    HK: tl.constexpr,
-    HV: tl.constexpr,
-    DK: tl.constexpr,
-    DV: tl.constexpr,
-    DKP: tl.constexpr,
-    FILLED: tl.constexpr,
+    FORM: tl.constexpr,
     BLOCK_V: tl.constexpr,
-    NORMED: tl.constexpr,
-    EPS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    CHUNK: tl.constexpr,
-    CORRECTS: tl.constexpr,
-    EACH: tl.constexpr,
-    LEAST: tl.constexpr,
 ):
+    CHUNK: tl.constexpr = _CHUNK
+    HV: tl.constexpr = FORM.HV
+    DK: tl.constexpr = FORM.DK
+    DKP: tl.constexpr = FORM.DKP
+    CORRECTS: tl.constexpr = FORM.CORRECTS
+    EACH: tl.constexpr = FORM.EACH
     FACTORS: tl.constexpr = 3 * CHUNK + (DKP if EACH > 1 else CHUNK)
     sequence = tl.program_id(0)
     head = tl.program_id(1)
-    key_head = head // (HV // HK)
+    key_head = head // (HV // FORM.HK)
     row = tl.arange(0, DKP)
     column = tl.program_id(2) * BLOCK_V + tl.arange(0, BLOCK_V)
-    factor = gates_of(decay + head * EACH, row, column, DK, DV, EACH)
-    shift = gates_of(bias + head * EACH, row, column, DK, DV, EACH)
+    factor = gates_of(decay + head * EACH, row, column, FORM)
+    shift = gates_of(bias + head * EACH, row, column, FORM)
     past = 0.0
     if not CORRECTS:
         past = tl.load(skip + head)
-    states += head * (FILLED * DK)
+    states += head * (FORM.FILLED * DK)
     q += key_head * q_head
     k += key_head * k_head
     v += head * v_head
     b += head
-    out += head * DV
+    out += head * FORM.DV
     state = state_before(
         states,
         kept + tl.load(slots + sequence).to(tl.int64) * kept_slot,
@@ -433,17 +426,7 @@ def chunks_kernel(
         column,
         head,
         key_head,
-        HK,
-        HV,
-        DK,
-        DV,
-        FILLED,
-        NORMED,
-        EPS,
-        COLUMNS,
-        CORRECTS,
-        EACH,
-        LEAST,
+        FORM,
     )
     start = tl.load(query_start + sequence).to(tl.int32)
     end = tl.load(query_start + sequence + 1).to(tl.int32)
@@ -479,20 +462,14 @@ def chunks_kernel(
                     v_token,
                     row,
                     column,
-                    HV,
-                    DK,
-                    DV,
-                    CHUNK,
-                    CORRECTS,
                     past,
                     wide,
-                    DKP,
-                    EACH,
+                    FORM,
                 )
                 slot = tl.load(stores + last - 1).to(tl.int64)
                 if slot >= 0:
-                    inside = (row < DK)[:, None] & (column < FILLED)[None, :]
-                    tl.store(states + slot * slot_stride + tile_places(row, column, DK, COLUMNS), state, mask=inside)
+                    inside = (row < DK)[:, None] & (column < FORM.FILLED)[None, :]
+                    tl.store(states + slot * slot_stride + tile_places(row, column, DK), state, mask=inside)
             else:
                 state = scan_rows(
                     state,
@@ -518,43 +495,26 @@ def chunks_kernel(
                     slot_stride,
                     row,
                     column,
-                    HV,
-                    DK,
-                    DV,
-                    FILLED,
-                    NORMED,
-                    EPS,
-                    COLUMNS,
-                    CORRECTS,
                     past,
-                    EACH,
-                    LEAST,
+                    FORM,
                 )
 
 
-def scan_chunks(
-    grid: tuple[int, ...],
-    given: dict[str, Any],
-    positions: torch.Tensor,
-    constants: dict[str, Any],
-) -> None:
+def scan_chunks(sequences: int, given: dict[str, Any], positions: torch.Tensor, form: Form) -> None:
     """Launch both kernels; see `triton.delta_rule`."""
-    q, tokens, corrects = given["q"], len(given["q"]), given["skip"] is None
-    each, wide = given["decay"].numel() // constants["HV"], constants["DKP"]
-    chunks, on = (cdiv(tokens, CHUNK), constants["HV"]), q.device
+    q, tokens, each, wide = given["q"], len(given["q"]), form.EACH, form.DKP
+    chunks, on = (cdiv(tokens, CHUNK), form.HV), q.device
     scaled = torch.empty((*chunks, 6, CHUNK, wide), dtype=torch.bfloat16, device=on) if each > 1 else None
     given = given | {
         "positions": positions,
-        "matrices": torch.empty((*chunks, 4 if corrects else 2, CHUNK, CHUNK), dtype=torch.bfloat16, device=on),
+        "matrices": torch.empty((*chunks, 4 if form.CORRECTS else 2, CHUNK, CHUNK), dtype=torch.bfloat16, device=on),
         "factors": torch.empty((*chunks, 3 * CHUNK + (wide if each > 1 else CHUNK)), dtype=torch.float32, device=on),
         "scaled": scaled,
     }
     asked = {name: given[name] for name in _chunk_names()} | {"tokens": tokens}
-    constants = constants | {"CHUNK": CHUNK, "CORRECTS": corrects, "EACH": each}
-    chunk_kernel[chunks](**asked, **_chunk_constants(constants), **_HOW, **OPTIONS)
-    constants |= {"BLOCK_V": _BLOCK_V}
-    grid = (*grid[:2], cdiv(constants["DV"], _BLOCK_V))
-    chunks_kernel[grid](**given, **constants, **_HOW, **OPTIONS)
+    chunk_kernel[chunks](**asked, FORM=form, BLOCK_K=_block_k(form), **_HOW, **OPTIONS)
+    grid = sequences, form.HV, cdiv(form.DV, _BLOCK_V)
+    chunks_kernel[grid](**given, FORM=form, BLOCK_V=_BLOCK_V, **_HOW, **OPTIONS)
 
 
 _HOW = MappingProxyType({"num_warps": 8, "num_stages": 1})  # not measured yet
@@ -569,10 +529,8 @@ def in_chunks(q: torch.Tensor, positions: torch.Tensor | None, *, normed: bool =
     return positions is not None and len(q) >= CHUNK and q.dtype in kinds and capability(q.device) >= TENSOR_CORES
 
 
-def _chunk_constants(constants: dict[str, Any]) -> dict[str, Any]:
-    names = ("HK", "HV", "DK", "DKP", "NORMED", "EPS", "CHUNK", "CORRECTS", "EACH", "LEAST")
-    most = _BLOCK_K if constants["EACH"] == 1 else _BLOCK_K // 2  # without register spills
-    return {name: constants[name] for name in names} | {"BLOCK_K": min(constants["DKP"], most)}
+def _block_k(form: Form) -> int:
+    return min(form.DKP, _BLOCK_K if form.EACH == 1 else _BLOCK_K // 2)  # without register spills
 
 
 def _chunk_names() -> tuple[str, ...]:

@@ -7,6 +7,7 @@ program computes norms, decays and strengths itself, which costs less than readi
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import triton
@@ -19,6 +20,38 @@ from candle_vllm.core.kernels.triton_build import OPTIONS, cdiv, next_power_of_2
 STRIDES = ("q_token", "q_head", "k_token", "k_head", "v_token", "v_head", "a_token", "b_token")
 CACHE_STRIDES = ("slot_stride", "kept_slot", "kept_row")
 _BLOCK_V = 32  # columns of a program; not measured yet
+_COLUMNS, _EPS = tl.constexpr(COLUMNS), tl.constexpr(EPS)
+
+
+@dataclass(frozen=True)
+class Form:
+    """Sizes and variant of a layer, constants of the kernels.
+
+    Attributes:
+        HK, HV, DK, DV: heads of keys and values, and their dimensions.
+        DKP: DK rounded up to a power of two.
+        FILLED: DV rounded up to whole tiles.
+        NORMED: whether q and k are normalised.
+        CORRECTS: whether it is the delta rule; otherwise Mamba.
+        EACH: decays of a value head: 1 or DK; 0: of each element, Mamba 1.
+        LEAST: lower bound of the logs of decays, or 0.
+    """
+
+    HK: int
+    HV: int
+    DK: int
+    DV: int
+    DKP: int
+    FILLED: int
+    NORMED: bool
+    CORRECTS: bool
+    EACH: int
+    LEAST: float
+
+    @property
+    def gates(self) -> int:
+        """Elements of a value head's `a` and `bias`."""
+        return self.EACH or self.DV
 
 
 @triton.jit
@@ -46,43 +79,30 @@ def strength_of(b, most):
 
 
 @triton.jit
-def tile_places(row, column, DK: tl.constexpr, COLUMNS: tl.constexpr):
+def tile_places(row, column, DK: tl.constexpr):
     """Return the offsets [DKP, BLOCK_V] of elements of S in the tiles of a value head."""
-    return (column // COLUMNS)[None, :] * (DK * COLUMNS) + row[:, None] * COLUMNS + (column % COLUMNS)[None, :]
+    return (column // _COLUMNS)[None, :] * (DK * _COLUMNS) + row[:, None] * _COLUMNS + (column % _COLUMNS)[None, :]
 
 
 @triton.jit
-def gates_of(x, row, column, DK: tl.constexpr, DV: tl.constexpr, EACH: tl.constexpr):
+def gates_of(x, row, column, FORM: tl.constexpr):
     """Load a value head's a, decay or bias: one element; [DKP, 1] if EACH > 1; for EACH 0, Mamba 1, [1, BLOCK_V]."""
-    if EACH == 0:
-        found = tl.load(x + column[None, :], mask=(column < DV)[None, :], other=0.0)
-    elif EACH > 1:
-        found = tl.load(x + row[:, None], mask=(row < DK)[:, None], other=0.0)
+    if FORM.EACH == 0:
+        found = tl.load(x + column[None, :], mask=(column < FORM.DV)[None, :], other=0.0)
+    elif FORM.EACH > 1:
+        found = tl.load(x + row[:, None], mask=(row < FORM.DK)[:, None], other=0.0)
     else:
         found = tl.load(x)
     return found
 
 
 @triton.jit
-def take_in(
-    state,
-    k,
-    v,
-    a,
-    b,
-    bias,
-    decay,
-    most,
-    NORMED: tl.constexpr,
-    EPS: tl.constexpr,
-    CORRECTS: tl.constexpr,
-    LEAST: tl.constexpr,
-):
+def take_in(state, k, v, a, b, bias, decay, most, FORM: tl.constexpr):
     """Return the state [DKP, BLOCK_V] after a token with k [DKP], v [BLOCK_V] and gates a and b, fp32."""
-    if NORMED:
-        k = k / tl.sqrt(tl.sum(k * k) + EPS)
-    state = state * tl.exp(log_decay(a, bias, decay, LEAST))
-    if CORRECTS:
+    if FORM.NORMED:
+        k = k / tl.sqrt(tl.sum(k * k) + _EPS)
+    state = state * tl.exp(log_decay(a, bias, decay, FORM.LEAST))
+    if FORM.CORRECTS:
         v -= tl.sum(state * k[:, None], axis=0)
         strength = strength_of(b, most)
     else:
@@ -115,36 +135,29 @@ def scan_rows(
     slot_stride,
     row,  # [DKP]
     column,  # [BLOCK_V]
-    HV: tl.constexpr,
-    DK: tl.constexpr,
-    DV: tl.constexpr,
-    FILLED: tl.constexpr,  # DV rounded up to whole tiles
-    NORMED: tl.constexpr,
-    EPS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    CORRECTS: tl.constexpr = True,
-    skip=0.0,  # used if not CORRECTS
-    EACH: tl.constexpr = 1,  # decays of a value head; 0: of each element, Mamba 1
-    LEAST: tl.constexpr = 0.0,  # lower bound of the logs of decays, or 0
+    skip,  # used if not CORRECTS
+    FORM: tl.constexpr,
 ):
     """Process tokens one by one: write their results and the states to store, return the last state."""
-    places = tile_places(row, column, DK, COLUMNS)
-    inside = (row < DK)[:, None] & (column < FILLED)[None, :]
+    DK: tl.constexpr = FORM.DK
+    DV: tl.constexpr = FORM.DV
+    places = tile_places(row, column, DK)
+    inside = (row < DK)[:, None] & (column < FORM.FILLED)[None, :]
     for token in range(first, last):
         at = tl.cast(token, tl.int64)
         key = tl.load(k + at * k_token + row, mask=row < DK, other=0.0).to(tl.float32)
         query = tl.load(q + at * q_token + row, mask=row < DK, other=0.0).to(tl.float32)
         value = tl.load(v + at * v_token + column, mask=column < DV, other=0.0).to(tl.float32)
-        given, other = gates_of(a + at * a_token, row, column, DK, DV, EACH), 0.0
-        if CORRECTS:
+        given, other = gates_of(a + at * a_token, row, column, FORM), 0.0
+        if FORM.CORRECTS:
             other = tl.load(b + at * b_token)
-        state = take_in(state, key, value, given, other, bias, decay, most, NORMED, EPS, CORRECTS, LEAST)
-        if NORMED:
-            query = query / tl.sqrt(tl.sum(query * query) + EPS)
+        state = take_in(state, key, value, given, other, bias, decay, most, FORM)
+        if FORM.NORMED:
+            query = query / tl.sqrt(tl.sum(query * query) + _EPS)
         result = tl.sum(state * (query * scale)[:, None], axis=0)
-        if not CORRECTS:
+        if not FORM.CORRECTS:
             result += skip * value
-        tl.store(out + at * (HV * DV) + column, result.to(out.dtype.element_ty), mask=column < DV)
+        tl.store(out + at * (FORM.HV * DV) + column, result.to(out.dtype.element_ty), mask=column < DV)
         slot = tl.load(stores + at).to(tl.int64)
         if slot >= 0:
             tl.store(states + slot * slot_stride + places, state, mask=inside)
@@ -166,31 +179,23 @@ def state_before(
     column,
     head,
     key_head,
-    HK: tl.constexpr,
-    HV: tl.constexpr,
-    DK: tl.constexpr,
-    DV: tl.constexpr,
-    FILLED: tl.constexpr,
-    NORMED: tl.constexpr,
-    EPS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    CORRECTS: tl.constexpr = True,
-    EACH: tl.constexpr = 1,
-    LEAST: tl.constexpr = 0.0,
+    FORM: tl.constexpr,
 ):
     """Return the state [DKP, BLOCK_V] before a sequence's first token of the step."""
-    at = states + source.to(tl.int64) * slot_stride + tile_places(row, column, DK, COLUMNS)
-    inside = ((row < DK) & (row * 0 + source >= 0))[:, None] & (column < FILLED)[None, :]
+    KEYS: tl.constexpr = FORM.HK * FORM.DK  # elements of a kept row's keys, and of its values
+    VALUES: tl.constexpr = FORM.HV * FORM.DV
+    at = states + source.to(tl.int64) * slot_stride + tile_places(row, column, FORM.DK)
+    inside = ((row < FORM.DK) & (row * 0 + source >= 0))[:, None] & (column < FORM.FILLED)[None, :]
     state = tl.load(at, mask=inside, other=0.0)
     tl.debug_barrier()  # threads must have read the slot before other threads of the program write it
     for _ in range(replays):
-        key = tl.load(kept + key_head * DK + row, mask=row < DK, other=0.0)
-        value = tl.load(kept + HK * DK + head * DV + column, mask=column < DV, other=0.0)
-        gates = kept + HK * DK + HV * DV
-        given, other = gates_of(gates + head * (EACH or DV), row, column, DK, DV, EACH), 0.0
-        if CORRECTS:
-            other = tl.load(gates + HV * EACH + head)
-        state = take_in(state, key, value, given, other, bias, decay, most, NORMED, EPS, CORRECTS, LEAST)
+        key = tl.load(kept + key_head * FORM.DK + row, mask=row < FORM.DK, other=0.0)
+        value = tl.load(kept + KEYS + head * FORM.DV + column, mask=column < FORM.DV, other=0.0)
+        gates = kept + KEYS + VALUES
+        given, other = gates_of(gates + head * FORM.gates, row, column, FORM), 0.0
+        if FORM.CORRECTS:
+            other = tl.load(gates + FORM.HV * FORM.EACH + head)
+        state = take_in(state, key, value, given, other, bias, decay, most, FORM)
         kept += kept_row
     return state
 
@@ -226,37 +231,26 @@ def scan_kernel(
     slot_stride,
     kept_slot,
     kept_row,
-    HK: tl.constexpr,
-    HV: tl.constexpr,
-    DK: tl.constexpr,
-    DV: tl.constexpr,
-    DKP: tl.constexpr,  # DK rounded up to a power of two
-    FILLED: tl.constexpr,
+    FORM: tl.constexpr,
     BLOCK_V: tl.constexpr,
-    NORMED: tl.constexpr,
-    EPS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    LEAST: tl.constexpr,
-    CORRECTS: tl.constexpr,
-    EACH: tl.constexpr,
 ):
     sequence = tl.program_id(0)
     head = tl.program_id(1)
-    key_head = head // (HV // HK)
-    row = tl.arange(0, DKP)
+    key_head = head // (FORM.HV // FORM.HK)
+    row = tl.arange(0, FORM.DKP)
     column = tl.program_id(2) * BLOCK_V + tl.arange(0, BLOCK_V)
-    shift = gates_of(bias + head * (EACH or DV), row, column, DK, DV, EACH)
+    shift = gates_of(bias + head * FORM.gates, row, column, FORM)
     past = 0.0
-    if EACH == 0:
-        inside = (row < DK)[:, None] & (column < FILLED)[None, :]
-        places = head * (FILLED * DK) + tile_places(row, column, DK, COLUMNS)
+    if FORM.EACH == 0:
+        inside = (row < FORM.DK)[:, None] & (column < FORM.FILLED)[None, :]
+        places = head * (FORM.FILLED * FORM.DK) + tile_places(row, column, FORM.DK)
         factor = tl.load(decay + places, mask=inside, other=0.0)
-        past = tl.load(skip + head * DV + column, mask=column < DV, other=0.0)
+        past = tl.load(skip + head * FORM.DV + column, mask=column < FORM.DV, other=0.0)
     else:
-        factor = gates_of(decay + head * EACH, row, column, DK, DV, EACH)
-        if not CORRECTS:
+        factor = gates_of(decay + head * FORM.EACH, row, column, FORM)
+        if not FORM.CORRECTS:
             past = tl.load(skip + head)
-    states += head * (FILLED * DK)
+    states += head * (FORM.FILLED * FORM.DK)
     state = state_before(
         states,
         kept + tl.load(slots + sequence).to(tl.int64) * kept_slot,
@@ -271,17 +265,7 @@ def scan_kernel(
         column,
         head,
         key_head,
-        HK,
-        HV,
-        DK,
-        DV,
-        FILLED,
-        NORMED,
-        EPS,
-        COLUMNS,
-        CORRECTS,
-        EACH,
-        LEAST,
+        FORM,
     )
     scan_rows(
         state,
@@ -290,9 +274,9 @@ def scan_kernel(
         q + key_head * q_head,
         k + key_head * k_head,
         v + head * v_head,
-        a + head * (EACH or DV),
+        a + head * FORM.gates,
         b + head,
-        out + head * DV,
+        out + head * FORM.DV,
         states,
         stores,
         factor,
@@ -307,40 +291,34 @@ def scan_kernel(
         slot_stride,
         row,
         column,
-        HV,
-        DK,
-        DV,
-        FILLED,
-        NORMED,
-        EPS,
-        COLUMNS,
-        CORRECTS,
         past,
-        EACH,
-        LEAST,
+        FORM,
     )
 
 
-def scan_tokens(grid: tuple[int, ...], given: dict[str, Any], constants: dict[str, Any]) -> None:
+def scan_tokens(sequences: int, given: dict[str, Any], form: Form) -> None:
     """Launch the kernel; see `triton.delta_rule`."""
-    corrects, decay = given["skip"] is None, given["decay"]
-    each = decay.numel() // constants["HV"] if decay.dim() == 1 else 0
-    scan_kernel[grid](**given, **constants, CORRECTS=corrects, EACH=each, num_warps=4, **OPTIONS)
+    block = block_of(form)
+    grid = sequences, form.HV, cdiv(form.DV, block)
+    scan_kernel[grid](**given, FORM=form, BLOCK_V=block, num_warps=4, **OPTIONS)
 
 
-def constants_of(
-    key_heads: int, heads: int, key_dim: int, value_dim: int, *, normed: bool, least: float = 0.0
-) -> dict[str, Any]:
-    return {
-        "HK": key_heads,
-        "HV": heads,
-        "DK": key_dim,
-        "DV": value_dim,
-        "DKP": max(16, next_power_of_2(key_dim)),
-        "FILLED": cdiv(value_dim, COLUMNS) * COLUMNS,
-        "BLOCK_V": _BLOCK_V if value_dim > COLUMNS else COLUMNS,
-        "NORMED": normed,
-        "EPS": EPS,
-        "COLUMNS": COLUMNS,
-        "LEAST": least,
-    }
+def block_of(form: Form) -> int:
+    """Return the number of columns of a program of `scan_kernel`."""
+    return _BLOCK_V if form.DV > COLUMNS else COLUMNS
+
+
+def form_of(
+    key_heads: int,
+    heads: int,
+    key_dim: int,
+    value_dim: int,
+    *,
+    normed: bool,
+    corrects: bool,
+    each: int,
+    least: float = 0.0,
+) -> Form:
+    """Return the form of a layer; see `Form`."""
+    padded, filled = max(16, next_power_of_2(key_dim)), cdiv(value_dim, COLUMNS) * COLUMNS
+    return Form(key_heads, heads, key_dim, value_dim, padded, filled, normed, corrects, each, least)

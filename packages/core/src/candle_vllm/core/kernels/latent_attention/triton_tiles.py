@@ -10,6 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from candle_vllm.core.kernels.attention.triton_tiles import add_values, soften
+
 
 @triton.jit
 def load_queries(q, places, valid, SIZE: tl.constexpr, PADDED: tl.constexpr):
@@ -38,11 +40,5 @@ def attend_latent_tile(
     if MASKED:
         keys = first + tl.arange(0, latent.shape[0])
         scores = tl.where(keys[None, :] <= positions[:, None], scores, float("-inf"))
-    new_tops = tl.maximum(tops, tl.max(scores, 1))
-    base = tl.where(new_tops == float("-inf"), 0.0, new_tops) * factor
-    # In this form, product and difference become one fma with and without a mask, so the bits are the same.
-    weights = tl.exp2(scores * factor - base[:, None])
-    keep = tl.exp2(tops * factor - base)
-    sums = sums * keep + tl.sum(weights, 1)
-    values = tl.dot(weights.to(latent.dtype), latent, values * keep[:, None], input_precision="ieee")
-    return new_tops, sums, values
+    tops, sums, weights, keep = soften(scores, tops, sums, factor)
+    return tops, sums, add_values(weights, latent, None, values, keep)

@@ -34,25 +34,14 @@ def _row(x, gate, row, there, channel, x_stride, gate_stride):
 
 
 @triton.jit
-def _input(
-    x,
-    gate,
-    states,
-    kept,  # pointer to the first kept row of the sequence
-    begin,  # the sequence's first token, an index in the step
-    number,  # index of the input, 0 for the token `begin`; arguments from here to `there` are [TOKENS, 1]
-    replays,
-    source,
-    there,
-    channel,  # [1, BLOCK]
-    x_stride,
-    gate_stride,
-    slot_stride,
-    kept_row,
-    C: tl.constexpr,
-    BEFORE: tl.constexpr,
-):
-    """Load an input of a sequence [TOKENS, BLOCK], fp32: from the step, an accepted kept row, or the state."""
+def _input(sequence, number, there, channel, C: tl.constexpr, BEFORE: tl.constexpr):
+    """Load an input of a sequence [TOKENS, BLOCK], fp32: from the step, an accepted kept row, or the state.
+
+    `sequence` is a tuple: x, gate, states, the first kept row, the first token (an index in the step), replays, source,
+    and strides of x, gates, slots and kept rows. `number` is the index of the input, 0 for the first token. What can
+    differ between tokens is [TOKENS, 1], `channel` [1, BLOCK].
+    """
+    x, gate, states, kept, begin, replays, source, x_stride, gate_stride, slot_stride, kept_row = sequence
     there = there & (channel < C)
     behind = replays + number
     now = _row(x, gate, begin + number, there & (number >= 0), channel, x_stride, gate_stride)
@@ -63,35 +52,15 @@ def _input(
 
 
 @triton.jit
-def _store_state(
-    x,  # arguments without a comment as in `_input`
-    gate,
-    states,
-    kept,
-    begin,
-    number,
-    replays,
-    source,
-    there,
-    channel,
-    to,  # slot of the state
-    inside,  # where the state is written
-    x_stride,
-    gate_stride,
-    slot_stride,
-    kept_row,
-    C: tl.constexpr,
-    BEFORE: tl.constexpr,
-):
-    """Write a sequence's state after the input `number`: this input and the BEFORE - 1 before it."""
+def _store_state(slot, sequence, number, there, channel, inside, C: tl.constexpr, BEFORE: tl.constexpr):
+    """Write a sequence's state after the input `number`, this input and the BEFORE - 1 before it, where `inside`.
+
+    `slot` points at the state; the other arguments are those of `_input`.
+    """
     for tap in tl.static_range(BEFORE):
-        value = _input(
-            x, gate, states, kept, begin, number - BEFORE + 1 + tap, replays, source, there, channel, x_stride,
-            gate_stride, slot_stride, kept_row, C, BEFORE
-        )  # fmt: skip
+        value = _input(sequence, number - BEFORE + 1 + tap, there, channel, C, BEFORE)
         tl.debug_barrier()  # all threads must have read the state before one overwrites it
-        at = states + to * slot_stride + tap * C + channel
-        tl.store(at, value.to(states.dtype.element_ty), mask=inside)
+        tl.store(slot + tap * C + channel, value.to(slot.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["tokens", "sequences"], do_not_specialize_on_alignment=TABLES)
@@ -146,16 +115,16 @@ def conv_kernel(
     begin = (token - number).to(tl.int64)
     taken = kept + slot * kept_slot
     number = number.to(tl.int64)
+    sequence = (
+        x, gate_in, states, taken, begin, replayed, source, x_stride, gate_stride, slot_stride, kept_row
+    )  # fmt: skip
     total = tl.zeros([TOKENS, BLOCK], tl.float32)
     if bias is not None:
         total += tl.load(bias + channel, mask=channel < C, other=0.0).to(tl.float32)
     for tap in tl.static_range(TAPS):
         factor = tl.load(weight + channel * TAPS + tap, mask=channel < C, other=0.0).to(tl.float32)
         seen = number - BEFORE + tap
-        total += factor * _input(
-            x, gate_in, states, taken, begin, seen, replayed, source, there, channel, x_stride, gate_stride,
-            slot_stride, kept_row, C, BEFORE
-        )  # fmt: skip
+        total += factor * _input(sequence, seen, there, channel, C, BEFORE)
     if SILU:
         total = total / (1.0 + tl.exp(-total))
     inside = there & (channel < C)
@@ -166,10 +135,7 @@ def conv_kernel(
     if SINGLE:
         to = tl.load(stores + token, mask=there, other=-1).to(tl.int64)
         place = tl.load(keeps + token, mask=there, other=-1).to(tl.int64)
-        _store_state(
-            x, gate_in, states, taken, begin, number, replayed, source, there, channel, to, inside & (to >= 0),
-            x_stride, gate_stride, slot_stride, kept_row, C, BEFORE
-        )  # fmt: skip
+        _store_state(states + to * slot_stride, sequence, number, there, channel, inside & (to >= 0), C, BEFORE)
         value = _row(x, gate_in, begin + number, inside, channel, x_stride, gate_stride)
         tl.debug_barrier()
         tl.store(taken + place * kept_row + channel, value, mask=inside & (place >= 0))
@@ -209,6 +175,9 @@ def store_kernel(
     replayed = nothing + tl.load(replays + row)
     begin = nothing + start.to(tl.int64)
     taken = kept + slot * kept_slot
+    sequence = (
+        x, gate_in, states, taken, begin, replayed, source, x_stride, gate_stride, slot_stride, kept_row
+    )  # fmt: skip
     every = channel >= 0
     for base in range(start, end, ROWS):
         index = base + tl.arange(0, ROWS)
@@ -221,10 +190,7 @@ def store_kernel(
             place = tl.load(keeps + token).to(tl.int64)
             number = nothing + (token - start)
             if to >= 0:
-                _store_state(
-                    x, gate_in, states, taken, begin, number, replayed, source, every, channel, to, channel < C,
-                    x_stride, gate_stride, slot_stride, kept_row, C, BEFORE
-                )  # fmt: skip
+                _store_state(states + to * slot_stride, sequence, number, every, channel, channel < C, C, BEFORE)
             if place >= 0:
                 value = _row(x, gate_in, begin + number, channel < C, channel, x_stride, gate_stride)
                 tl.debug_barrier()

@@ -11,7 +11,6 @@ from typing import Any
 
 from candle_vllm.core.layers.parameters import SHAPES
 from candle_vllm.core.loading.tensors import Checkpoint
-from candle_vllm.core.loading.trunks import head_as_stored
 from candle_vllm.core.loading.views import transposed
 from candle_vllm.core.loading.weights import WeightName
 from candle_vllm.core.models.any_architecture import gguf
@@ -20,6 +19,7 @@ from candle_vllm.core.models.any_architecture.decoder import AnyDecoder
 from candle_vllm.core.models.any_architecture.experts import stored_part
 from candle_vllm.core.models.any_architecture.weights import named_for
 from candle_vllm.core.models.family import Family
+from candle_vllm.core.models.trunks import head_as_stored
 from candle_vllm.core.quantization.tensors import StoredTensor
 
 

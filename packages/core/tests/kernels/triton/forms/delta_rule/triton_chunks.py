@@ -8,13 +8,12 @@ from typing import Any
 from candle_vllm.core.kernels.delta_rule.triton_chunks import (
     _BLOCK_V,
     _HOW,
-    CHUNK,
-    _chunk_constants,
+    _block_k,
     _chunk_names,
     chunk_kernel,
     chunks_kernel,
 )
-from candle_vllm.core.kernels.delta_rule.triton_scan import CACHE_STRIDES, STRIDES, constants_of
+from candle_vllm.core.kernels.delta_rule.triton_scan import CACHE_STRIDES, STRIDES, form_of
 from candle_vllm.core.kernels.states import TABLES
 from packages.core.tests.kernels.triton.building import WITH_TENSOR_CORES, Build
 from packages.core.tests.kernels.triton.forms.delta_rule.triton_scan import build_arguments
@@ -24,8 +23,8 @@ def _builds(
     dtype: str, key_heads: int, heads: int, dim: int, value_dim: int = 0, each: int = 1, *, least: float = 0.0
 ) -> tuple[Build, Build]:
     arguments = build_arguments(dtype) | {"positions": "*i32", "matrices": "*bf16", "factors": "*fp32"}
-    constants = constants_of(key_heads, heads, dim, value_dim or dim, normed=not value_dim, least=least)
-    constants |= {"CHUNK": CHUNK, "CORRECTS": not value_dim, "EACH": each}
+    usual = not value_dim
+    form = form_of(key_heads, heads, dim, value_dim or dim, normed=usual, corrects=usual, each=each, least=least)
     more: dict[str, Any] = {**_HOW, "capabilities": WITH_TENSOR_CORES, "unaligned": (*TABLES, "positions")}
     more |= {
         "label": f"{dtype}-{key_heads}x{heads}x{dim}"
@@ -41,11 +40,11 @@ def _builds(
         Build(
             chunk_kernel,
             chunk,
-            _chunk_constants(constants) | ({} if each > 1 else {"scaled": None}),
+            {"FORM": form, "BLOCK_K": _block_k(form)} | ({} if each > 1 else {"scaled": None}),
             aligned=strides,
             **more,
         ),
-        Build(chunks_kernel, arguments | skip, constants | {"BLOCK_V": _BLOCK_V} | nothing, aligned=every, **more),
+        Build(chunks_kernel, arguments | skip, {"FORM": form, "BLOCK_V": _BLOCK_V} | nothing, aligned=every, **more),
     )
 
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from candle_vllm.core.kernels.delta_rule.triton_scan import CACHE_STRIDES, STRIDES, constants_of, scan_kernel
+from candle_vllm.core.kernels.delta_rule.triton_scan import CACHE_STRIDES, STRIDES, block_of, form_of, scan_kernel
 from candle_vllm.core.kernels.states import TABLES
 from packages.core.tests.kernels.triton.building import Build
 
@@ -18,11 +18,12 @@ def build_arguments(dtype: str) -> dict[str, str]:
 def _build(
     dtype: str, key_heads: int, heads: int, dim: int, value_dim: int = 0, each: int = 1, *, least: float = 0.0
 ) -> Build:
-    constants = constants_of(key_heads, heads, dim, value_dim or dim, normed=not value_dim, least=least)
+    usual = not value_dim
+    form = form_of(key_heads, heads, dim, value_dim or dim, normed=usual, corrects=usual, each=each, least=least)
     return Build(
         scan_kernel,
         build_arguments(dtype) | ({"skip": "*fp32"} if value_dim else {}),
-        constants | {"CORRECTS": not value_dim, "EACH": each} | ({} if value_dim else {"skip": None}),
+        {"FORM": form, "BLOCK_V": block_of(form)} | ({} if value_dim else {"skip": None}),
         aligned=(*STRIDES, *CACHE_STRIDES),
         unaligned=TABLES,
         label=f"{dtype}-{key_heads}x{heads}x{dim}"
