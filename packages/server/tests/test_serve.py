@@ -363,7 +363,9 @@ def test_the_status_says_whether_the_next_start_may_succeed(
 ) -> None:
     """A service manager starts again after status 1, and not after an error that the user has to correct."""
     (tmp_path / "m.sqlite").write_bytes(b"garbage" * 500)
-    script = SCRIPT.format(root=ROOT, pieces=1, hurried=0, arguments=["--p", "0", flag, place.format(tmp_path)])
+    script = SCRIPT.format(
+        root=ROOT, pieces=1, hurried=0, closing=0, arguments=["--p", "0", flag, place.format(tmp_path)]
+    )
     ended = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, timeout=60, check=False
     )
