@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: MIT
-"""Talk to a running server with Anthropic's own client (`pip install anthropic`).
+"""Talk to a running server with Anthropic's own client.
 
-    candle-vllm &
-    python examples/anthropic_client.py [MODEL [BASE_URL]]
+    uv run candle-vllm &
+    uv run --with anthropic python examples/anthropic_client.py [MODEL [BASE_URL]]
 
-MODEL is a name that the server lists, or `default`, which always means the served model.
+MODEL is a name that the server lists, or `default`, which always means the served model. If the server has a key, set
+ANTHROPIC_API_KEY to it.
 """
 
+import os
 import sys
 
 from anthropic import Anthropic, APIConnectionError, APIStatusError
@@ -15,7 +17,7 @@ from anthropic.types import MessageParam
 
 def main(model: str = "default", base_url: str = "http://127.0.0.1:2000") -> None:
     question: MessageParam = {"role": "user", "content": "What is the capital of France?"}
-    with Anthropic(base_url=base_url, api_key="none") as client:
+    with Anthropic(base_url=base_url, api_key=os.environ.get("ANTHROPIC_API_KEY", "none")) as client:
         count = client.messages.count_tokens(model=model, messages=[question])
         print("prompt:", count.input_tokens, "tokens")
 

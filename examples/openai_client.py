@@ -1,19 +1,21 @@
 # SPDX-License-Identifier: MIT
-"""Talk to a running server with OpenAI's own client (`pip install openai`).
+"""Talk to a running server with OpenAI's own client.
 
-    candle-vllm &
-    python examples/openai_client.py [MODEL [BASE_URL]]
+    uv run candle-vllm &
+    uv run --with openai python examples/openai_client.py [MODEL [BASE_URL]]
 
-MODEL is a name that the server lists, or `default`, which always means the served model.
+MODEL is a name that the server lists, or `default`, which always means the served model. If the server has a key, set
+OPENAI_API_KEY to it.
 """
 
+import os
 import sys
 
 from openai import APIConnectionError, APIStatusError, OpenAI
 
 
 def main(model: str = "default", base_url: str = "http://127.0.0.1:2000/v1") -> None:
-    with OpenAI(base_url=base_url, api_key="none") as client:
+    with OpenAI(base_url=base_url, api_key=os.environ.get("OPENAI_API_KEY", "none")) as client:
         print("models:", ", ".join(each.id for each in client.models.list()))
 
         stream = client.chat.completions.create(

@@ -122,7 +122,8 @@ def _variables() -> str:
 
 
 def _commands() -> str:
-    return _table(("Command", "Here"), ((f"`{name}`", what) for name, what in foreign_tables()["Commands"]))
+    rows = foreign_tables()["Commands"]
+    return _table(("Command", "Here"), ((f"`{name}`", what) for name, what, of_ollama in rows if of_ollama == "yes"))
 
 
 def _arguments() -> str:
@@ -179,7 +180,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "metrics of the server": lambda: _metrics((*series.EVENTS, series.MCP_SERVERS)),
     "metrics of HTTP": lambda: _metrics(series.HTTP),
     "variables": _variables,
-    "commands": _commands,
+    "commands of Ollama": _commands,
     "arguments": _arguments,
     "refused fields": lambda: _fields(REFUSED_FIELDS, idle=False),
     "fields without effect": lambda: _fields(COMPLETION_REFUSED_FIELDS, idle=True),

@@ -252,7 +252,7 @@ def test_a_file_that_is_not_what_the_hub_has_is_removed(hub: FakeHub, settings: 
     hub.sums[REPO, "model-Q4_K_M.gguf"] = "0" * 64
     plan = plan_pull(settings, REPO)
     with pytest.raises(
-        InvalidFileError, match=r"model-Q4_K_M.gguf of org/model-GGUF:Q4_K_M does not match the hub's checksum"
+        InvalidFileError, match=r"model-Q4_K_M.gguf of org/model-GGUF:Q4_K_M does not match Hugging Face's checksum"
     ):
         fetch(settings, plan)
     assert downloaded(settings) == []
@@ -266,7 +266,7 @@ def test_a_sum_that_is_none_names_no_file_here(hub: FakeHub, settings: Settings,
 
 
 def test_what_cannot_be_fetched(hub: FakeHub, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ModelNotFoundError, match="the hub has no model 'org/other'"):
+    with pytest.raises(ModelNotFoundError, match="Hugging Face has no model 'org/other'"):
         plan_pull(settings, "org/other")
     with pytest.raises(ModelNotFoundError, match="--offline"):
         plan_pull(Settings(offline=True), REPO)
@@ -327,7 +327,7 @@ def test_the_commands(command: Any) -> None:
     status, said, _ = command("pull", f"{REPO}:Q4_K_M")
     assert status == 0
     assert said.splitlines()[0] == f"{REPO}:Q4_K_M: 3 MB in 2 files"
-    assert said.splitlines()[-1].endswith(f"as the hub has it; candle-vllm --m {REPO}:Q4_K_M serves it")
+    assert said.splitlines()[-1].endswith(f"as Hugging Face has it; candle-vllm --m {REPO}:Q4_K_M serves it")
     assert f"{REPO}:Q4_K_M  3 MB" in command("list")[1]
     status, shown, _ = command("show", REPO)
     assert status == 0

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,13 @@ import jsonschema_rs
 import pytest
 
 from candle_vllm.server.app import create_app
+from candle_vllm.server.mcp.service import McpService
 from candle_vllm.server.routes import mcp as routes
 from candle_vllm.server.routes.webui import new_page_key
 from packages.server.tests.mcp_fakes import HttpMcpServer, Seen, stdio_config
 from packages.server.tests.server_fakes import PacedEngine
 from packages.server.tests.wrong_requests.rows import GONE, LONG, Route, Row, changed
-from tests.waiting import wait_for
+from tests.waiting import PATIENCE, wait_for
 
 Start = Callable[..., Any]
 KEY = {"authorization": "Bearer k"}
@@ -74,6 +77,37 @@ def test_servers(start_mcp: Start, web: HttpMcpServer, tmp_path: Path) -> None:
         assert bad["state"] in ("failed", "connecting")
         assert "no-such-program" in bad["error"]
         assert "hunter" not in answer.text
+
+
+def test_a_call_waits_for_a_server_that_is_starting(
+    start_mcp: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits, settled = threading.Event(), McpService.settled
+
+    async def seen(service: McpService) -> None:
+        waits.set()
+        await settled(service, PATIENCE)
+
+    monkeypatch.setattr(McpService, "settled", seen)
+    slow = tmp_path / "slow.py"
+    slow.write_text(
+        "import pathlib, runpy, sys, time\n"
+        "gate, program, *sys.argv[1:] = sys.argv[1:]\n"
+        "while not pathlib.Path(gate).exists():\n"
+        "    time.sleep(0.01)\n"
+        "runpy.run_path(program, run_name='__main__')\n"
+    )
+    usual = stdio_config(tmp_path)
+    config = dataclasses.replace(usual, args=["-S", str(slow), str(tmp_path / "gate"), *usual.args[1:]])
+    call = {"name": "numbers__double", "arguments": {"n": 21}, "approved": True}
+    with (
+        start_mcp(PacedEngine(), [config], api_key=("k",), settled=False).http(headers=KEY) as client,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        answer = pool.submit(client.post, "/v1/mcp/call", json=call)
+        assert waits.wait(PATIENCE)
+        (tmp_path / "gate").touch()
+        assert (answer.result().status_code, answer.result().json()["text"]) == (200, "42")
 
 
 @pytest.mark.parametrize(

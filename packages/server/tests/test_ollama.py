@@ -469,20 +469,20 @@ def test_a_pull_that_fails_says_why(changing: Callable[..., Any], fake_hub: Any)
     running = changing()
     with client_of(running) as client:
         for name, status, why in [
-            ("org/other", 404, "the hub has no model"),
+            ("org/other", 404, "Hugging Face has no model"),
             (REPO + ":Q2_K", 404, "no file 'Q2_K'"),
             ("nothing", 404, "there is no model 'nothing'"),
-            (REPO, 502, "does not match the hub's checksum"),
+            (REPO, 502, "does not match Hugging Face's checksum"),
         ]:
             with pytest.raises(ollama.ResponseError, match=why) as refusal:
                 client.pull(name)
             assert refusal.value.status_code == status
-        with pytest.raises(ollama.ResponseError, match="does not match the hub's checksum"):
+        with pytest.raises(ollama.ResponseError, match="does not match Hugging Face's checksum"):
             list(client.pull(REPO, stream=True))
         assert len(client.list().models) == 1
         fake_hub.stop()
         huggingface_hub.close_session()
-        with pytest.raises(ollama.ResponseError, match="the hub, which cannot be reached") as refusal:
+        with pytest.raises(ollama.ResponseError, match="Hugging Face, which cannot be reached") as refusal:
             client.pull(REPO)
         assert refusal.value.status_code == 502, "a 404 says that there is no such model"
 
@@ -552,7 +552,7 @@ def test_what_there_is_is_told_to_operators(changing: Callable[..., Any], fake_h
         assert (known["qwen3:8b"]["served"], known["qwen3:8b"]["needed"]) == (None, 5300 << 20)
         (failed,) = told["pulls"]
         assert (failed["state"], failed["failure"]) == ("failed", "damaged")
-        assert "does not match the hub's checksum" in failed["error"]
+        assert "does not match Hugging Face's checksum" in failed["error"]
         client.request("DELETE", "/api/pull", json={"model": failed["model"], "remove": True})
         assert client.get("/v1/models/inventory").json()["pulls"] == []
 

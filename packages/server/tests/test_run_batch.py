@@ -89,7 +89,7 @@ def test_lines_are_answered_in_their_order(
     assert made[4]["response"]["status_code"] == 200  # the one model answers to any name
     assert made[5]["response"]["body"]["object"] == "response"
     assert len({line["id"] for line in made}) == 6
-    assert "done, 6 lines answered, 2 of them with an error" in capsys.readouterr().err
+    assert "done; lines answered: 6, with an error: 2" in capsys.readouterr().err
 
 
 def test_keys_of_the_environment_lock_nobody_out(
@@ -183,7 +183,7 @@ def test_the_shell_decides_whether_a_file_is_overwritten(engine: PacedEngine, tm
 def test_answers_may_go_to_a_device(engine: PacedEngine, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "in.jsonl").write_text(json.dumps(request("a")), "utf-8")
     assert main(["run-batch", "-i", "in.jsonl", "-o", "/dev/null"]) == 0
-    assert "done, 1 lines answered, 0 of them with an error" in capsys.readouterr().err
+    assert "done; lines answered: 1, with an error: 0" in capsys.readouterr().err
 
 
 class Shelf:

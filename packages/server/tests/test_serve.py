@@ -37,13 +37,17 @@ from tests.waiting import wait_for
 
 ROOT = str(Path(__file__).parents[3])
 SCRIPT = """
-import logging, sys
+import logging, sys, time
 sys.path.insert(0, {root!r})
 from packages.server.tests.server_fakes import PacedEngine
 from candle_vllm.server import serve
 from candle_vllm.server.cli import main
 from candle_vllm.server.models.loader import serve_engine
-engine = PacedEngine(["a"] * {pieces}, pause=0.02, max_model_len=1 << 21)
+class Engine(PacedEngine):
+    def close(self):
+        time.sleep({closing})
+        super().close()
+engine = Engine(["a"] * {pieces}, pause=0.02, max_model_len=1 << 21)
 class Loader(serve.ModelLoader):
     def check(self, entry, beside):
         pass
@@ -222,13 +226,16 @@ def test_the_banner_is_one_object_where_the_log_is_json() -> None:
 
 @contextmanager
 def _process(
-    *arguments: str, pieces: int = 50, hurried: float = 0.02, cwd: Path
+    *arguments: str, pieces: int = 50, hurried: float = 0.02, closing: float = 0, cwd: Path
 ) -> Iterator[tuple[Forked, IO[str], str]]:
     """A server process on a scripted engine, its standard error, and its base URL.
 
     `hurried` is the engine's pause in seconds once the server says that it waits for answers; before, it is 0.02.
+    `closing` is the time in seconds that the engine takes to close.
     """
-    script = SCRIPT.format(root=ROOT, pieces=pieces, hurried=hurried, arguments=["--p", "0", *arguments])
+    script = SCRIPT.format(
+        root=ROOT, pieces=pieces, hurried=hurried, closing=closing, arguments=["--p", "0", *arguments]
+    )
     (out, write_out), (error, write_error) = os.pipe(), os.pipe()
     with open(out) as stdout, open(error) as stderr:
         try:
@@ -319,6 +326,16 @@ def test_a_second_signal_does_not_wait_and_the_unix_socket_goes(tmp_path: Path) 
     assert not path.exists()
 
 
+def test_a_second_signal_while_the_engine_closes_logs_no_traceback(tmp_path: Path) -> None:
+    with _process(closing=3, cwd=tmp_path) as (process, err, url), _client(url) as client:
+        _wait_until_served(client)
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.5)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+        assert err.read() == "aborted 0 closed False\n"  # the process does not wait for the engine
+
+
 def test_a_whole_answer_that_is_cut_off_is_a_503(tmp_path: Path) -> None:
     with _process("--shutdown-timeout", "0", pieces=5000, cwd=tmp_path) as (process, _, url), _client(url) as client:
         _wait_until_served(client)
@@ -346,7 +363,9 @@ def test_the_status_says_whether_the_next_start_may_succeed(
 ) -> None:
     """A service manager starts again after status 1, and not after an error that the user has to correct."""
     (tmp_path / "m.sqlite").write_bytes(b"garbage" * 500)
-    script = SCRIPT.format(root=ROOT, pieces=1, hurried=0, arguments=["--p", "0", flag, place.format(tmp_path)])
+    script = SCRIPT.format(
+        root=ROOT, pieces=1, hurried=0, closing=0, arguments=["--p", "0", flag, place.format(tmp_path)]
+    )
     ended = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, timeout=60, check=False
     )

@@ -87,7 +87,7 @@ def test_of_a_repository_that_is_not_there_the_caches_names_are_said(
         resolve("Qwen/Qwen-4B", cache_dir=tmp_path, offline=True)
     assert fake.calls[0][1]["local_files_only"]
     fake.listing_error = refusal(RepositoryNotFoundError, 404)
-    with pytest.raises(ModelNotFoundError, match=r"the hub has no model .* \(did you mean Qwen/Qwen3-4B\?\)"):
+    with pytest.raises(ModelNotFoundError, match=r"Hugging Face has no model .* \(did you mean Qwen/Qwen3-4B\?\)"):
         resolve("Qwen/Qwen-4B", cache_dir=tmp_path)
 
 
@@ -444,7 +444,7 @@ def test_one_gguf_of_a_repository(hub: Hub) -> None:
 
 def test_several_gguf_in_a_repository_are_listed_before_anything_is_fetched(hub: Hub) -> None:
     fake = hub([*SPLIT, "m-Q4_0.gguf"])
-    with pytest.raises(ModelNotFoundError, match=r"org/name on the hub holds 2 GGUF models: .*--f"):
+    with pytest.raises(ModelNotFoundError, match=r"org/name on Hugging Face holds 2 GGUF models: .*--f"):
         resolve("org/name")
     assert [kind for kind, _ in fake.calls] == ["info"]
 
@@ -487,7 +487,7 @@ def test_the_hubs_refusals_say_what_to_do(hub: Hub, error: Exception, message: s
 def test_without_an_answer_the_cache_is_used(hub: Hub, error: Exception, caplog: pytest.LogCaptureFixture) -> None:
     fake = hub(SAFETENSORS)
     fake.listing_error = error
-    with pytest.raises(HubUnreachableError, match="not in the cache and the hub was not reached"):
+    with pytest.raises(HubUnreachableError, match="not in the cache and Hugging Face was not reached"):
         resolve("org/name")
     fill(fake.folder, SAFETENSORS)
     with caplog.at_level(logging.WARNING):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The table of docs/models.md, made of the registry and of what the tests of this folder are run with.
+"""The tables of tests in docs/models.md, made of the registry and of what the tests of this folder are run with.
 
 `uv run --group dev python packages/core/tests/models/models_page.py` writes it anew; a test compares.
 """
@@ -72,15 +72,31 @@ def rows_by_class() -> dict[str, list[str]]:
 
 
 def table() -> str:
-    """A table for the CPU, one for GPUs, and the encoders."""
-    formats = ["safetensors", "GGUF", f"`--isq` ({', '.join(ISQ_TYPES)})", *FORMATS]
-    head = f"| architecture | {' | '.join(formats)} |\n|{'---|' * (len(formats) + 1)}"
-    parts = []
+    """A table for the CPU, one for GPUs, and the encoders. A row has all architectures that are tested alike."""
+    parts = [f"Formats: {', '.join(_FORMATS)}."]
     for title, cells in (("On the CPU", _on_cpu), ("On a GPU", _on_gpu)):
-        lines = [f"| `{name}` | {' | '.join(cells(name, tests))} |" for name, tests in sorted(rows_by_class().items())]
-        parts.append("\n".join([f"**{title}**\n", head, *lines]))
+        alike: dict[tuple[str, ...], list[str]] = {}
+        for name, tests in sorted(rows_by_class().items()):
+            alike.setdefault(tuple(cells(name, tests)), []).append(f"`{name}`")
+        *few, (usual, many) = sorted(alike.items(), key=lambda item: len(item[1]))
+        lines = [f"| {', '.join(names)} | {_formats_of(words)} |" for words, names in few]
+        lines.append(f"| the other {len(many)} [architectures](#families) | {_formats_of(usual)} |")
+        parts.append("\n".join([f"**{title}**\n", "| architectures | formats |\n|---|---|", *lines]))
     encoders = ", ".join(f"`{name}`" for name in sorted(HF_ENCODERS))
     return "\n\n".join([*parts, f"**Encoders**, {ENCODED}, from safetensors, and BERT from GGUF: {encoders}."])
+
+
+_FORMATS = ("safetensors", "GGUF", f"`--isq` ({', '.join(ISQ_TYPES)})", *FORMATS)
+
+
+def _formats_of(words: tuple[str, ...]) -> str:
+    """The formats of each word, most formats last: "no GGUF; interpreted: safetensors; reference: other formats"."""
+    alike: dict[str, list[str]] = {}
+    for word, format in zip(words, _FORMATS, strict=True):
+        alike.setdefault(word, []).append(format.partition(" (")[0])
+    *few, (most, _) = sorted(alike.items(), key=lambda item: len(item[1]))
+    shown = [f"no {', '.join(each)}" if word == NONE else f"{word}: {', '.join(each)}" for word, each in few]
+    return "; ".join([*shown, f"{most}: {'other' if few else 'all'} formats"])
 
 
 def _on_cpu(name: str, tests: list[str]) -> list[str]:

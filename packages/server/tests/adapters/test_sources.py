@@ -285,7 +285,7 @@ def test_what_cannot_be_is_refused_before_the_weights_come(fake_hub: Any, cache:
 def test_a_fault_leaves_nothing_and_the_next_time_is_whole(fake_hub: Any, cache: DiskCache, tmp_path: Path) -> None:
     fake_hub.repos["acme/tone"] = files(b"x" * 1000)
     fake_hub.sums["acme/tone", WEIGHTS] = "0" * 64
-    with pytest.raises(Unavailable, match="does not match the hub's checksum"):
+    with pytest.raises(Unavailable, match="does not match Hugging Face's checksum"):
         had(hub(cache), named("acme/tone"))
     assert list((tmp_path / "cache").iterdir()) == []
     del fake_hub.sums["acme/tone", WEIGHTS]
@@ -306,7 +306,7 @@ def test_what_is_in_the_cache_is_found_without_the_hub(fake_hub: Any, cache: Dis
     fake_hub.stop()
     huggingface_hub.close_session()  # its connections are still answered
     assert had(hub(cache), named("acme/tone")) == found
-    with pytest.raises(Unavailable, match="the hub cannot be reached"):
+    with pytest.raises(Unavailable, match="Hugging Face cannot be reached"):
         had(hub(cache), named("acme/other"))
 
 

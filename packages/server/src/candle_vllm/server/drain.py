@@ -37,7 +37,8 @@ def _is_logged(record: logging.LogRecord) -> bool:
     if str(record.msg).startswith(("Cancel %s running task(s)", "ASGI callable returned without completing")):
         return False
     failed_start = record.module == "on" and record.levelno == logging.ERROR  # uvicorn.lifespan.on
-    return not failed_start or "\n" in record.getMessage()  # a traceback
+    message = record.getMessage().rstrip()
+    return not failed_start or ("\n" in message and not message.endswith("CancelledError"))  # a traceback of a failure
 
 
 class DrainingServer(uvicorn.Server):

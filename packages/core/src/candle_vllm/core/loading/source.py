@@ -393,7 +393,7 @@ def _download(
         without = "connect to the network, without HF_HUB_OFFLINE," if constants.HF_HUB_OFFLINE else None
         return _cached(model, revision, cache_dir, without)
     if weights:
-        wanted = wanted_files(names, choose_weights(names, weight_file, f"{model} on the hub", usual=True))
+        wanted = wanted_files(names, choose_weights(names, weight_file, f"{model} on Hugging Face", usual=True))
     else:
         wanted = _patterns(_companions(names))
     try:
@@ -450,7 +450,7 @@ def _listing(model: str, revision: str | None, token: str | None, cache_dir: Pat
         refusal = hub_refusal(model, revision, error, cache_dir)
         if refusal is not None:
             raise refusal from error
-        logger.warning("the hub cannot be reached (%s); looking for %s in the cache", error, model)
+        logger.warning("Hugging Face cannot be reached (%s); looking for %s in the cache", error, model)
         return None
     return sorted(sibling.rfilename for sibling in info.siblings or ())
 
@@ -487,21 +487,21 @@ def hub_refusal(model: str, revision: str | None, error: Exception, cache: Path 
 
     if isinstance(error, GatedRepoError):
         return ModelNotFoundError(
-            f"{model} is gated: accept its terms on the hub, then pass a token (or run `hf auth login`)"
+            f"{model} is gated: accept its terms on Hugging Face, then pass a token (or run `hf auth login`)"
         )
     if isinstance(error, RepositoryNotFoundError):
         return ModelNotFoundError(
-            f"the hub has no model {model!r}{_in_cache(model, cache)}, or it is private: check the spelling, pass a "
-            "token for a private one, or pass a folder"
+            f"Hugging Face has no model {model!r}{_in_cache(model, cache)}, or it is private: check the spelling, pass "
+            "a token for a private one, or pass a folder"
         )
     if isinstance(error, RevisionNotFoundError):
         return ModelNotFoundError(f"{model} has no revision {revision!r}: check the branch, tag or commit")
     if isinstance(error, HfHubHTTPError):
         status = error.response.status_code
         if status in (401, 403):
-            return ModelNotFoundError(f"the hub refuses access to {model} (status {status}): pass a valid token")
+            return ModelNotFoundError(f"Hugging Face refuses access to {model} (status {status}): pass a valid token")
         if status < 500 and status != 429:
-            return ModelNotFoundError(f"the hub answered {status} when asked for {model}: {error}")
+            return ModelNotFoundError(f"Hugging Face answered {status} when asked for {model}: {error}")
     return None
 
 
@@ -517,8 +517,8 @@ def _cached(model: str, revision: str | None, cache_dir: Path | None, allow: str
         )
     except (LocalEntryNotFoundError, OSError, RuntimeError) as error:  # RuntimeError: a loop of links
         raise (HubUnreachableError if allow is None else ModelNotFoundError)(
-            f"{model} (revision {revision or 'main'}) is not in the cache{_in_cache(model, cache_dir)} and the hub was "
-            f"not reached: {allow or 'connect to the network'} or pass a folder or .gguf file"
+            f"{model} (revision {revision or 'main'}) is not in the cache{_in_cache(model, cache_dir)} and Hugging "
+            f"Face was not reached: {allow or 'connect to the network'} or pass a folder or .gguf file"
         ) from error
     return Path(folder)
 

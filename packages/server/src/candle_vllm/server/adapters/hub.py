@@ -107,7 +107,7 @@ class HubSource(FetchedSource):
         from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 
         if self._settings.offline:
-            raise sources.Unavailable("the hub is not contacted (--offline)")
+            raise sources.Unavailable("Hugging Face is not contacted (--offline)")
         at = "" if revision is None else f"/revision/{quote(revision, safe='')}"
         try:
             told, _ = self._told(f"{constants.ENDPOINT}/api/models/{repo}{at}?blobs=true", budget)
@@ -116,7 +116,8 @@ class HubSource(FetchedSource):
             refusal = refused_by_hub(self._settings, repo, error)
             if refusal is None:
                 _ = budget.seconds
-                raise sources.Unavailable(f"the hub cannot be reached for {repo} ({type(error).__name__})") from None
+                said = f"Hugging Face cannot be reached for {repo} ({type(error).__name__})"
+                raise sources.Unavailable(said) from None
             logger.info("no adapter %s: %s", repo, refusal)
             return None
 
@@ -150,7 +151,7 @@ class HubSource(FetchedSource):
         except (HTTPError, OSError, ValueError, msgspec.MsgspecError) as error:
             _ = budget.seconds
             raise sources.Unavailable(
-                f"the hub does not report the branches of {repo}@{commit} ({type(error).__name__})"
+                f"Hugging Face does not report the branches of {repo}@{commit} ({type(error).__name__})"
             ) from None
         return False
 
@@ -163,7 +164,7 @@ class HubSource(FetchedSource):
                 told += piece
                 if len(told) > _MAX_TOLD:
                     raise sources.Unavailable(
-                        f"the hub's answer about a repository has more than {_MAX_TOLD >> 20} MiB"
+                        f"Hugging Face's answer about a repository has more than {_MAX_TOLD >> 20} MiB"
                     )
             return bytes(told), answer.links.get("next", {}).get("url", "")
 
@@ -185,7 +186,7 @@ class HubSource(FetchedSource):
             # With the response itself, hf_raise_for_status would read the whole body of an error, which is not needed.
             hf_raise_for_status(type(answer)(answer.status_code, headers=own, request=answer.request))
             if answer.headers.get("content-encoding", "identity") != "identity":
-                raise sources.Unavailable("the hub's response is compressed, which was not requested")
+                raise sources.Unavailable("Hugging Face's response is compressed, which was not requested")
             yield answer
 
     def _get(self, repo: str, commit: str, file: _File, path: Path, budget: sources.Budget) -> None:
@@ -203,7 +204,7 @@ class HubSource(FetchedSource):
                     f"{file.rfilename} of {repo} could not be downloaded ({type(error).__name__})"
                 ) from None
         if file.size not in (None, path.stat().st_size) or (file.lfs is not None and sum_of(path) != file.lfs.sha256):
-            raise sources.Unavailable(f"{file.rfilename} of {repo} does not match the hub's checksum")
+            raise sources.Unavailable(f"{file.rfilename} of {repo} does not match Hugging Face's checksum")
 
 
 class _Sum(msgspec.Struct):

@@ -56,7 +56,7 @@ def _pulled(settings: ModelOptions, name: str) -> Local:
     _say(f"{plan.name}: {room}")
     with progress_bar():
         local = fetch(settings, plan)
-    _say(f"{local.name}: is on this machine as the hub has it; candle-vllm --m {local.name} serves it")
+    _say(f"{local.name}: is on this machine as Hugging Face has it; candle-vllm --m {local.name} serves it")
     return local
 
 

@@ -200,8 +200,8 @@ async def _answer_all(
             wrong += result.error is not None
             if time.monotonic() - told >= TELLING_SECONDS:
                 told = time.monotonic()
-                sys.stderr.write(f"run-batch: {done} lines answered, {wrong} of them with an error\n")
-    sys.stderr.write(f"run-batch: done, {done} lines answered, {wrong} of them with an error\n")
+                sys.stderr.write(f"run-batch: lines answered: {done}, with an error: {wrong}\n")
+    sys.stderr.write(f"run-batch: done; lines answered: {done}, with an error: {wrong}\n")
 
 
 async def _lines(given: IO[bytes], longest: int) -> AsyncGenerator[bytes]:

@@ -110,7 +110,7 @@ def plan_pull(settings: HubOptions, name: str) -> Plan:
 
     named = read_name(name)
     if settings.offline:
-        raise PullError(f"{named} is looked up on the hub, which is not contacted (--offline)", "offline")
+        raise PullError(f"{named} is looked up on Hugging Face, which is not contacted (--offline)", "offline")
     try:
         info = huggingface_hub.model_info(
             named.repo,
@@ -120,9 +120,8 @@ def plan_pull(settings: HubOptions, name: str) -> Plan:
             timeout=source.HUB_TIMEOUT_S,
         )
     except (HTTPError, OfflineModeIsEnabled, OSError) as error:
-        raise refused_by_hub(settings, named.repo, error) or PullError(
-            f"{named} is looked up on the hub, which cannot be reached ({error})", "hub_unreachable"
-        ) from error
+        said = f"{named} is looked up on Hugging Face, which cannot be reached ({error}): connect to the network"
+        raise refused_by_hub(settings, named.repo, error) or PullError(said, "hub_unreachable") from error
     siblings = {sibling.rfilename: sibling for sibling in info.siblings or ()}
     first = choose_file(list(siblings), named)
     parts = () if first is None else source.gguf_models(list(siblings))[first]
@@ -150,7 +149,7 @@ def _file(sibling: RepoSibling) -> HubFile:
     name, told = sibling.rfilename, None if sibling.lfs is None else str(sibling.lfs["sha256"])
     leaves = name.startswith("/") or "\\" in name or ".." in name.split("/")
     if leaves or (told is not None and re.fullmatch("[0-9a-f]{64}", told) is None):
-        raise PullError(f"the hub's list has a file {name!r:.100} with an invalid name or checksum", "no_such_file")
+        raise PullError(f"Hugging Face lists a file {name!r:.100} with an invalid name or checksum", "no_such_file")
     return HubFile(name, sibling.size or 0, told)
 
 

@@ -174,7 +174,7 @@ def _verify(plan: downloads.Plan, folder: Path) -> None:
             path.resolve().unlink(missing_ok=True)
             path.unlink(missing_ok=True)
             raise InvalidFileError(
-                f"{file.name} of {plan.name} does not match the hub's checksum and was removed: pull it again"
+                f"{file.name} of {plan.name} does not match Hugging Face's checksum and was removed: pull it again"
             )
 
 

@@ -183,6 +183,8 @@ async def call_mcp_tool(request: Request) -> Response:
     if wire.approved is not True:
         raise InvalidParameterError("approved must be true: a user must approve the call first", "approved")
     if service.registry.find(wire.name) is None:
+        await unless_disconnected(service.settled(), request.receive)
+    if service.registry.find(wire.name) is None:
         near = nearest(wire.name, service.registry.names())
         raise HttpError(404, f"There is no tool {wire.name!r}{near}.", "tool_not_found", param="name")
     if service.calls >= MAX_CALLS:

@@ -157,11 +157,11 @@ def compiled_address(name: str, make: Callable[[], Callable[..., None]]) -> int:
         folder = kernel_cache()
         code = _read(folder / kept, used=True) if folder is not None else None
         if code is None:
+            _tell(folder)
             code = compile_image(_checked(name, make), host_level())
             if folder is not None:
                 keep_kernel(folder, name, host_level(), code)
                 _drop_old(folder)
-            _tell(folder)
     if links_here() and not code.startswith(_OBJECT):
         return machine_code.load(machine_code.from_bytes(code))
     from candle_vllm.core.kernels.cpu_runtime.compiler import load_object
@@ -197,7 +197,7 @@ def _compiled() -> count[int]:
 
 
 def _tell(folder: Path | None) -> None:
-    """Log how many kernels of `WANTED` are stored, or if `WANTED` is empty, how many this process has compiled."""
+    """Report, before a kernel is compiled, how many of `WANTED` are stored, or if it is empty, the kernel's number."""
     here = done = next(_compiled())
     wanted = WANTED.get()
     if folder is not None and wanted:
