@@ -14,7 +14,7 @@ from candle_vllm.core import EngineConfig
 from candle_vllm.core.assembly import model as loading
 from candle_vllm.core.engine.runners.device_inputs import DeviceLimits
 from candle_vllm.core.engine.runners.device_runner import DeviceRunner
-from candle_vllm.core.kernels import dispatch
+from candle_vllm.core.kernels import delta_rule, dispatch
 from candle_vllm.core.kernels.delta_rule import triton
 from candle_vllm.core.kernels.device_stream import CudaStream
 from packages.core.tests.lazy_stream import LazyStream
@@ -106,7 +106,7 @@ def test_prompts_have_whole_chunks(
     monkeypatch.setattr(triton, "scan_chunks", counted)
     found = logits(source, device, "bf16", monkeypatch, [64, 72])
     assert set(told) == {tuple(range(64)), tuple(range(64, 136))}
-    monkeypatch.setattr(dispatch, "interpreted", lambda: False)
+    monkeypatch.setattr(delta_rule, "on_gpu", lambda _: False)
     assert error(found, logits(source, device, "bf16", monkeypatch, [64, 72])) < 0.03
 
 
