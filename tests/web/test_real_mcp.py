@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.common_run import few
 from tests.scripted_server import ScriptedServer
 from tests.waiting import wait_for
 from tests.web.actions import button, said, say, tools_on
@@ -112,7 +113,7 @@ def test_without_the_key_the_page_says_where_the_address_is(
         server.stop()
 
 
-@pytest.mark.parametrize("flags", [(), ("--mcp-execute",)])
+@pytest.mark.parametrize("flags", few([((),), (("--mcp-execute",),)], (("--mcp-execute",),)))
 def test_tools_that_are_off_are_off(
     browser: Any, open_page: Callable[..., Any], folder: Path, flags: tuple[str, ...]
 ) -> None:

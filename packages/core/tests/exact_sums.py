@@ -16,37 +16,49 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from candle_vllm.core.engine.runners.eager_runner import EagerRunner, EncoderRunner
 from packages.core.tests.lazy_stream import LazyStream
 
 # Functions that sum, and functions whose last bits differ between a vector's lanes and the elements after the last one.
-_WIDE = {
-    f"aten::{name}"
-    for name in (
-        "addmm", "bmm", "gelu", "layer_norm", "linear", "matmul", "mean", "mm", "native_layer_norm", "rsqrt",
-        "scaled_dot_product_attention", "sigmoid", "silu", "softmax", "_softmax", "sum", "tanh", "tanh_",
-    )
-}  # fmt: skip
+_WIDE = (
+    "addmm", "bmm", "gelu", "layer_norm", "linear", "matmul", "mean", "mm", "native_layer_norm", "rsqrt",
+    "scaled_dot_product_attention", "sigmoid", "silu", "softmax", "_softmax", "sum", "tanh", "tanh_",
+)  # fmt: skip
 _STEPS = ((EagerRunner, "run"), (EagerRunner, "score"), (EncoderRunner, "run"), (LazyStream, "run_next"))
-
-
-class _Wide(TorchDispatchMode):
-    """Computes the functions `_WIDE` of float32 tensors in float64, in the thread that enters this mode."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if not _is_wide(func) or not _all_float32([*args, *kwargs.values()]):
-            return func(*args, **kwargs)
-        out = kwargs.pop("out", args[0] if func._schema.name.endswith("_") else None)
-        result = func.overloadpacket(*map(_doubled, args), **{key: _doubled(kwargs[key]) for key in kwargs})
-        return out.copy_(result) if out is not None else _rounded(result)
+_KEY = "TESTING_ONLY_GenericMode"  # a dispatch key of torch; no tensor has it
 
 
 @functools.cache
-def _is_wide(func: Any) -> bool:
-    return func._schema.name in _WIDE
+def _register() -> tuple[torch.library.Library, ...]:
+    """Register the functions `_WIDE` for `_KEY`; return the registrations, which end with their objects.
+
+    Each other function passes this key without entering Python. A `TorchDispatchMode` would enter it for each of them,
+    although most only select a part of a tensor.
+    """
+    functions, others = torch.library.Library("aten", "IMPL"), torch.library.Library("_", "IMPL")
+    others.fallback(torch.library.fallthrough_kernel, _KEY)
+    for name in _WIDE:
+        packet = getattr(torch.ops.aten, name)
+        for overload in packet.overloads():
+            functions.impl(f"{name}.{overload}".removesuffix(".default"), _widened(getattr(packet, overload)), _KEY)
+    return functions, others
+
+
+def _widened(func: torch._ops.OpOverload) -> Callable[..., Any]:
+    """Return a function that computes `func` in float64 if its tensors are float32."""
+    below = torch._C.DispatchKeySet(torch._C._dispatch_key_parse(_KEY))
+    in_place = func._schema.name.endswith("_")
+
+    def compute(*args: Any, **kwargs: Any) -> Any:
+        with torch._C._ExcludeDispatchKeyGuard(below):
+            if not _all_float32([*args, *kwargs.values()]):
+                return func(*args, **kwargs)
+            out = kwargs.pop("out", args[0] if in_place else None)
+            result = func.overloadpacket(*map(_doubled, args), **{key: _doubled(kwargs[key]) for key in kwargs})
+            return out.copy_(result) if out is not None else _rounded(result)
+
+    return compute
 
 
 def _all_float32(values: list[Any]) -> bool:
@@ -72,10 +84,13 @@ def exact_sums() -> Iterator[None]:
     guarantee their bits, and are not changed.
     """
 
+    _register()
+    key = torch._C._dispatch_key_parse(_KEY)
+
     def widened(step: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(step)
         def run(*args: Any, **kwargs: Any) -> Any:
-            with _Wide():
+            with torch._C._IncludeDispatchKeyGuard(key):
                 return step(*args, **kwargs)
 
         return run

@@ -196,7 +196,7 @@ def test_exact_sums_give_the_same_bits_alone_and_in_company(toy_model: Path) -> 
     params = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True, logprobs=1)
 
     def numbers(**settings: Any) -> list[list[tuple[int, float]]]:
-        with InferenceEngine(str(toy_model), **settings) as engine:
+        with InferenceEngine(str(toy_model), op_by_op=True, **settings) as engine:
             outputs = engine.generate(prompts, params, use_tqdm=False)
         return [[(e.chosen.token_id, e.chosen.logprob) for e in output.outputs[0].logprobs or ()] for output in outputs]
 
@@ -205,4 +205,6 @@ def test_exact_sums_give_the_same_bits_alone_and_in_company(toy_model: Path) -> 
         assert numbers(max_num_seqs=4) == alone
         assert numbers(max_num_seqs=3, max_num_batched_tokens=5) == alone
     rounded = [[(token, pytest.approx(value, abs=1e-4)) for token, value in row] for row in alone]
-    assert numbers(max_num_seqs=1) == rounded, "what torch computes by itself, but for the last bits"
+    plain = numbers(max_num_seqs=1)
+    assert plain == rounded, "what torch computes by itself, but for the last bits"
+    assert plain != alone

@@ -112,7 +112,7 @@ async def test_a_forced_call_that_is_cut_shows_no_mark(sample: Sample) -> None:
         return
     text = f"<think>{sample.text}" if sample.prefilled else sample.text
     made = adapter([text], tool_parser=sample.tools, reasoning_parser=sample.reasoning)
-    for end in range(1, len(text), 11):
+    for end in range(1, len(text), 23):
         fields = {"tool_choice": "required", "max_tokens": end}
         answer, stream = await whole(made, **fields), await chunks(made, **fields)
         assert not answer.choices[0].message.content, text[:end]

@@ -50,7 +50,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_toy_model(tmp_path_factory.mktemp("kept") / "toy", toy_config(head_dim=32))
+    config = toy_config(head_dim=64, num_attention_heads=2, num_key_value_heads=1)  # a size that kernel tests compile
+    return write_toy_model(tmp_path_factory.mktemp("kept") / "toy", config)
 
 
 @contextmanager
@@ -487,7 +488,8 @@ def test_pictures_tell_blocks_apart(tmp_path: Path) -> None:
 def test_adapters_tell_blocks_apart(model: Path, tmp_path: Path) -> None:
     """After a restart an adapter finds its own blocks, by what is in it and not by its name."""
     config = read_json(model / "config.json")
-    sizes = {"q_proj": config["num_attention_heads"] * 32, "v_proj": config["num_key_value_heads"] * 32}
+    heads = {"q_proj": "num_attention_heads", "v_proj": "num_key_value_heads"}
+    sizes = {name: config[count] * config["head_dim"] for name, count in heads.items()}
     shapes = {f"model.layers.0.self_attn.{name}": (size, config["hidden_size"]) for name, size in sizes.items()}
     for seed in range(2):
         write_adapter(tmp_path / f"adapter{seed}", shapes, rank=4, seed=seed, size=2)

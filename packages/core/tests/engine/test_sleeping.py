@@ -155,12 +155,13 @@ def test_encoders_sleep(tmp_path: Path, settings: dict[str, Any]) -> None:
 
 def test_its_memory_goes_back(tmp_path: Path) -> None:
     """Of 60 MB of weights and 30 MB of cache the process has no pages left at level 2."""
-    config = toy_config("llama", head_dim=128, hidden_size=1024, intermediate_size=4096, num_hidden_layers=2)
+    config = toy_config("llama", head_dim=64, hidden_size=1024, intermediate_size=4096, num_hidden_layers=2)
+    config |= {"num_attention_heads": 8, "num_key_value_heads": 4}
     folder = write_toy_model(tmp_path / "toy", config)
     long = [3 + n % 90 for n in range(400)]
     with InferenceEngine(folder, threads=1, kv_cache_memory=64 << 20) as engine:
         right = answer(engine, long)
-        sizes = [engine.model_info.weight_bytes, 400 * 2 * 2 * 2 * config["num_key_value_heads"] * 128]
+        sizes = [engine.model_info.weight_bytes, 400 * 2 * 2 * 2 * config["num_key_value_heads"] * config["head_dim"]]
         whole = resident()
         engine.sleep(1)
         without_cache = resident()

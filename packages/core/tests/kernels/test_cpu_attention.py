@@ -218,10 +218,13 @@ class Step:
     qkv: list[torch.Tensor]
     ahead: np.ndarray | None = None
 
-    def run(self, model: Model, team: ThreadTeam, max_context: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    def run(
+        self, model: Model, team: ThreadTeam, max_context: int = 0, *, attends: bool = True
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Runs the three operations; returns the result [T, H, D] and the bfloat16 queries [T, H, D].
 
-        `max_context` is what the scratch memory is made for; 0 is the longest context of the step.
+        `max_context` is what the scratch memory is made for; 0 is the longest context of the step. The result is NaN
+        if only the cache is written (`attends`).
         """
         lengths = [len(rows) for rows in self.qkv]
         starts = np.cumsum([0, *lengths]).astype(np.int64)
@@ -308,13 +311,14 @@ class Step:
             profile_count=len(profiles),
             profile_size=mirrored.shape[1],
         )
+        written = rotate_and_write_operation(*model.kinds), write
+        if not attends:
+            team.run(plan_of(numbers, written), 1)
+            return out, model.plain_queries(q)
         attend_address = attend_operation(model.dim, model.isa, *model.kinds, model.profiles is not None)
         operations = attend_address, merge_operation(model.dim, model.kinds[1])
         both = [(each, attend) for each in operations]
-        plan = plan_of(
-            numbers, (rotate_and_write_operation(*model.kinds), write), *both, *both
-        )  # the second pass: a reset
-        team.run(plan, 5)
+        team.run(plan_of(numbers, written, *both, *both), 5)  # the second pass: a reset
         if model.sums is not None:
             team.run(plan_of(numbers, (measure_operation(), write._replace(fit=address_of(model.sums)))), 1)
         assert memory[scratch - address_of(memory)] == 0
@@ -389,13 +393,12 @@ def test_head_ratios(teams: dict[int, ThreadTeam], heads: tuple[int, int], threa
     check(model, teams[threads], [33, 300, 70], [1, 40, 70])
 
 
-@pytest.mark.one_of_each(2)
-@pytest.mark.parametrize("dim", few([16, 18, 32, 64, 72, 80, 96, 112, 128, 160, 256, 512], 16, 18, 64, 72, 128))
+@pytest.mark.parametrize("dim", few([16, 18, 32, 64, 72, 80, 96, 112, 128, 160, 256, 512], 64, 72))
 def test_head_sizes(teams: dict[int, ThreadTeam], dim: int) -> None:
     check(Model(dim=dim, heads=4, kv_heads=2), teams[2], [130, 41], [1, 23])
 
 
-@pytest.mark.parametrize("dim", few([16, 72, 80], 16, 72))
+@pytest.mark.parametrize("dim", few([16, 72, 80], 72))
 def test_odd_heads_change_no_bit_however_they_are_computed(teams: dict[int, ThreadTeam], dim: int) -> None:
     model = Model(dim=dim, heads=4, kv_heads=2, blocks=80)
     table, qkv = Pages(model).table(700), random_qkv(model, 700, 5)
@@ -760,7 +763,7 @@ def test_what_is_written_is_within_half_a_step(teams: dict[int, ThreadTeam], kin
     wide = qkv.view(77, 15, 96)
     # A scale and a minimum are halves, which end at 65504.
     wide[3], wide[5, :, ::7], wide[6] = 0, 40, wide[6] * (1e4 if kind.has_minima or kind.bits == 3 else 1e5)
-    _, q = Step([table], [0], [qkv]).run(model, teams[2])
+    _, q = Step([table], [0], [qkv]).run(model, teams[2], attends=False)
     rotated = rotary_reference.rotary(wide[:, :10], torch.arange(77), model.cos, model.sin)
     queries = rotated[:, :5] * torch.tensor(model.scale, dtype=torch.float32)
     kept = [cache[table].flatten(0, 1)[:77] for cache in model.plain_cache()]

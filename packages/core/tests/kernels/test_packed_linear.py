@@ -59,9 +59,13 @@ each_compiled = pytest.mark.parametrize(
 )
 
 
+# Kinds that are multiplied at another level besides the one of this CPU; `every_case` has every kind at every level.
+ELSEWHERE = ("Q8_0", "Q4_1", "Q4_K", "Q6_K", "IQ4_NL", "IQ2_XXS", "IQ3_S", "TQ1_0", "MXFP4")
+
+
 def others(kind: PackedKind) -> list[Level]:
-    """A level besides the one of this CPU, in turns, with which a kind is multiplied."""
-    return LEVELS_HERE[kind % len(LEVELS_HERE) :][:1]
+    """The level besides the one of this CPU with which a kind is multiplied: each level has one kind."""
+    return [level for name, level in zip(ELSEWHERE, LEVELS_HERE) if name == kind.name]
 
 
 def random_bytes(kind: PackedKind, rows: int, columns: int, seed: int = 0) -> np.ndarray:

@@ -205,10 +205,14 @@ def check_step(
     return ours
 
 
+# Lengths, and tokens before them: whole chunks, ends and beginnings of others, sequences too short for any, and one
+# token. Few tokens are outside of whole chunks: each of them is interpreted by itself, for every head.
+PARTS = (70, 73, 9, 1, 14), (0, 60, 50, 64, 120)
+
+
 @pytest.mark.parametrize("dtype", few([torch.bfloat16, torch.float16], torch.bfloat16))
 def test_prompts_in_chunks(device: torch.device, dtype: torch.dtype) -> None:
-    """Whole chunks, ends and beginnings of others, sequences too short for any, and one token."""
-    check_step(device, Sizes(1, 2, 19, 21), (70, 130, 63, 1, 70), (0, 60, 1, 64, 120), dtype)
+    check_step(device, Sizes(1, 2, 19, 21), *PARTS, dtype)
 
 
 @pytest.mark.parametrize(
@@ -217,13 +221,13 @@ def test_prompts_in_chunks(device: torch.device, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("likeness", few([0.0, 3.0], 3.0))
 def test_kimi_delta_attention_in_chunks(device: torch.device, sizes: Sizes, likeness: float) -> None:
     """Each row of its state has its own decay."""
-    check_step(device, sizes, (70, 130, 63, 1, 70), (0, 60, 1, 64, 120), torch.bfloat16, likeness=likeness)
+    check_step(device, sizes, *PARTS, torch.bfloat16, likeness=likeness)
 
 
 @pytest.mark.parametrize("sizes", few([(EVEN,), (Sizes(2, 4, 16, 21),), (Sizes(1, 2, 128, 80),)], (EVEN,)), ids=str)
 def test_mamba_2_in_chunks(device: torch.device, sizes: Sizes) -> None:
     """Its chunks have no inverse; D times the values is added."""
-    check_step(device, sizes, (70, 130, 63, 1, 70), (0, 60, 1, 64, 120), torch.bfloat16, strength=0.0, normed=False)
+    check_step(device, sizes, *PARTS, torch.bfloat16, strength=0.0, normed=False)
 
 
 @pytest.mark.parametrize("sizes", few([(EVEN,), (Sizes(1, 3, 5, 3),), (Sizes(1, 1, 128, 128),)], (EVEN,)), ids=str)

@@ -14,7 +14,7 @@ from candle_vllm.core import EngineConfig
 from candle_vllm.core.assembly import model as loading
 from candle_vllm.core.engine.runners.device_inputs import DeviceLimits
 from candle_vllm.core.engine.runners.device_runner import DeviceRunner
-from candle_vllm.core.kernels import dispatch
+from candle_vllm.core.kernels import delta_rule, dispatch
 from candle_vllm.core.kernels.delta_rule import triton
 from candle_vllm.core.kernels.device_stream import CudaStream
 from packages.core.tests.lazy_stream import LazyStream
@@ -97,19 +97,18 @@ def test_steps_equal_torch(name: str, device: torch.device, tmp_path: Path, monk
 def test_prompts_have_whole_chunks(
     name: str, device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The model tells the kernels of states where a prompt's multiples of 64 are: 0 and 64, in steps of 70 and 66."""
-    source, used, scan = written(name, tmp_path), list[int](), triton.scan_chunks
+    """The model tells the kernels of states where a prompt's multiples of 64 are: 0 and 64, in steps of 64 and 72."""
+    source, told, scan = written(name, tmp_path), list[tuple[int, ...]](), triton.scan_chunks
 
     def counted(*given: Any) -> None:
-        used.append(len(given[1]["q"]))
+        told.append(tuple(given[2].tolist()))
         scan(*given)
 
     monkeypatch.setattr(triton, "scan_chunks", counted)
-    found = logits(source, device, "bf16", monkeypatch, [70, 66])
-    assert set(used) == {70, 66}
-    monkeypatch.setattr(triton, "in_chunks", lambda *_, **__: False)
-    one_by_one = logits(source, device, "bf16", monkeypatch, [70, 66])
-    assert 0 < error(found, one_by_one) < 0.03
+    found = logits(source, device, "bf16", monkeypatch, [64, 72])
+    assert set(told) == {tuple(range(64)), tuple(range(64, 136))}
+    monkeypatch.setattr(delta_rule, "on_gpu", lambda _: False)
+    assert error(found, logits(source, device, "bf16", monkeypatch, [64, 72])) < 0.03
 
 
 @pytest.mark.parametrize(("name", "top"), few([("DeepSeek-V3.2", 3), ("GLM-5.3-Flash", 4)], ("DeepSeek-V3.2", 3)))

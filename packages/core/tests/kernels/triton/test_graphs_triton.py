@@ -26,7 +26,7 @@ from packages.core.tests.recording_stream import RecordingStream
 from tests.common_run import few
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
-BLOCK, BLOCKS, SEQUENCES, TOKENS, PAGES = 16, 40, 2, 24, 20
+BLOCK, BLOCKS, SEQUENCES, TOKENS, PAGES = 16, 40, 2, 12, 20
 
 
 def answers(loaded: LoadedModel, stream: RecordingStream, *, graphs: bool) -> dict[str, list[int]]:
@@ -48,7 +48,7 @@ def answers(loaded: LoadedModel, stream: RecordingStream, *, graphs: bool) -> di
         blocks = WindowedBlocks(rooms, [pages.data for pages in runner.page_of], BLOCK)
     pool = StatePool(SEQUENCES, 2, BLOCK) if states(specs) else None
     engine = Engine(runner, Scheduler(blocks, SEQUENCES, TOKENS, states=pool), preparation_for(loaded, 160))
-    for number, length in enumerate((3, 30, 12)):
+    for number, length in enumerate((3, 17, 6)):
         params = SamplingParams(max_tokens=3, ignore_eos=True, temperature=0.8 * (number % 2), seed=1, top_p=0.9)
         prompt = [5 + number, *range(40, 40 + length)]
         request = GenerationRequest(request_id=str(number), prompt_token_ids=prompt, params=params)
