@@ -12,14 +12,9 @@ import pytest
 import torch
 
 from candle_vllm.core.kernels.attention.rows import AttentionRows, PagedCache
-from candle_vllm.core.kernels.compressed_attention import (
-    CompressedLayer,
-    EntryParts,
-    Groups,
-    IndexQueries,
-    entry_share,
-    reference,
-)
+from candle_vllm.core.kernels.compressed_attention import EntryParts, Groups, IndexQueries, entry_share
+from candle_vllm.core.kernels.compressed_attention.cpu_record import RecordedStep
+from candle_vllm.core.kernels.compressed_attention.reference import TorchStep
 from candle_vllm.core.kernels.cpu_runtime.level import Isa, host_isa
 from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber
 from candle_vllm.core.kernels.cpu_runtime.recorder import Recorder, StepLimits
@@ -59,7 +54,7 @@ class Problem:
 
     def parts(self, number: int, groups: Groups) -> EntryParts:
         bias, norm = self.random(groups.ratio, groups.width, seed=number), 1 + self.random(groups.size, seed=number) / 9
-        return EntryParts(bias, norm, EPS, *self.tables)
+        return EntryParts(bias, norm, EPS)
 
     def given(self, sequence: int) -> list[torch.Tensor]:
         """Queries, rows before the norm, inputs of each kind of entry, and an index's queries and weights."""
@@ -125,26 +120,31 @@ def eager_step(problem: Problem, caches: tuple[PagedCache, PagedCache], rows: At
     positions = torch.cat(at)
     given = [torch.cat(each) for each in zip(*[[x[own] for x in problem.given(n)] for n, own in enumerate(at)])]
     blocks = torch.cat([rows.block_tables[n, own // problem.block] for n, own in enumerate(at)])
-    slots, (cos, sin) = blocks * problem.block + positions % problem.block, problem.tables
+    slots = blocks * problem.block + positions % problem.block
     q, kv, *more = given
-    turned = reference.turned(q.view(-1, HEADS, SIZE), cos[positions], sin[positions])
     normed = kv * torch.rsqrt(kv.square().mean(-1, keepdim=True) + EPS) * (1 + problem.random(SIZE, seed=5) / 9)
-    written = reference.turned(normed[:, None], cos[positions], sin[positions])[:, 0]
-    reference.write_rows(written, caches[0].keys, slots)
-    options: dict[str, Any] = {}
-    if problem.groups is not None:
-        inputs, first = more[: len(problem.all_groups)], 0
-        reference.write_rows(torch.cat(inputs, 1), caches[0].values, slots)
-        for n, groups in enumerate(problem.all_groups):
-            reference.compress(caches[0].values, first, rows, caches[1][n], rows, groups, problem.parts(n, groups))
-            first += 2 * groups.width
-        options = {"log": caches[1].keys, "log_rows": rows, "groups": problem.groups}
+    step = TorchStep(positions, problem.tables, *caches, slots, rows, rows)
+    return attended(problem, step, caches, q.view(-1, HEADS, SIZE), normed[:, None], more)
+
+
+def attended(problem: Problem, step: Any, caches: tuple[PagedCache, PagedCache], q: Any, kv: Any, more: Any) -> Any:
+    """The result [T, H, D] of a step's operations, of heads of queries and normed rows, and the other inputs."""
+    step.write([step.turned(kv)], caches[0].keys)
+    inputs, first, index = more[: len(problem.all_groups)], 0, None
+    if inputs:
+        step.write(inputs, caches[0].values)
+    for n, groups in enumerate(problem.all_groups):
+        parts = problem.parts(n, groups)
+        if isinstance(step, RecordedStep):
+            parts = EntryParts(parts.bias.numpy(), parts.norm.numpy(), EPS)
+        step.compress(first, caches[1][n], groups, parts)
+        first += 2 * groups.width
     if problem.indexed:
-        own = reference.turned(more[2].view(-1, INDEX_HEADS, INDEX_SIZE), cos[positions], sin[positions])
-        options["index"] = IndexQueries(own, more[3], caches[1].values, INDEX_SIZE, TOP)
-    sinks = problem.random(HEADS, seed=3)
-    made = reference.attend(turned, caches[0].keys, rows, sinks, window=WINDOW, scale=SIZE**-0.5, **options)
-    return reference.turned(made, cos[positions], -sin[positions])
+        own = step.turned(more[2].unflatten(-1, (-1, INDEX_SIZE)))
+        index = IndexQueries(own, more[3], caches[1].values, problem.all_groups[1], TOP)
+    sinks: Any = problem.random(HEADS, seed=3)
+    sinks = sinks.numpy() if isinstance(step, RecordedStep) else sinks
+    return step.attend(step.turned(q), sinks, WINDOW, SIZE**-0.5, problem.groups, index)
 
 
 def rows_of(step: tuple[tuple[int, int], ...], block: int) -> AttentionRows:
@@ -193,24 +193,10 @@ def test_the_operations_as_the_reference(problem: Problem, threads: int, isa: Is
     recorder = Recorder(limits, isa)
     buffers = [recorder.buffer(each.shape[1]) for each in problem.given(0)]
     q, kv, *more = (buffer_value(recorder, buffer) for buffer in buffers)
-    plain = [EntryParts(*[x if isinstance(x, float) else x.numpy() for x in problem.parts(n, each)])
-             for n, each in enumerate(problem.all_groups)]  # fmt: skip
-    chooses: dict[str, int] = {"index_heads": INDEX_HEADS, "index_size": INDEX_SIZE, "top": TOP}
-    layer = CompressedLayer(
-        heads=HEADS,
-        size=SIZE,
-        window=WINDOW,
-        scale=SIZE**-0.5,
-        norm=(1 + problem.random(SIZE, seed=5) / 9).numpy(),
-        eps=EPS,
-        cos=problem.tables[0].numpy(),
-        sin=problem.tables[1].numpy(),
-        sinks=problem.random(HEADS, seed=3).numpy(),
-        entries=tuple(zip(problem.all_groups, plain, strict=True)),
-        **(chooses if problem.indexed else {}),
-    )
-    inputs, index = more[: len(plain)], (more[2], more[3]) if problem.indexed else None
-    made = buffer_of(q.attend_compressed(kv, inputs, index, layer, (both[0], both[1])))
+    norm, tables = (1 + problem.random(SIZE, seed=5) / 9).numpy(), [table.numpy() for table in problem.tables]
+    recorded = RecordedStep(recorder, (tables[0], tables[1]), *both)
+    q, kv = q.unflatten(-1, (-1, SIZE)), kv.unflatten(-1, (-1, SIZE)).rms_norm(norm, EPS)
+    made = buffer_of(attended(problem, recorded, (both[0], both[1]), q, kv, more))
     team, arrays = ThreadTeam(threads), recorder.arrays
     for step in STEPS:
         rows = rows_of(step, problem.block)

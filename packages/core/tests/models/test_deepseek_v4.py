@@ -262,7 +262,7 @@ def test_blocks_hold_an_entry(folder: Path) -> None:
 
 
 def test_no_cache_chunk_preemption_or_draft_changes_an_answer(folder: Path, tmp_path: Path) -> None:
-    """Prompts that share blocks, chunks that cut groups, too few blocks, blocks from a file; compiled and in torch."""
+    """Prompts that share blocks, chunks that cut groups, too few blocks, blocks from a file, ranks; also in torch."""
     shared = [some_tokens(64), [*some_tokens(48), 7, 8, 9], some_tokens(64), some_tokens(70)[3:]]
     apart = [some_tokens(20 + n)[n:] for n in range(8)]
 
@@ -276,7 +276,8 @@ def test_no_cache_chunk_preemption_or_draft_changes_an_answer(folder: Path, tmp_
     alone = [answers([prompt], enable_prefix_caching=False)[0][0] for prompt in (*shared, *apart)]
     in_torch, _ = answers([*shared, *apart], op_by_op=True, max_num_batched_tokens=20, max_num_seqs=8)
     assert [tokens for tokens, _ in in_torch] == [tokens for tokens, _ in alone]
-    for kept in ({}, {"prompt_cache_path": tmp_path / "blocks"}, {"prompt_cache_path": tmp_path / "blocks"}):
+    ranks: dict[str, Any] = {"device": "cpu", "tensor_parallel_size": 2}
+    for kept in (ranks, {}, {"prompt_cache_path": tmp_path / "blocks"}, {"prompt_cache_path": tmp_path / "blocks"}):
         found, stats = answers(shared, max_num_batched_tokens=20, max_num_seqs=4, **kept)
         assert found == alone[:4]
         assert stats.cached_prompt_tokens >= 96

@@ -254,7 +254,7 @@ def test_keys_and_states_have_caches_of_their_own(tmp_path: Path) -> None:
 
 
 def test_what_is_around_a_sequence_changes_nothing(folder: Path) -> None:
-    """Batches, chunks that end within an n-gram, prefixes, preemption, several answers, drafts that are rejected."""
+    """Batches, chunks that end within an n-gram, prefixes, preemption, several answers, rejected drafts, ranks."""
     prompts = [[(7 * i + n) % 256 for i in range(3 + 33 * n)] for n in reversed(range(6))]
     greedy = {
         "temperature": 0.0,
@@ -278,7 +278,7 @@ def test_what_is_around_a_sequence_changes_nothing(folder: Path) -> None:
     small, stats = run(n=1, max_num_batched_tokens=45, max_num_seqs=4, **few_blocks)
     assert small == alone
     assert stats.preemptions > 0
-    drafted, stats = run(speculative_config=ngram, max_num_batched_tokens=45, max_num_seqs=4)
+    drafted, stats = run(speculative_config=ngram, max_num_batched_tokens=45, max_num_seqs=4, tensor_parallel_size=2)
     assert drafted == alone
     assert stats.accepted_draft_tokens > 0
     repeats = load(folder).config.tie_embeddings  # a model with one table repeats a token

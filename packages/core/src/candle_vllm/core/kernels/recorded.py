@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from candle_vllm.core.kernels.attention.rows import PagedCache
-    from candle_vllm.core.kernels.compressed_attention import CompressedLayer
     from candle_vllm.core.kernels.cpu_runtime.operation import Matrix
     from candle_vllm.core.kernels.delta_rule.layout import DeltaGates
     from candle_vllm.core.kernels.latent_attention.layout import LatentParts
@@ -197,17 +196,6 @@ class Recorded(ABC):
     @abstractmethod
     def choose_positions(self, key: Recorded, weights: Recorded, parts: LatentParts, cache: Any, top: int) -> Any:
         """Return `LatentParts.chosen`; see `kernels/latent_attention`. This value is q, `key` the result of a norm."""
-
-    @abstractmethod
-    def attend_compressed(
-        self,
-        kv: Recorded,
-        inputs: Sequence[Recorded],
-        index: tuple[Recorded, Recorded] | None,
-        layer: CompressedLayer,
-        caches: tuple[PagedCache, PagedCache],
-    ) -> Recorded:
-        """See `kernels/compressed_attention/cpu_record.py`; this value is the queries [T, H * D], rotated in place."""
 
     @abstractmethod
     def narrowed(self) -> Recorded:

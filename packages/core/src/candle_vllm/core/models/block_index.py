@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Attention of Qwen3.5 to blocks of positions that an indexer chooses by pooled keys (QSA of Qwen4).
 
-`kernels/compressed_attention/cpu_blocks.py` describes the cache of the indexer and its pooled keys.
+`kernels/compressed_attention` describes the cache of the indexer and its pooled keys.
 Source: transformers' `Qwen4ExpTextQSAIndexer`.
 Shapes: T tokens, E hidden, H heads of D elements, K key-value heads, Hi index heads of Di elements, R rotated elements.
 """
@@ -9,16 +9,11 @@ Shapes: T tokens, E hidden, H heads of D elements, K key-value heads, Hi index h
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
-import numpy as np
-
-from candle_vllm.core.kernels.attention.cpu_record import LOG2E
-from candle_vllm.core.kernels.compressed_attention.cpu_record import LayerArguments
-from candle_vllm.core.kernels.cpu_runtime.level import LANES
-from candle_vllm.core.kernels.cpu_runtime.operation import address_of, operation
+from candle_vllm.core.kernels.compressed_attention import EntryParts, Groups, IndexQueries
 from candle_vllm.core.kernels.latent_attention import latent_write
-from candle_vllm.core.kernels.latent_attention.layout import FEW_TOKENS
 from candle_vllm.core.kernels.recorded import Recorded, Value
 from candle_vllm.core.kernels.side_by_side import side_by_side
 from candle_vllm.core.kernels.silu_mul import gated
@@ -38,6 +33,7 @@ class BlockIndex:
         assert config.index is not None
         self.cache, self.heads, self.size = config.num_layers + layer, config.index.heads, config.index.nope
         self.rotary, self.top, self.pool = rotary, config.index_top, config.index_pool
+        self.groups = Groups(self.pool, self.size, gated=False)
         self.inputs = Linear(config.hidden_size, {"q": self.heads * self.size, "k": self.size}, placement)
         self.q_norm, self.k_norm = (RMSNorm(self.size, config.norm_eps, placement) for _ in range(2))
 
@@ -81,60 +77,33 @@ class Attention(qwen3_next.Attention):
             )
         chosen = self.index.choose(x, step)
         if chosen is not None:
-            step = dataclasses.replace(step, attend=_Chosen(step.attend, chosen, self.index.pool))
+            step = dataclasses.replace(
+                step, attend=functools.partial(_attend_chosen, step.attend, chosen, self.index.pool)
+            )
         return self.output(gated(self.attend(q, k, v, step).flatten(1), gate, "sigmoid"))
 
     def _record(self, q: Any, k: Any, v: Any, index: tuple[Any, Any], step: StepInput) -> Recorded:
         """Record attention of normalised queries and keys, and values; `index` are its queries and keys."""
-        from candle_vllm.core.kernels.cpu_runtime.values import buffer_value
+        from candle_vllm.core.kernels.compressed_attention.cpu_record import RecordedStep
 
-        recorder, (index_q, key), (cos, sin) = q.recorder, index, self.index.rotary.tables
-        (keys, values), log = step.caches[self.layer], step.caches[self.index.cache].keys
-        arrays, limits, out, norm = recorder.arrays, recorder.limits, recorder.buffer(q.width), self.index.k_norm
-        pool, size, width = self.index.pool, self.index.size, log.shape[-1]
-        longest, top = limits.table_width * limits.block_size, self.index.top // pool
-        most, groups = -(-min(longest, (top + 1) * pool) // LANES) * LANES, longest // pool
-        given: dict[str, Any] = dict.fromkeys(LayerArguments._fields, 0)
-        rows = {"q": q, "kv": k, "first": v, "more": key, "index": index_q}
-        given |= {f"{name}_stride": each.buffer.stride for name, each in rows.items()}
-        given |= {"q": q.address, "kv": k.address, "first": v.address, "more": key.address, "index_q": index_q.address}
-        tables = {"query_start": arrays.query_start, "log_tables": arrays.block_tables, "positions": arrays.positions}
-        tables |= {"slots": arrays.slots, "cache": keys, "inputs": values, "log": log, "out": out.array}
-        tables |= {} if arrays.turns is None else {"turns": arrays.turns}
-        given |= {name: address_of(each) for name, each in tables.items()}
-        kept = {"cos": cos, "sin": sin, "norm": norm.weight, "weights": np.ones(self.index.heads, np.float32)}
-        given |= {name: recorder.keep(each) for name, each in kept.items()}
-        given |= {"half": cos.shape[1], "heads": q.width // q.head_dim, "kv_heads": k.width // q.head_dim}
-        given |= {"size": q.head_dim, "index_heads": self.index.heads, "index_size": size, "eps": norm.eps}
-        given |= {"scale": self.attend.scale * LOG2E, "ratio": pool, "top": top, "most": most, "out_stride": out.stride}
-        row = LayerArguments(**given)._replace(table_stride=limits.table_width, block_shift=limits.block_shift)
-        recorder.add(operation("compressed_attention.cpu_blocks:write"), row)
-        if groups > top:
-            recorder.add(operation("compressed_attention.cpu_blocks:pool_keys"), row)
-            chosen = recorder.memory(top, np.int32)
-            scores = recorder.scratch(4 * groups * max(FEW_TOKENS, limits.threads))
-            row = row._replace(chosen=address_of(chosen), share=width, step=pool * width, scratch_size=4 * groups)
-            last = row._replace(log=row.log + 4 * (pool - 1) * width, scratch=scores)
-            for chooses in (0, 1):
-                recorder.add(operation("compressed_attention.cpu:make_choose", chooses, recorder.isa), last)
-        row = row._replace(scratch=recorder.scratch(32 * most * limits.threads))
-        recorder.add(operation("compressed_attention.cpu_blocks:make_attend", recorder.isa), row)
-        return buffer_value(recorder, out)
+        at, (index_q, key), cache, logs = self.index, index, step.caches[self.layer], step.caches[self.index.cache]
+        made, groups = RecordedStep(q.recorder, at.rotary.tables, cache, logs, pairs=False), at.groups
+        q, k, index_q = map(made.turned, (q, k, index_q))
+        made.write([k], cache.keys)
+        made.write([v], cache.values)
+        made.write([key], logs.keys, turns=True)
+        made.compress(0, logs.keys, groups, EntryParts(None, at.k_norm.weight, at.k_norm.eps))
+        chooser = IndexQueries(index_q, None, logs.keys, groups, at.top // at.pool)
+        return made.attend(q, None, None, self.attend.scale, groups, chooser).flatten(1)
 
 
-class _Chosen:
-    """Attention of tokens to chosen positions [T, top], by another function; see `kernels/attention`."""
+def _attend_chosen(
+    attend: Any, chosen: Any, pool: int, q: Any, keys: Any, values: Any, rows: Any, **scores: Any
+) -> Any:
+    """Return attention of tokens to chosen positions [T, top], by another function; see `kernels/attention`."""
+    from candle_vllm.core.kernels.latent_attention.reference import chosen_rows
 
-    def __init__(self, attend: Any, chosen: Any, pool: int) -> None:
-        self._attend, self._chosen, self._pool = attend, chosen, pool
-
-    def __call__(self, q: Any, keys: Any, values: Any, rows: Any, **scores: Any) -> Any:
-        from candle_vllm.core.kernels.latent_attention.reference import chosen_rows
-
-        made, both = (
-            q.new_empty(q.shape),
-            (chosen_rows(each, rows, self._chosen, self._pool) for each in (keys, values)),
-        )
-        for (part, key_copies, own), (_, value_copies, _) in zip(*both, strict=True):
-            made[part] = self._attend(q[part], key_copies, value_copies, own, **scores)
-        return made
+    made, both = q.new_empty(q.shape), (chosen_rows(each, rows, chosen, pool) for each in (keys, values))
+    for (part, key_copies, own), (_, value_copies, _) in zip(*both, strict=True):
+        made[part] = attend(q[part], key_copies, value_copies, own, **scores)
+    return made

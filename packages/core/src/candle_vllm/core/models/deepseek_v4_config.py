@@ -34,7 +34,6 @@ class DeepseekV4Config(ModelConfig):
         window: positions of the window in every layer, the token included.
         ratios: for each layer the tokens of a group; 0 for a layer without entries.
         indexed: layers whose entries an index chooses; their groups overlap.
-        index_heads, index_size: Hi and Di.
         output_groups, output_rank: groups of heads with an output projection of their own, and its rank.
         streams: the residual streams.
         mixture: experts of every layer.
@@ -46,8 +45,7 @@ class DeepseekV4Config(ModelConfig):
     window: int
     ratios: tuple[int, ...]
     indexed: frozenset[int]
-    index_heads: int
-    index_size: int
+    index: LatentSizes
     output_groups: int
     output_rank: int
     streams: Streams
@@ -66,6 +64,11 @@ class DeepseekV4Config(ModelConfig):
             refused = f"hc_eps is {self.streams.eps}; it must be between 0 and 1"
         if refused is not None:
             raise InvalidFileError(refused)
+
+    @property
+    def index_size(self) -> int:
+        """Di, elements of an index key."""
+        return self.index.nope + self.index.rope
 
     def groups_of(self, layer: int) -> Groups | None:
         """Return how a layer's tokens become entries; None for a layer without entries."""
@@ -143,8 +146,6 @@ def config_from_hf(fields: Fields, model_type: str) -> DeepseekV4Config:
         window=window,
         ratios=tuple(rates[kind] for kind in kinds),
         indexed=frozenset(layer for layer, kind in enumerate(kinds) if kind == _INDEXED),
-        index_heads=fields.count("index_n_heads", 64, most=_MOST_INDEX_HEADS),
-        index_size=fields.count("index_head_dim", 128),
         index_top=fields.count("index_topk", 512),
         index=_index_sizes(fields, ropes[1].dim),
         output_groups=output_groups,
@@ -172,7 +173,7 @@ def config_from_hf(fields: Fields, model_type: str) -> DeepseekV4Config:
 
 
 def _index_sizes(fields: Fields, rope: int) -> LatentSizes:
-    heads, size = fields.count("index_n_heads", 64), fields.count("index_head_dim", 128)
+    heads, size = fields.count("index_n_heads", 64, most=_MOST_INDEX_HEADS), fields.count("index_head_dim", 128)
     return LatentSizes(heads=heads, nope=size - rope, rope=rope, latent=size - rope, value=0)
 
 

@@ -11,11 +11,18 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from numba import njit
 
 from candle_vllm.core.kernels.activation_quant.cpu import rms_scale_within
 from candle_vllm.core.kernels.attention.cpu_tiles import NOTHING, emit_exp2
-from candle_vllm.core.kernels.compressed_attention.cpu_record import LayerArguments
+from candle_vllm.core.kernels.compressed_attention.cpu_record import (
+    AttendArguments,
+    ChooseArguments,
+    CompressArguments,
+    TurnArguments,
+    WriteArguments,
+)
 from candle_vllm.core.kernels.cpu_runtime.emit import F32, I64, Double, Emitter, Float, Int, emitted, vector
 from candle_vllm.core.kernels.cpu_runtime.level import LANES, Isa
 from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber
@@ -119,44 +126,57 @@ def softmax(scores: int, count: int, scale: float, sink: float) -> None:
 
 
 @njit
-def _turn(x: int, cos: Any, sin: Any, half: int, sign: float) -> None:
-    """Rotate 2 * half floats at x in pairs, forwards or, with sign -1, backwards."""
-    values = float32_at(x)
+def _turn_pairs(x: int, cos: int, sin: int, half: int, sign: float) -> None:
+    """Rotate 2 * half floats at x in pairs of neighbours, forwards or, with sign -1, backwards."""
+    values, c, s = float32_at(x), float32_at(cos), float32_at(sin)
     for i in range(half):
-        first, second, c, s = values[2 * i], values[2 * i + 1], cos[i], sin[i] * sign
-        values[2 * i], values[2 * i + 1] = first * c - second * s, second * c + first * s
+        first, second, signed = values[2 * i], values[2 * i + 1], s[i] * sign
+        values[2 * i], values[2 * i + 1] = first * c[i] - second * signed, second * c[i] + first * signed
 
 
 @njit
-def copy_floats(target: int, source: int, count: int) -> None:
-    to, values = float32_at(target), float32_at(source)
-    for i in range(count):
-        to[i] = values[i]
+def _turn_halves(x: int, cos: int, sin: int, half: int) -> None:
+    """Rotate elements i and i + half of 2 * half floats at x."""
+    values, c, s = float32_at(x), float32_at(cos), float32_at(sin)
+    for i in range(half):
+        first, second = values[i], values[i + half]
+        values[i], values[i + half] = first * c[i] - second * s[i], second * c[i] + first * s[i]
+
+
+@njit
+def _table_row(positions: int, turns: int, t: int) -> int:
+    """Return a token's row in the tables of the rotary embedding."""
+    return int64_at(positions)[t] + (int64_at(turns)[t] if turns != 0 else 0)
+
+
+def make_turn(PAIRS: int) -> Callable[..., None]:
+    """Return the rotation of heads in place: of pairs at their end, or of halves at their beginning."""
+
+    def turn(row, thread, threads):
+        given = read(TurnArguments, row)
+        heads, half = given.heads, given.half
+        total = step_number(row, _TOKENS) * heads
+        for unit in range(total * thread // threads, total * (thread + 1) // threads):
+            t = unit // heads
+            x = given.x + (t * given.stride + (unit - t * heads) * given.size) * 4
+            at = _table_row(given.positions, given.turns, t) * half * 4
+            if PAIRS == 1:
+                _turn_pairs(x + (given.size - 2 * half) * 4, given.cos + at, given.sin + at, half, 1.0)
+            else:
+                _turn_halves(x, given.cos + at, given.sin + at, half)
+
+    return turn
 
 
 def write(row, thread, threads):
-    """Rotate queries in place; normalise, rotate and write each token's row; write its inputs."""
-    given = read(LayerArguments, row)
-    rows, size, half, norm = step_number(row, _TOKENS), given.size, given.half, float32_at(given.norm)
+    """Copy the rows of tokens, or their rows of a table, to their slots."""
+    given, rows = read(WriteArguments, row), step_number(row, _TOKENS)
     for t in range(rows * thread // threads, rows * (thread + 1) // threads):
-        at = int64_at(given.positions)[t] * half * 4
-        cos, sin = float32_at(given.cos + at), float32_at(given.sin + at)
-        for h in range(given.heads):
-            _turn(given.q + (t * given.q_stride + (h + 1) * size - 2 * half) * 4, cos, sin, half, 1.0)
-        for h in range(given.index_heads):
-            end = t * given.index_stride + (h + 1) * given.index_size
-            _turn(given.index_q + (end - 2 * half) * 4, cos, sin, half, 1.0)
-        slot = int64_at(given.slots)[t]
-        source, target = given.kv + t * given.kv_stride * 4, given.cache + slot * size * 4
-        values, to, scale = float32_at(source), float32_at(target), rms_scale_within(source, size, given.eps)
-        for i in range(size):
-            to[i] = values[i] * scale * norm[i]
-        _turn(target + (size - 2 * half) * 4, cos, sin, half, 1.0)
-        if given.ratio != 0:
-            width = 2 * size * (1 + given.overlaps)
-            inputs = given.inputs + slot * given.width * 4
-            copy_floats(inputs, given.first + t * given.first_stride * 4, width)
-            copy_floats(inputs + width * 4, given.more + t * given.more_stride * 4, given.width - width)
+        at = _table_row(given.positions, given.turns, t) if given.positions != 0 else t
+        source = float32_at(given.rows + at * given.stride * 4)
+        to = float32_at(given.cache + int64_at(given.slots)[t] * given.width * 4)
+        for i in range(given.count):
+            to[i] = source[i]
 
 
 @njit
@@ -180,46 +200,28 @@ def _pool(span: Any, count: int, ratio: int, size: int, overlaps: int, bias: int
         out[i] = weighted / total
 
 
-def compress(row, thread, threads):
-    """Write the entries of the groups that end in this step; threads divide the groups."""
-    given = read(LayerArguments, row)
-    ratio, size, shift, half = given.ratio, given.size, given.block_shift, given.half
-    mask, number = (1 << shift) - 1, 0
-    memory = stack_bytes(12 * 2 * ratio)
-    span, scratch = int64_at(memory), float32_at(memory + 16 * ratio)
-    norm = float32_at(given.norm)
-    for r in range(step_number(row, _SEQUENCES)):
-        context = int64_at(given.context_lens)[r]
-        start = context - int64_at(given.query_start)[r + 1] + int64_at(given.query_start)[r]
-        table, log_table = given.tables + r * given.table_stride * 8, given.log_tables + r * given.table_stride * 8
-        for group in range(start // ratio, context // ratio):
-            number += 1
-            if number % threads != thread:
-                continue
-            before = ratio if given.overlaps != 0 and group > 0 else 0
-            for j in range(before + ratio):
-                at = group * ratio - before + j
-                slot = (int64_at(table)[at >> shift] << shift) + (at & mask)
-                span[j] = given.inputs + (slot * given.width + given.column) * 4
-            last = (group + 1) * ratio - 1
-            block = int64_at(log_table)[last >> shift]
-            target = given.log + ((block << shift) * given.share + (last & mask) // ratio * size) * 4
-            out = float32_at(target)
-            _pool(span, before + ratio, ratio, size, given.overlaps, given.bias, out, scratch)
-            scale = rms_scale_within(target, size, given.eps)
-            for i in range(size):
-                out[i] = out[i] * scale * norm[i]
-            turned = group * ratio * half * 4
-            cos, sin = float32_at(given.cos + turned), float32_at(given.sin + turned)
-            _turn(target + (size - 2 * half) * 4, cos, sin, half, 1.0)
+@njit
+def _mean(span: Any, count: int, size: int, out: Any) -> None:
+    """Write the mean of `count` rows to out [D]."""
+    for i in range(size):
+        total = 0.0
+        for j in range(count):
+            total += float(float32_at(span[j])[i])
+        out[i] = total / count
 
 
 @njit
-def sequence_of(query_start: int, sequences: int, t: int) -> int:
+def _sequence_of(query_start: int, sequences: int, t: int) -> int:
     r = 0
     while r + 1 < sequences and int64_at(query_start)[r + 1] <= t:
         r += 1
     return r
+
+
+@njit
+def _slot(table: int, shift: int, at: int) -> int:
+    """Return the slot of a position."""
+    return (int64_at(table)[at >> shift] << shift) + (at & ((1 << shift) - 1))
 
 
 @njit
@@ -230,6 +232,49 @@ def _entry(log: int, table: int, share: int, ratio: int, step: int, shift: int, 
     return log + ((block << shift) * share + (last & ((1 << shift) - 1)) // ratio * step) * 4
 
 
+def make_compress(GATED: int) -> Callable[..., None]:
+    """Return the operation that writes the entries of the groups that end in this step; threads divide the groups.
+
+    With gates an entry is rotated in pairs by the table, else in halves by the cosines and sines after its first row.
+    """
+
+    def compress(row, thread, threads):
+        given = read(CompressArguments, row)
+        ratio, size, shift, half = given.ratio, given.size, given.block_shift, given.half
+        sequences, number, norm = step_number(row, _SEQUENCES), 0, float32_at(given.norm)
+        memory = stack_bytes(12 * 2 * ratio)
+        span, scratch = int64_at(memory), float32_at(memory + 16 * ratio)
+        for t in range(step_number(row, _TOKENS)):
+            position = int64_at(given.positions)[t]
+            if (position + 1) % ratio != 0:
+                continue
+            number += 1
+            if number % threads != thread:
+                continue
+            group, tables = position // ratio, _sequence_of(given.query_start, sequences, t) * given.table_stride * 8
+            before = ratio if given.overlaps != 0 and group > 0 else 0
+            for j in range(before + ratio):
+                slot = _slot(given.tables + tables, shift, group * ratio - before + j)
+                span[j] = given.inputs + slot * given.width * 4
+            table = given.log_tables + tables
+            target = _entry(given.log, table, given.share, ratio, given.step, shift, group)
+            out = float32_at(target)
+            if GATED == 1:
+                _pool(span, before + ratio, ratio, size, given.overlaps, given.bias, out, scratch)
+            else:
+                _mean(span, ratio, size, out)
+            scale = rms_scale_within(target, size, given.eps)
+            for i in range(size):
+                out[i] = out[i] * scale * norm[i]
+            if GATED == 1:
+                at = group * ratio * half * 4
+                _turn_pairs(target + (size - 2 * half) * 4, given.cos + at, given.sin + at, half, 1.0)
+            else:
+                _turn_halves(target, span[0] + size * 4, span[0] + (size + half) * 4, half)
+
+    return compress
+
+
 def make_choose(CHOOSES: int, ISA: int) -> Callable[..., None]:
     """Return the first (0) or second (1) operation of a choice, for tokens with more than `top` entries.
 
@@ -238,8 +283,8 @@ def make_choose(CHOOSES: int, ISA: int) -> Callable[..., None]:
     """
 
     def choose(row, thread, threads):
-        given = read(LayerArguments, row)
-        tokens, heads, size, top = step_number(row, _TOKENS), given.index_heads, given.index_size, given.top
+        given = read(ChooseArguments, row)
+        tokens, heads, size, top = step_number(row, _TOKENS), given.heads, given.size, given.top
         few, quads, sequences = tokens <= FEW_TOKENS, (heads + 3) >> 2, step_number(row, _SEQUENCES)
         memory = stack_bytes(32 + 96 * quads)
         keys, queries, products = int64_at(memory), int64_at(memory + 32), float32_at(memory + 32 + 32 * quads)
@@ -248,10 +293,10 @@ def make_choose(CHOOSES: int, ISA: int) -> Callable[..., None]:
             if ended <= top or (CHOOSES == 1 and t % threads != thread):
                 continue
             sums = given.scratch + (t if few else thread) * given.scratch_size
-            table = given.log_tables + sequence_of(given.query_start, sequences, t) * given.table_stride * 8
+            table = given.log_tables + _sequence_of(given.query_start, sequences, t) * given.table_stride * 8
             weights = float32_at(given.weights + t * given.weight_stride * 4)
             for h in range(4 * quads):
-                queries[h] = given.index_q + (t * given.index_stride + min(h, heads - 1) * size) * 4
+                queries[h] = given.x + (t * given.stride + min(h, heads - 1) * size) * 4
             for n in range(0, ended if few == (CHOOSES == 0) else 0, 4):
                 if few and (n >> 2) % threads != thread:
                     continue
@@ -272,53 +317,83 @@ def make_choose(CHOOSES: int, ISA: int) -> Callable[..., None]:
     return choose
 
 
-def make_attend(ISA: int) -> Callable[..., None]:
-    """Return attention of four heads of one token at a time, and the rotation back of their results."""
+@njit
+def _list_entries(given: Any, t: int, sequence: int, keys: Any) -> int:
+    """Write the addresses of the rows of a token's window and of its entries; return their number."""
+    count, position, size, shift = 0, int64_at(given.positions)[t], given.size, given.block_shift
+    table = given.tables + sequence * given.table_stride * 8
+    for at in range(max(0, position - given.window + 1), position + 1):
+        keys[count] = given.keys + _slot(table, shift, at) * size * 4
+        count += 1
+    table = given.log_tables + sequence * given.table_stride * 8
+    ended = (position + 1) // given.ratio if given.ratio != 0 else 0
+    chooses = given.chosen != 0 and ended > given.top
+    for n in range(given.top if chooses else ended):
+        number = int(int32_at(given.chosen + t * given.top * 4)[n]) if chooses else n
+        keys[count] = _entry(given.log, table, given.share, given.ratio, given.step, shift, number)
+        count += 1
+    return count
+
+
+@njit
+def _list_chosen(given: Any, t: int, sequence: int, head: int, keys: Any, values: Any) -> int:
+    """Write the addresses of the keys and values of a token's chosen groups, and of the positions after the last group;
+    return their number."""
+    seen, pool, top = int64_at(given.positions)[t] + 1, given.ratio, given.top
+    table, step = given.tables + sequence * given.table_stride * 8, 4 * given.kv_heads * given.size
+    chooses = given.chosen != 0 and seen // pool > top
+    count = top * pool + seen % pool if chooses else seen
+    for n in range(count):
+        at = n
+        if chooses and n < top * pool:
+            at = int(int32_at(given.chosen + 4 * t * top)[n // pool]) * pool + n % pool
+        elif chooses:
+            at += seen - count
+        place = _slot(table, given.block_shift, at) * step + 4 * head * given.size
+        keys[n], values[n] = given.keys + place, given.values + place
+    return count
+
+
+def make_attend(CHUNKS: int, ISA: int) -> Callable[..., None]:
+    """Return attention of four heads of one token at a time: to a window and entries, with the rotation back of their
+    results (0), or to chosen positions (1)."""
 
     def attend(row, thread, threads):
-        given = read(LayerArguments, row)
-        heads, size, half, shift = given.heads, given.size, given.half, given.block_shift
-        mask, sequences, most, quads = (1 << shift) - 1, step_number(row, _SEQUENCES), given.most, (heads + 3) >> 2
-        total = step_number(row, _TOKENS) * quads
-        memory = given.scratch + thread * 24 * most
-        addresses, places = int64_at(memory), stack_bytes(64)
-        queries, targets = int64_at(places), int64_at(places + 32)
+        given = read(AttendArguments, row)
+        kv_heads, size, most, sequences = given.kv_heads, given.size, given.most, step_number(row, _SEQUENCES)
+        heads = given.heads // kv_heads  # that share a key
+        quads = (heads + 3) >> 2
+        total = step_number(row, _TOKENS) * kv_heads * quads
+        keys = given.scratch + thread * (24 + 8 * CHUNKS) * most
+        values, places = keys + 8 * most * CHUNKS, stack_bytes(64)
+        scores, queries, targets = values + 8 * most, int64_at(places), int64_at(places + 32)
         listed, count = -1, 0
         for unit in range(total * thread // threads, total * (thread + 1) // threads):
-            t = unit // quads
-            first = 4 * (unit - t * quads)
-            position = int64_at(given.positions)[t]
-            if t != listed:
-                listed, count = t, 0
-                r = sequence_of(given.query_start, sequences, t)
-                at = r * given.table_stride * 8
-                table, log_table = given.tables + at, given.log_tables + at
-                for at in range(max(0, position - given.window + 1), position + 1):
-                    slot = (int64_at(table)[at >> shift] << shift) + (at & mask)
-                    addresses[count] = given.cache + slot * size * 4
-                    count += 1
-                ended = (position + 1) // given.ratio if given.ratio != 0 else 0
-                chooses = given.chosen != 0 and ended > given.top
-                for n in range(given.top if chooses else ended):
-                    number = int(int32_at(given.chosen + t * given.top * 4)[n]) if chooses else n
-                    addresses[count] = _entry(given.log, log_table, given.share, given.ratio, size, shift, number)
-                    count += 1
+            lists = unit // quads
+            t, first = lists // kv_heads, 4 * (unit - lists * quads)
+            head = lists - t * kv_heads
+            if lists != listed:
+                listed, sequence = lists, _sequence_of(given.query_start, sequences, t)
+                if CHUNKS == 1:
+                    count = _list_chosen(given, t, sequence, head, int64_at(keys), int64_at(values))
+                else:
+                    count = _list_entries(given, t, sequence, int64_at(keys))
                 for extra in range(count, (count + 3) & ~3):
-                    addresses[extra] = addresses[count - 1]
+                    int64_at(keys)[extra] = int64_at(keys)[count - 1]
             for n in range(4):
-                h = min(first + n, heads - 1)
-                queries[n] = given.q + (t * given.q_stride + h * size) * 4
+                h = head * heads + min(first + n, heads - 1)
+                queries[n] = given.x + (t * given.stride + h * size) * 4
                 targets[n] = given.out + (t * given.out_stride + h * size) * 4
-            scores = memory + 8 * most
             for quad in range((count + 3) >> 2):
-                products_of(ISA, places, memory + 32 * quad, scores + 16 * quad, most, size >> 4)
+                products_of(ISA, places, keys + 32 * quad, scores + 16 * quad, most, size >> 4)
             for n in range(4):
-                sink = float32_at(given.sinks)[min(first + n, heads - 1)]
+                h = head * heads + min(first + n, heads - 1)
+                sink = float32_at(given.sinks)[h] if given.sinks != 0 else np.float32(NOTHING)
                 softmax(scores + 4 * n * most, count, given.scale, sink)
-            add_weighted(ISA, places + 32, memory, scores, most, count, size >> 4)
-            at = position * half * 4
-            cos, sin = float32_at(given.cos + at), float32_at(given.sin + at)
-            for n in range(min(4, heads - first)):
-                _turn(targets[n] + (size - 2 * half) * 4, cos, sin, half, -1.0)
+            add_weighted(ISA, places + 32, values, scores, most, count, size >> 4)
+            if CHUNKS == 0:
+                half, at = given.half, int64_at(given.positions)[t] * given.half * 4
+                for n in range(min(4, heads - first)):
+                    _turn_pairs(targets[n] + (size - 2 * half) * 4, given.cos + at, given.sin + at, half, -1.0)
 
     return attend

@@ -1,168 +1,283 @@
 # SPDX-License-Identifier: MIT
-"""Record compression of tokens and attention to the entries, from the operations of `cpu.py`."""
+"""Record the operations of `cpu.py` for a layer.
+
+A record has the arguments of one operation. Addresses are those of float32 rows where no type is given; strides, widths
+and sizes are in floats. Fields of several records:
+
+    positions, query_start: addresses of int64 [T] and [R + 1]
+    turns: address of int64 [T], a token's row in the tables of the rotary embedding minus its position; 0 for zeros
+    tables, log_tables: addresses of int64 [R, table_stride], pages of the cache and blocks of the logs
+    block_shift: log2(S)
+    x, stride, heads, size: heads of each token, for `compress` the elements of an entry
+    cos, sin, half: addresses of float32 [positions, R / 2], and R / 2
+    ratio: tokens of a group; 0 without entries
+    log, share, step: address of a log, E, and floats from an entry to the next in a block
+    top, chosen: address of int32 [T, top], the entries of tokens with more than `top`; 0 if no token has more
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from candle_vllm.core.kernels.attention.cpu_record import LOG2E
-from candle_vllm.core.kernels.attention.rows import WindowedCache
-from candle_vllm.core.kernels.compressed_attention import CompressedLayer, entry_share
+from candle_vllm.core.kernels.attention.rows import PagedCache, WindowedCache
+from candle_vllm.core.kernels.compressed_attention import EntryParts, Groups, IndexQueries
+from candle_vllm.core.kernels.cpu_runtime.level import LANES
 from candle_vllm.core.kernels.cpu_runtime.operation import address_of, operation
+from candle_vllm.core.kernels.cpu_runtime.values import buffer_value
 from candle_vllm.core.kernels.latent_attention.layout import FEW_TOKENS
 
 if TYPE_CHECKING:
-    from candle_vllm.core.kernels.attention.rows import PagedCache
+    from numpy.typing import NDArray
+
     from candle_vllm.core.kernels.cpu_runtime.recorder import Recorder
 
-Place = tuple[int, int]
-"""Address and row stride, in floats, of float32 rows."""
 
+class TurnArguments(NamedTuple):
+    """Arguments of `turn`."""
 
-def record_compressed(
-    recorder: Recorder,
-    q: Place,
-    kv: Place,
-    inputs: list[Place],
-    index: tuple[Place, Place] | None,
-    layer: CompressedLayer,
-    caches: tuple[PagedCache, PagedCache],
-    out: Place,
-) -> None:
-    """Record attention of a layer.
-
-    Args:
-        q, kv: normalised queries [T, H * D], which are rotated in place, and rows [T, D] before the norm.
-        inputs: inputs of the entries, then of the index keys, [T, 2 W] each; empty for a layer without entries.
-        index: queries [T, Hi * Di], which are rotated in place, and weights [T, Hi] of the index.
-        layer: sizes and weights.
-        caches: cache of rows and inputs, and the logs of entries and keys, float32 [1, B, S, width] each.
-        out: the result [T, H * D].
-    """
-    arrays, limits, (rows, logs), size = recorder.arrays, recorder.limits, caches, layer.size
-    pool, keep = rows.pool if isinstance(rows, WindowedCache) else None, recorder.keep
-    groups = layer.entries[0][0] if layer.entries else None
-    ratio, longest, widths = 0, limits.table_width * limits.block_size, [2 * each.width for each, _ in layer.entries]
-    row = LayerArguments(
-        address_of(arrays.positions), keep(layer.cos), keep(layer.sin), layer.cos.shape[1],
-        address_of(arrays.query_start), address_of(arrays.context_lens),
-        address_of(arrays.block_tables if pool is None else arrays.page_tables[pool]),
-        address_of(arrays.slots if pool is None else arrays.page_slots[pool]),
-        address_of(arrays.block_tables), limits.table_width, limits.block_shift, layer.heads, size, *q, *kv,
-        keep(layer.norm), layer.eps, address_of(rows.keys), *out, layer.scale * LOG2E, layer.window,
-        keep(layer.sinks * np.float32(LOG2E)),
-    )  # fmt: skip
-    if groups is not None:
-        ratio = groups.ratio
-        (first, first_stride), (more, more_stride), *_ = [*inputs, (0, 0)]
-        row = row._replace(ratio=ratio, overlaps=groups.overlaps, inputs=address_of(rows.values), width=sum(widths))
-        row = row._replace(first=first, first_stride=first_stride, more=more, more_stride=more_stride)
-        row = row._replace(log=address_of(logs.keys), share=entry_share(size, ratio))
-    most = longest // ratio if ratio else 0
-    if index is not None:
-        (at, stride), (weights, weight_stride) = index
-        row = row._replace(index_q=at, index_stride=stride, weights=weights, weight_stride=weight_stride)
-        row = row._replace(index_heads=layer.index_heads, index_size=layer.index_size, top=layer.top)
-    recorder.add(operation("compressed_attention.cpu:write"), row)
-    for number, (each, weights) in enumerate(layer.entries):
-        bias, norm, eps, cos, sin = weights
-        compressing = row._replace(bias=keep(bias), norm=keep(norm), eps=eps, cos=keep(cos), sin=keep(sin))
-        compressing = compressing._replace(column=sum(widths[:number]), size=each.size, log=address_of(logs[number]))
-        compressing = compressing._replace(share=entry_share(each.size, ratio))
-        recorder.add(operation("compressed_attention.cpu:compress"), compressing, barrier=number + 1 == len(widths))
-    if index is not None and most > layer.top:
-        chosen = recorder.memory(layer.top, np.int32)
-        scores = recorder.scratch(4 * most * max(FEW_TOKENS, limits.threads))
-        row = row._replace(chosen=address_of(chosen))
-        choosing = row._replace(log=address_of(logs.values), share=entry_share(layer.index_size, ratio))
-        choosing = choosing._replace(scratch=scores, scratch_size=4 * most, step=layer.index_size)
-        for chooses in (0, 1):
-            recorder.add(operation("compressed_attention.cpu:make_choose", chooses, recorder.isa), choosing)
-        most = layer.top
-    most = -(-(min(layer.window, longest) + most) // 16) * 16
-    row = row._replace(most=most, scratch=recorder.scratch(24 * most * limits.threads))
-    recorder.add(operation("compressed_attention.cpu:make_attend", recorder.isa), row)
-
-
-class LayerArguments(NamedTuple):
-    """Arguments of the operations; strides are row strides in floats, rows are float32.
-
-    Attributes:
-        positions, query_start, context_lens: addresses of int64 [T], [R + 1] and [R].
-        cos, sin, half: addresses of float32 [positions, R / 2], and R / 2.
-        tables, slots, log_tables: addresses of int64 [R, table_stride], [T] and [R, table_stride]: pages of rows and
-            inputs, a token's place there, and blocks of the logs.
-        block_shift: log2(S).
-        heads, size: H and D; for `compress` the elements of its entries.
-        q, kv, out: addresses of queries, rows and results.
-        norm, eps: address of the weight of the norm, and its epsilon.
-        cache: address of the cache of rows.
-        scale, window, sinks: factor of the scores, positions of the window, and address of float32 [H]; scale and sinks
-            are multiplied by log2(e).
-        ratio, overlaps: see `Groups`; a ratio of 0 means no entries.
-        inputs, width: address of the cache of inputs, and its row width.
-        first, more: addresses of inputs of entries and of index keys.
-        log, share, step: address of a log, E, and for a choice the floats from an entry to the next in a block.
-        column, bias: first column of the inputs that `compress` reads, and address of its bias.
-        index_q, weights: addresses of queries and weights of the index.
-        index_heads, index_size, top: Hi, Di, and the maximum number of entries of a token; 0 without an index.
-        chosen: address of chosen entries, int32 [T, top]; 0 if tokens attend to all.
-        kv_heads, turns: for `cpu_blocks.py` K, and the address of int64 [T], a token's row in `cos` and `sin` minus its
-            position; 0 without M-RoPE.
-        most: maximum number of rows and entries of a token, a multiple of 16.
-        scratch, scratch_size: address of scratch memory, and for a choice the bytes of a token's scores.
-    """
-
+    x: int
+    stride: int
+    heads: int
+    size: int
     positions: int
+    turns: int
     cos: int
     sin: int
     half: int
-    query_start: int
-    context_lens: int
-    tables: int
+
+
+class WriteArguments(NamedTuple):
+    """Arguments of `write`: rows of which `count` floats are copied, the first column in a cache whose rows have
+    `width` floats, and address of int64 [T], the slots. With positions, tokens copy their rows of a table."""
+
+    rows: int
+    stride: int
+    count: int
+    cache: int
+    width: int
     slots: int
+    positions: int
+    turns: int
+
+
+class CompressArguments(NamedTuple):
+    """Arguments of `compress`: the first column that is read in a cache whose rows have `width` floats, `overlaps` of
+    `Groups`, and bias, weight and epsilon of `EntryParts`."""
+
+    positions: int
+    query_start: int
+    tables: int
     log_tables: int
     table_stride: int
     block_shift: int
-    heads: int
+    inputs: int
+    width: int
     size: int
-    q: int
-    q_stride: int
-    kv: int
-    kv_stride: int
+    overlaps: int
+    bias: int
     norm: int
     eps: float
-    cache: int
+    cos: int
+    sin: int
+    half: int
+    ratio: int
+    log: int
+    share: int
+    step: int
+
+
+class ChooseArguments(NamedTuple):
+    """Arguments of `choose`: queries, weights of their heads, and scratch memory with the bytes of a token's scores."""
+
+    positions: int
+    query_start: int
+    log_tables: int
+    table_stride: int
+    block_shift: int
+    x: int
+    stride: int
+    heads: int
+    size: int
+    weights: int
+    weight_stride: int
+    ratio: int
+    log: int
+    share: int
+    step: int
+    top: int
+    chosen: int
+    scratch: int
+    scratch_size: int
+
+
+class AttendArguments(NamedTuple):
+    """Arguments of `attend`: queries, results, caches of keys and values of `kv_heads` heads, positions of the window,
+    factor of the scores and address of float32 [H], the sinks, or 0, both times log2(e), and maximum number of rows of
+    a token, a multiple of 16."""
+
+    positions: int
+    query_start: int
+    tables: int
+    log_tables: int
+    table_stride: int
+    block_shift: int
+    x: int
+    stride: int
+    heads: int
+    size: int
     out: int
     out_stride: int
-    scale: float
+    kv_heads: int
+    keys: int
+    values: int
     window: int
+    scale: float
     sinks: int
+    most: int
+    scratch: int
+    cos: int
+    sin: int
+    half: int
     ratio: int = 0
-    overlaps: int = 0
-    inputs: int = 0
-    width: int = 0
-    first: int = 0
-    first_stride: int = 0
-    more: int = 0
-    more_stride: int = 0
     log: int = 0
     share: int = 0
-    column: int = 0
-    bias: int = 0
-    index_q: int = 0
-    index_stride: int = 0
-    weights: int = 0
-    weight_stride: int = 0
-    index_heads: int = 0
-    index_size: int = 0
+    step: int = 0
     top: int = 0
     chosen: int = 0
-    most: int = 0
-    scratch: int = 0
-    scratch_size: int = 0
-    step: int = 0
-    kv_heads: int = 0
-    turns: int = 0
+
+
+class RecordedStep:
+    """Records the operations of a layer; `reference.TorchStep` has the same methods.
+
+    Args:
+        recorder: the plan's recorder.
+        tables: cos and sin [positions, R / 2] of the rotary embedding.
+        cache, logs: caches and logs of the layer, float32 [1, B, S, width] each.
+        pairs: whether pairs of neighbouring elements rotate.
+    """
+
+    def __init__(
+        self, recorder: Recorder, tables: tuple[Any, Any], cache: PagedCache, logs: PagedCache, *, pairs: bool = True
+    ) -> None:
+        arrays, limits, pool = (
+            recorder.arrays,
+            recorder.limits,
+            cache.pool if isinstance(cache, WindowedCache) else None,
+        )
+        self._recorder, self._cache, self._logs, self._pairs = recorder, cache, logs, pairs
+        self._longest = limits.table_width * limits.block_size
+        self._slots = address_of(arrays.slots if pool is None else arrays.page_slots[pool])
+        self._rotary = {"cos": recorder.keep(tables[0]), "sin": recorder.keep(tables[1]), "half": tables[0].shape[1]}
+        self._turns = address_of(arrays.positions), 0 if arrays.turns is None else address_of(arrays.turns)
+        self._blocks = {"query_start": address_of(arrays.query_start), "log_tables": address_of(arrays.block_tables)}
+        self._blocks |= {"table_stride": limits.table_width, "block_shift": limits.block_shift}
+        self._blocks |= {"positions": self._turns[0]}
+        self._pages = {"tables": address_of(arrays.block_tables if pool is None else arrays.page_tables[pool])}
+
+    def _add(self, name: str, arguments: tuple[Any, ...], *constants: int) -> None:
+        self._recorder.add(operation(f"compressed_attention.cpu:{name}", *constants), arguments)
+
+    def turned(self, x: Any) -> Any:
+        """Rotate the heads of x [T, H, D] in place; return x."""
+        positions, turns = self._turns
+        row = TurnArguments(**_heads(x), positions=positions, turns=turns, **self._rotary)
+        self._add("make_turn", row, self._pairs)
+        return x
+
+    def write(self, values: Sequence[Any], cache: Any, *, turns: bool = False) -> None:
+        """Write values [T, ...] side by side to a cache; with `turns`, the tokens' cosines and sines follow."""
+        at, half = address_of(cache), self._rotary["half"]
+        rows = [((value.address, value.buffer.stride, value.width), (0, 0)) for value in values]
+        rows += [((self._rotary[name], half, half), self._turns) for name in ("cos", "sin") if turns]
+        for row, turn in rows:
+            self._add("write", WriteArguments(*row, at, cache.shape[-1], self._slots, *turn))
+            at += 4 * row[2]
+
+    def compress(self, column: int, log: Any, groups: Groups, parts: EntryParts) -> None:
+        """Write the entries of the groups that end in this step to a log, from a column of the inputs on."""
+        inputs, keep = self._cache.values if groups.gated else log, self._recorder.keep
+        row = CompressArguments(
+            inputs=address_of(inputs) + 4 * column,
+            width=inputs.shape[-1],
+            size=groups.size,
+            overlaps=groups.overlaps,
+            bias=keep(parts.bias) if groups.gated else 0,
+            norm=keep(parts.norm),
+            eps=parts.eps,
+            **self._rotary,
+            **_log(log, groups),
+            **self._blocks,
+            **self._pages,
+        )
+        self._add("make_compress", row, groups.gated)
+
+    def attend(
+        self, q: Any, sinks: Any, window: int | None, scale: float, groups: Groups | None, index: IndexQueries | None
+    ) -> Any:
+        """Return the weighted sums [T, H, D] for rotated q [T, H, D], rotated back; without a window tokens attend to
+        the positions of the groups that the index chooses, whose values do not rotate."""
+        recorder, cache, longest, out = self._recorder, self._cache, self._longest, self._recorder.buffer(q.width)
+        entries, own, chosen = 0, dict[str, int](), None
+        if groups is not None:
+            entries, own = longest // groups.ratio, _log(self._logs.keys, groups)
+        if index is not None and entries > index.top:
+            chosen, entries = self._choose(index, entries), index.top
+            own |= {"chosen": address_of(chosen), "top": entries}
+        if window is not None:
+            most = min(window, longest) + entries
+        else:
+            most = longest if chosen is None else (entries + 1) * own["ratio"]
+        most = -(-most // LANES) * LANES
+        row = AttendArguments(
+            **_heads(q),
+            out=address_of(out.array),
+            out_stride=out.stride,
+            kv_heads=cache.keys.shape[-1] // q.head_dim,
+            keys=address_of(cache.keys),
+            values=0 if cache.values is None else address_of(cache.values),
+            window=window or 0,
+            scale=scale * LOG2E,
+            sinks=0 if sinks is None else recorder.keep(sinks * np.float32(LOG2E)),
+            most=most,
+            scratch=recorder.scratch(32 * most * recorder.limits.threads),
+            **own,
+            **self._rotary,
+            **self._blocks,
+            **self._pages,
+        )
+        self._add("make_attend", row, window is None, recorder.isa)
+        return buffer_value(recorder, out).unflatten(-1, (-1, q.head_dim))
+
+    def _choose(self, index: IndexQueries, entries: int) -> NDArray[np.int32]:
+        """Return the chosen entries [T, top] of tokens with more than `top`; a token has at most `entries`."""
+        recorder, weights, chosen = self._recorder, index.weights, self._recorder.memory(index.top, np.int32)
+        heads = _heads(index.q)
+        row = ChooseArguments(
+            **heads,
+            weights=recorder.keep(np.ones(heads["heads"], np.float32)) if weights is None else weights.address,
+            weight_stride=0 if weights is None else weights.buffer.stride,
+            top=index.top,
+            chosen=address_of(chosen),
+            scratch=recorder.scratch(4 * entries * max(FEW_TOKENS, recorder.limits.threads)),
+            scratch_size=4 * entries,
+            **_log(index.log, index.groups),
+            **self._blocks,
+        )
+        for chooses in (0, 1):
+            self._add("make_choose", row, chooses, recorder.isa)
+        return chosen
+
+
+def _heads(x: Any) -> dict[str, int]:
+    return {"x": x.address, "stride": x.buffer.stride, "heads": x.width // x.head_dim, "size": x.head_dim}
+
+
+def _log(log: Any, groups: Groups) -> dict[str, int]:
+    """Return the arguments for a log; a pooled key without gates is in the row of its group's last position."""
+    at, width = address_of(log), log.shape[-1]
+    last, step = (0, groups.size) if groups.gated else ((groups.ratio - 1) * width, groups.ratio * width)
+    return {"ratio": groups.ratio, "log": at + 4 * last, "share": width, "step": step}

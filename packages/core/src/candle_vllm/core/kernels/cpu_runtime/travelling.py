@@ -53,9 +53,6 @@ def functions(isa: Isa) -> Iterator[tuple[str, tuple[int, ...]]]:
         "collectives.cpu:add_up",
         "collectives.cpu:stand_together",
         "column_order.cpu:column_order",
-        "compressed_attention.cpu_blocks:pool_keys",
-        "compressed_attention.cpu_blocks:write",
-        "compressed_attention.cpu:compress",
         "compressed_attention.cpu:write",
         "cpu_runtime.walk:do_parts",
         "cpu_runtime.walk:take_part",
@@ -84,8 +81,6 @@ def functions(isa: Isa) -> Iterator[tuple[str, tuple[int, ...]]]:
     ):
         yield code, ()
     yield "attention.cpu_choice:make_score", (isa,)
-    yield "compressed_attention.cpu:make_attend", (isa,)
-    yield "compressed_attention.cpu_blocks:make_attend", (isa,)
     yield "whole_attention.cpu:make_attend_whole", (isa, 0)
     yield "whole_attention.cpu:make_attend_whole", (isa, 1)
     for prologue in Prologue:
@@ -108,7 +103,10 @@ def functions(isa: Isa) -> Iterator[tuple[str, tuple[int, ...]]]:
     for scan in ((0, 0), (0, 2), (1, 0), (1, 1)):
         yield "delta_rule.cpu:make_scan", scan
     for flag in (0, 1):
+        yield "compressed_attention.cpu:make_attend", (flag, isa)
         yield "compressed_attention.cpu:make_choose", (flag, isa)
+        yield "compressed_attention.cpu:make_compress", (flag,)
+        yield "compressed_attention.cpu:make_turn", (flag,)
         yield "rms_norm.cpu:make_head_norm", (flag,)
         yield "rms_norm.cpu:make_norm_onto", (flag,)
         yield "latent_attention.cpu_heads:make_heads", (flag,)

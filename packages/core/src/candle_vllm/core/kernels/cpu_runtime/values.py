@@ -49,7 +49,6 @@ from candle_vllm.core.kernels.stream_mix import MixArguments, WeightArguments
 if TYPE_CHECKING:
     from candle_vllm.core.kernels.activation import Activation
     from candle_vllm.core.kernels.attention.rows import PagedCache
-    from candle_vllm.core.kernels.compressed_attention import CompressedLayer
     from candle_vllm.core.kernels.delta_rule.layout import DeltaGates
     from candle_vllm.core.kernels.latent_attention.layout import LatentParts
     from candle_vllm.core.kernels.lora import Place
@@ -429,22 +428,6 @@ class _Value(Recorded):
         key.put(keys, 0)
         q, k, w = (Place(*_place(value)) for value in (self, buffer_value(self.recorder, keys), weights))
         return record_choice(self.recorder, q, k, w, parts, cache, top)
-
-    def attend_compressed(
-        self,
-        kv: Recorded,
-        inputs: Sequence[Recorded],
-        index: tuple[Recorded, Recorded] | None,
-        layer: CompressedLayer,
-        caches: tuple[PagedCache, PagedCache],
-    ) -> Recorded:
-        from candle_vllm.core.kernels.compressed_attention.cpu_record import record_compressed
-
-        made = buffer_value(self.recorder, self.recorder.buffer(self.width))
-        q, k, out = (_place(value) for value in (self, kv, made))
-        chooser = None if index is None else (_place(index[0]), _place(index[1]))
-        record_compressed(self.recorder, q, k, [*map(_place, inputs)], chooser, layer, caches, out)
-        return made
 
     def wanted(self) -> Recorded:
         return _Prepared(self, Prologue.NONE, self.width).wanted()

@@ -35,14 +35,24 @@ def latent_attention(
     return out
 
 
-def _queries(scores: int) -> int:
+def queries_at_once(scores: int) -> int:
     """Return how many queries an indexer scores at a time; `scores` is the number of scores of a query."""
     return max(1, min(_QUERIES, _SCORES // max(1, scores)))
 
 
 def score_bytes(heads: int, keys: int) -> int:
     """Return an upper bound of the bytes that `choose` needs for scores: twice the products."""
-    return 2 * 4 * heads * keys * _queries(heads * keys)
+    return 2 * 4 * heads * keys * queries_at_once(heads * keys)
+
+
+def best_scored(
+    q: torch.Tensor, weights: torch.Tensor, keys: torch.Tensor, ended: torch.Tensor, top: int
+) -> torch.Tensor:
+    """Return the numbers [T, top] of the keys [N, D] with the largest scores for q [T, H, D] and weights [T, H], among
+    equal scores the lower numbers; numbers from `ended` [T, 1] on count last, and are not to be read."""
+    scores = torch.matmul(q.float(), keys.T).relu_().mul_(weights[..., None].float()).sum(1)
+    scores.masked_fill_(torch.arange(len(keys), device=q.device) >= ended, float("-inf"))
+    return scores.sort(dim=-1, descending=True, stable=True).indices[:, :top]
 
 
 def pool_keys(cache: torch.Tensor, slots: torch.Tensor, places: torch.Tensor) -> None:
@@ -74,15 +84,12 @@ def choose(
         start, end = rows.query_start[row], rows.query_start[row + 1]
         keys = cache[rows.block_tables[row, : -(-context // cache.shape[1])]].flatten(0, 2)[:context]
         keys = keys[pool - 1 :: pool, : q.shape[2]].float()
-        ends = torch.arange(context, device=q.device)[pool - 1 :: pool]
-        most = _queries(q.shape[1] * len(keys))
+        most = queries_at_once(q.shape[1] * len(keys))
         for first in range(start, end, most):
             last = min(first + most, end)
             # rows that fill up a captured step have no context
             at = torch.arange(context - (end - first), context - (end - last), device=q.device).clamp_(min=0)[:, None]
-            scores = torch.matmul(q[first:last].float(), keys.T).relu_().mul_(weights[first:last, :, None].float())
-            scores = scores.sum(1).masked_fill_(ends > at, float("-inf"))
-            best = scores.sort(dim=-1, descending=True, stable=True).indices[:, : top // pool]
+            best = best_scored(q[first:last], weights[first:last], keys, (at + 1) // pool, top // pool)
             best = torch.where(best * pool + pool - 1 > at, context, best * pool)[..., None] + inside
             rest = (at + 1) // pool * pool + inside[:-1]
             best = torch.cat([best.flatten(1), rest], 1).sort(-1).values[:, :top]
