@@ -17,7 +17,7 @@ from collections.abc import Callable
 
 from candle_vllm.core.kernels.attention.cpu_record import ChoiceArguments
 from candle_vllm.core.kernels.attention.cpu_tiles import NOTHING
-from candle_vllm.core.kernels.compressed_attention.cpu import copy_floats, products_of, sequence_of
+from candle_vllm.core.kernels.compressed_attention.cpu import products_of, sequence_of
 from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber
 from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at, int32_at, int64_at, read, step_number
 from candle_vllm.core.kernels.cpu_runtime.tiles import stack_bytes
@@ -31,8 +31,10 @@ def write_keys(row, thread, threads):
     given = read(ChoiceArguments, row)
     size, tokens = given.size, step_number(row, _TOKENS)
     for t in range(tokens * thread // threads, tokens * (thread + 1) // threads):
-        key = given.index + 4 * (t * given.stride + given.heads * size)
-        copy_floats(given.cache + 4 * size * int64_at(given.slots)[t], key, size)
+        key = float32_at(given.index + 4 * (t * given.stride + given.heads * size))
+        to = float32_at(given.cache + 4 * size * int64_at(given.slots)[t])
+        for i in range(size):
+            to[i] = key[i]
 
 
 def make_score(ISA: int) -> Callable[..., None]:

@@ -211,7 +211,7 @@ def _mean(span: Any, count: int, size: int, out: Any) -> None:
 
 
 @njit
-def _sequence_of(query_start: int, sequences: int, t: int) -> int:
+def sequence_of(query_start: int, sequences: int, t: int) -> int:
     r = 0
     while r + 1 < sequences and int64_at(query_start)[r + 1] <= t:
         r += 1
@@ -251,7 +251,7 @@ def make_compress(GATED: int) -> Callable[..., None]:
             number += 1
             if number % threads != thread:
                 continue
-            group, tables = position // ratio, _sequence_of(given.query_start, sequences, t) * given.table_stride * 8
+            group, tables = position // ratio, sequence_of(given.query_start, sequences, t) * given.table_stride * 8
             before = ratio if given.overlaps != 0 and group > 0 else 0
             for j in range(before + ratio):
                 slot = _slot(given.tables + tables, shift, group * ratio - before + j)
@@ -293,7 +293,7 @@ def make_choose(CHOOSES: int, ISA: int) -> Callable[..., None]:
             if ended <= top or (CHOOSES == 1 and t % threads != thread):
                 continue
             sums = given.scratch + (t if few else thread) * given.scratch_size
-            table = given.log_tables + _sequence_of(given.query_start, sequences, t) * given.table_stride * 8
+            table = given.log_tables + sequence_of(given.query_start, sequences, t) * given.table_stride * 8
             weights = float32_at(given.weights + t * given.weight_stride * 4)
             for h in range(4 * quads):
                 queries[h] = given.x + (t * given.stride + min(h, heads - 1) * size) * 4
@@ -373,7 +373,7 @@ def make_attend(CHUNKS: int, ISA: int) -> Callable[..., None]:
             t, first = lists // kv_heads, 4 * (unit - lists * quads)
             head = lists - t * kv_heads
             if lists != listed:
-                listed, sequence = lists, _sequence_of(given.query_start, sequences, t)
+                listed, sequence = lists, sequence_of(given.query_start, sequences, t)
                 if CHUNKS == 1:
                     count = _list_chosen(given, t, sequence, head, int64_at(keys), int64_at(values))
                 else:
