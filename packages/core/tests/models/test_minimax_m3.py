@@ -201,12 +201,18 @@ def test_a_published_description() -> None:
     assert set(config.mlp_gates) == {("swiglu_oai", "swiglu_oai")}
     assert read({"sparse_attention_freq": [0] * 60}).index is None
     assert read(moe_layer_freq=None).sparse_layers == frozenset(range(60))
+    assert read(partial_rotary_factor=None, rotary_dim=32).rope.dim == 32
+    assert read(partial_rotary_factor=None, rotary_dim=None).rope.dim == 64
+    in_transformers = {"partial_rotary_factor": None, "rope_parameters": {"rope_theta": 5e6}}
+    assert read(**in_transformers, rotary_dim=32).rope.dim == 128
 
 
 @pytest.mark.parametrize(
     ("index", "changes", "message"),
     [
         ({}, {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({}, {"rotary_dim": 10**400}, "rotary_dim is 1000.*; it must be 1 to"),
+        ({}, {"rotary_dim": 0}, "rotary_dim is 0; it must be 1 to"),
         ({}, {"swiglu_limit": 6.0}, "swiglu_limit is 6.0; implemented: 7.0"),
         ({}, {"swiglu_beta": 0.5}, "swiglu_beta is 0.5; implemented: 1.0"),
         ({}, {"use_gemma_norm": False}, "use_gemma_norm is False"),
@@ -218,6 +224,7 @@ def test_a_published_description() -> None:
         ({"sparse_score_type": "mean"}, {}, "sparse_score_type is 'mean'"),
         ({"sparse_init_block": 1}, {}, "sparse_init_block is 1"),
         ({"sparse_num_index_heads": 8}, {}, "an index of 8 heads of 128 elements for 4 key-value heads"),
+        ({"sparse_num_index_heads": 2048}, {"num_key_value_heads": 2048, "num_attention_heads": 2048}, "of 2048 heads"),
         ({"sparse_index_dim": 72}, {}, "an index of 4 heads of 72 elements"),
         ({"sparse_index_dim": 48}, {}, "an index of 4 heads of 48 elements"),
         ({"sparse_block_size": 96}, {}, "KeyBlocks.size=96"),
