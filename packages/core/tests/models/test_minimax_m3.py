@@ -18,6 +18,7 @@ from candle_vllm.core.memory import Room, plan_cache
 from candle_vllm.core.models import minimax_m3_index
 from candle_vllm.core.models.minimax_m3_index import BlockIndex
 from candle_vllm.core.models.registry import family_from_hf
+from packages.core.tests.engine.drafted import same_times
 from packages.core.tests.models.families import ROWS
 from packages.core.tests.models.tiny import (
     LENGTH,
@@ -126,6 +127,8 @@ def test_what_is_around_a_sequence_changes_nothing(cache: str, folder: Path, tmp
     def run(**settings: Any) -> tuple[list[Any], Any]:
         given: dict[str, Any] = {"threads": 2, "block_size": 16, "device": "cpu", "kv_cache_dtype": cache}
         with InferenceEngine(str(folder), max_model_len=256, **given, **settings) as engine:
+            if (drafter := engine._engine and engine._engine._drafter) is not None:
+                drafter.times = same_times  # type: ignore[method-assign]
             found = [
                 [(e.chosen.token_id, e.chosen.logprob) for e in output.outputs[0].logprobs or ()]
                 for _ in range(2)  # the second time with a warm cache
@@ -149,7 +152,7 @@ def test_what_is_around_a_sequence_changes_nothing(cache: str, folder: Path, tmp
         )
         assert drafted == alone
         assert stats.accepted_draft_tokens > 0
-        assert cache == "q4_0" or stats.accepted_draft_tokens < stats.draft_tokens
+        assert stats.accepted_draft_tokens < stats.draft_tokens
         assert stats.cached_prompt_tokens > 0
 
 
