@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from candle_vllm.core import ConfigError, EngineConfig, InferenceEngine, SamplingParams
 from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
+from candle_vllm.core.kernels.latent_attention import reference
 from candle_vllm.core.memory import Room, plan_cache
 from candle_vllm.core.models import minimax_m3_index
 from candle_vllm.core.models.minimax_m3_index import BlockIndex
@@ -104,6 +105,20 @@ def test_few_tokens_attend_to_all(tmp_path: Path) -> None:
         logits.append(eager_logits(folder, tokens, [LENGTH]))
     assert torch.equal(logits[0], logits[1])
     assert error(logits[2], logits[0]) > 1e-2
+
+
+def test_scores_in_torch_fit_into_what_the_plan_counts(folder: Path) -> None:
+    """With a longer context, fewer queries are scored at a time."""
+    tokens, counts = some_tokens(), list[int]()
+
+    def few_at_once(scores: int) -> int:
+        counts.append(scores)
+        return 7
+
+    wanted = eager_logits(folder, tokens, [LENGTH])
+    with mock.patch.object(reference, "queries_at_once", few_at_once):
+        assert spread(eager_logits(folder, tokens, [LENGTH]), wanted) < 1e-5
+    assert counts == [2 * LENGTH] * 2
 
 
 # ---- caches ----------------------------------------------------------------------------------------------------------

@@ -35,14 +35,14 @@ def latent_attention(
     return out
 
 
-def _queries(scores: int) -> int:
+def queries_at_once(scores: int) -> int:
     """Return how many queries an indexer scores at a time; `scores` is the number of scores of a query."""
     return max(1, min(_QUERIES, _SCORES // max(1, scores)))
 
 
 def score_bytes(heads: int, keys: int) -> int:
     """Return an upper bound of the bytes that `choose` needs for scores: twice the products."""
-    return 2 * 4 * heads * keys * _queries(heads * keys)
+    return 2 * 4 * heads * keys * queries_at_once(heads * keys)
 
 
 def pool_keys(cache: torch.Tensor, slots: torch.Tensor, places: torch.Tensor) -> None:
@@ -75,7 +75,7 @@ def choose(
         keys = cache[rows.block_tables[row, : -(-context // cache.shape[1])]].flatten(0, 2)[:context]
         keys = keys[pool - 1 :: pool, : q.shape[2]].float()
         ends = torch.arange(context, device=q.device)[pool - 1 :: pool]
-        most = _queries(q.shape[1] * len(keys))
+        most = queries_at_once(q.shape[1] * len(keys))
         for first in range(start, end, most):
             last = min(first + most, end)
             # rows that fill up a captured step have no context
