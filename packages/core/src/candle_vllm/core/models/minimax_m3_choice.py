@@ -11,11 +11,13 @@ from typing import Any
 from candle_vllm.core.kernels.attention.rows import AttentionRows, DeviceRows
 from candle_vllm.core.models.minimax_m3_config import KeyBlocks
 
-_QUERIES = 64  # queries at a time, so that the scores and copied keys of a long prompt stay small
+_QUERIES = 64  # queries at a time, so that the copied keys and values of a long prompt stay small
 
 
 def choose(q: Any, cache: Any, rows: AttentionRows | DeviceRows, attend: Any, blocks: KeyBlocks) -> ByHead | None:
     """Choose blocks by q [T, K, Di] and keys [B, S, 1, Di]; return attention to them by `attend`, or None for all."""
+    from candle_vllm.core.kernels.latent_attention.reference import queries_at_once
+
     rows, slots = rows.on_host() if isinstance(rows, DeviceRows) else rows, cache.shape[1]
     size, top, per = blocks.size, blocks.top, blocks.size // slots
     if max(rows.context_lens, default=0) <= top * size:
@@ -25,8 +27,9 @@ def choose(q: Any, cache: Any, rows: AttentionRows | DeviceRows, attend: Any, bl
         start, end = rows.query_start[row], rows.query_start[row + 1]
         table = rows.block_tables[row, : -(-context // slots)]
         keys, whole = cache[table].flatten(0, 2)[:context], -(-context // size)
-        for first in range(start, end, _QUERIES):
-            last = min(first + _QUERIES, end)
+        most = queries_at_once(q.shape[1] * context)
+        for first in range(start, end, most):
+            last = min(first + most, end)
             places = [max(0, context - end + t) for t in range(first, last)]  # a padding row has no context
             at, number = table.new_tensor(places)[:, None, None], table.new_tensor(range(whole))
             scores = q.new_full((last - first, q.shape[1], whole * size), float("-inf"), dtype=cache.dtype)

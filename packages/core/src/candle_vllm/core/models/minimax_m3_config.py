@@ -22,7 +22,7 @@ _USUAL: dict[str, Any] = {
     "attention_output_gate": False, "n_shared_experts": 1,
 }  # fmt: skip
 _INDEX_USUAL = {"use_sparse_attention": True, "sparse_score_type": "max", "sparse_init_block": 0}
-_MOST = 1024  # elements of an index head, positions of a block, chosen blocks
+_MOST = 1024  # heads of an index, elements of a head, positions of a block, chosen blocks
 
 
 class KeyBlocks(NamedTuple):
@@ -59,9 +59,11 @@ def config_from_hf(fields: Fields, model_type: str) -> MiniMaxM3Config:
     """Read `config.json` of minimax_m3_vl_text, in transformers' form or with the keys of published files."""
     fields.choice("hidden_act", "silu", "silu", "swigluoai")
     refuse_others(fields, _USUAL)
-    part = fields.get("rotary_dim", int, 64) / fields.count("head_dim", 128)
+    part = 1.0  # transformers, whose files have `rope_parameters`, reads no `rotary_dim`
+    if "rope_parameters" not in fields:
+        part = fields.count("rotary_dim", 64) / fields.count("head_dim", 128)
     usual = {"rope_theta": 5e6, "partial_rotary_factor": part, "num_key_value_heads": 4, "head_dim": 128}
-    shared = shared_from_hf(fields.with_absent(**usual, rms_norm_eps=1e-6), model_type)
+    shared = shared_from_hf(fields.with_defaults(**usual, rms_norm_eps=1e-6), model_type)
     layers, inner = shared["num_layers"], shared["intermediate_size"]
     mixture = Mixture(
         experts=expert_count(fields, "num_local_experts", "num_experts"),
@@ -112,7 +114,11 @@ def _config(
     own: dict[str, Any] = {"index_layers": chosen, "blocks": blocks}
     if chosen:
         possible = shared["rope"].dim <= dim <= _MOST and dim % 16 == 0 and 0 < blocks.local <= blocks.top <= _MOST
-        if heads != shared["num_kv_heads"] or not possible or blocks.size not in (16, 32, 64, 128, 256, 512, _MOST):
+        if (
+            not heads == shared["num_kv_heads"] <= _MOST
+            or not possible
+            or blocks.size not in (16, 32, 64, 128, 256, 512, _MOST)
+        ):
             raise UnsupportedModelError(
                 f"{fields.path}: an index of {heads} heads of {dim} elements for {shared['num_kv_heads']} key-value "
                 f"heads, with {blocks}, is not implemented"

@@ -43,29 +43,33 @@ def make_score(ISA: int) -> Callable[..., None]:
     def score(row, thread, threads):
         given = read(ChoiceArguments, row)
         heads, size, shift, quads = given.heads, given.size, given.block_shift, (given.heads + 3) >> 2
-        memory, sequences = stack_bytes(32 + 96 * quads), step_number(row, _SEQUENCES)
+        memory = stack_bytes(32 + 96 * quads)
         keys, queries, products = int64_at(memory), int64_at(memory + 32), memory + 32 + 32 * quads
-        for t in range(step_number(row, _TOKENS)):
-            seen = (int64_at(given.positions)[t] >> given.shift) + 1
-            r = sequence_of(given.query_start, sequences, t)
+        starts, positions = int64_at(given.query_start), int64_at(given.positions)
+        for r in range(step_number(row, _SEQUENCES)):
             table, scores = int64_at(given.block_tables + 8 * r * given.table_stride), float32_at(given.scores)
-            for h in range(4 * quads):
-                queries[h] = given.index + 4 * (t * given.stride + min(h, heads - 1) * size)
-            for block in range(seen - given.local if seen > given.top else 0):
-                if (t + block) % threads != thread:
+            end = starts[r + 1]
+            for block in range((positions[end - 1] >> given.shift) + 1 - given.local):
+                if (r + block) % threads != thread:
                     continue
-                at = t * heads * given.blocks + block
-                for h in range(heads):
-                    scores[at + h * given.blocks] = NOTHING
-                for first in range(block << given.shift, (block + 1) << given.shift, 4):
-                    slot = (table[first >> shift] << shift) + (first & ((1 << shift) - 1))
-                    for i in range(4):
-                        keys[i] = given.cache + 4 * size * (slot + i)
-                    for quad in range(quads):
-                        products_of(ISA, memory + 32 + 32 * quad, memory, products + 64 * quad, 4, size >> 4)
-                    for h in range(4 * heads):
-                        place = at + (h >> 2) * given.blocks
-                        scores[place] = max(scores[place], float32_at(products)[h])
+                for t in range(starts[r], end):  # a block's keys stay in the CPU's cache for all tokens
+                    seen = (positions[t] >> given.shift) + 1
+                    if seen <= given.top or block >= seen - given.local:
+                        continue
+                    for h in range(4 * quads):
+                        queries[h] = given.index + 4 * (t * given.stride + min(h, heads - 1) * size)
+                    at = t * heads * given.blocks + block
+                    for h in range(heads):
+                        scores[at + h * given.blocks] = NOTHING
+                    for first in range(block << given.shift, (block + 1) << given.shift, 4):
+                        slot = (table[first >> shift] << shift) + (first & ((1 << shift) - 1))
+                        for i in range(4):
+                            keys[i] = given.cache + 4 * size * (slot + i)
+                        for quad in range(quads):
+                            products_of(ISA, memory + 32 + 32 * quad, memory, products + 64 * quad, 4, size >> 4)
+                        for h in range(4 * heads):
+                            place = at + (h >> 2) * given.blocks
+                            scores[place] = max(scores[place], float32_at(products)[h])
 
     return score
 
