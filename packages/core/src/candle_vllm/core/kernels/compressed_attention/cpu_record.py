@@ -178,14 +178,14 @@ class RecordedStep:
         self._blocks |= {"positions": self._turns[0]}
         self._pages = {"tables": address_of(arrays.block_tables if pool is None else arrays.page_tables[pool])}
 
-    def _add(self, name: str, arguments: tuple[Any, ...], *constants: int) -> None:
-        self._recorder.add(operation(f"compressed_attention.cpu:{name}", *constants), arguments)
+    def _add(self, code: str, arguments: tuple[Any, ...], *constants: int) -> None:
+        self._recorder.add(operation(code, *constants), arguments)
 
     def turned(self, x: Any) -> Any:
         """Rotate the heads of x [T, H, D] in place; return x."""
         positions, turns = self._turns
         row = TurnArguments(**_heads(x), positions=positions, turns=turns, **self._rotary)
-        self._add("make_turn", row, self._pairs)
+        self._add("compressed_attention.cpu:make_turn", row, self._pairs)
         return x
 
     def write(self, values: Sequence[Any], cache: Any, *, turns: bool = False) -> None:
@@ -194,7 +194,7 @@ class RecordedStep:
         rows = [((value.address, value.buffer.stride, value.width), (0, 0)) for value in values]
         rows += [((self._rotary[name], half, half), self._turns) for name in ("cos", "sin") if turns]
         for row, turn in rows:
-            self._add("write", WriteArguments(*row, at, cache.shape[-1], self._slots, *turn))
+            self._add("compressed_attention.cpu:write", WriteArguments(*row, at, cache.shape[-1], self._slots, *turn))
             at += 4 * row[2]
 
     def compress(self, column: int, log: Any, groups: Groups, parts: EntryParts) -> None:
@@ -213,7 +213,7 @@ class RecordedStep:
             **self._blocks,
             **self._pages,
         )
-        self._add("make_compress", row, groups.gated)
+        self._add("compressed_attention.cpu:make_compress", row, groups.gated)
 
     def attend(
         self, q: Any, sinks: Any, window: int | None, scale: float, groups: Groups | None, index: IndexQueries | None
@@ -249,7 +249,7 @@ class RecordedStep:
             **self._blocks,
             **self._pages,
         )
-        self._add("make_attend", row, window is None, recorder.isa)
+        self._add("compressed_attention.cpu:make_attend", row, window is None, recorder.isa)
         return buffer_value(recorder, out).unflatten(-1, (-1, q.head_dim))
 
     def _choose(self, index: IndexQueries, entries: int) -> NDArray[np.int32]:
@@ -268,7 +268,7 @@ class RecordedStep:
             **self._blocks,
         )
         for chooses in (0, 1):
-            self._add("make_choose", row, chooses, recorder.isa)
+            self._add("compressed_attention.cpu:make_choose", row, chooses, recorder.isa)
         return chosen
 
 
