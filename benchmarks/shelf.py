@@ -26,8 +26,8 @@ from typing import Any
 
 from transformers.models.auto import modeling_auto as auto
 
-from candle_vllm.core.loading.towers import TOWERS
 from candle_vllm.core.models.registry import HF_ENCODERS, HF_FAMILIES, tower_family
+from candle_vllm.core.models.towers import TOWERS
 
 PACKAGE = "llmfit==1.1.17"
 SHA256 = "2c6762f9b7d4f42adbf74667e331521ee1909ba8dfe8b4b4cf3f4bd1dee4df27"

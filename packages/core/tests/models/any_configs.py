@@ -169,7 +169,8 @@ ALONE = _names("""
     axk2 bailing_hybrid bamba bart big_bird bigbird_pegasus biogpt blenderbot blenderbot-small bloom blt codegen
     cpmant dbrx deepseek_v32 deepseek_v4 doge dots3_note_text falcon falcon_h1 falcon_mamba git glm_moe_dsa gpt_neo
     gpt_neox_japanese gptj granitemoehybrid hy_v4 inkling2_text inkling_text jamba jetmoe kimi_linear lfm2 lfm2_moe
-    lfm3 mamba mamba2 marian mbart megatron-bert minimax mpt mvp nemotron_h olmo_hybrid openai-gpt pegasus plbart
+    lfm3 mamba mamba2 marian mbart megatron-bert minimax minimax_m3_vl_text mpt mvp nemotron_h olmo_hybrid openai-gpt
+    pegasus plbart
     qwen3_5 qwen3_5_moe qwen3_5_moe_text qwen3_5_text qwen3_next qwen4_exp qwen4_exp_text recurrent_gemma reformer
     rembert roformer rwkv stablelm trocr whisper xglm xlm xlnet xlstm zamba zaya
 """)

@@ -172,7 +172,12 @@ def test_what_is_decoded_is_said(folders: Folders, caplog: pytest.LogCaptureFixt
 def test_memory_of_gguf_types_is_that_of_their_layouts(name: str, bits: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packed_layout, "host_isa", lambda: Isa.AVX2)
     tensor = SimpleNamespace(
-        name="weight", dtype=None, block_type=GGMLQuantizationType[name], shape=(32, 512), numel=32 * 512
+        name="weight",
+        dtype=None,
+        block_type=GGMLQuantizationType[name],
+        shape=(32, 512),
+        numel=32 * 512,
+        stays_in_file=False,
     )
     tensor.decodes = lambda unit: unit < 0
 
