@@ -22,7 +22,7 @@ _USUAL: dict[str, Any] = {
     "attention_output_gate": False, "n_shared_experts": 1,
 }  # fmt: skip
 _INDEX_USUAL = {"use_sparse_attention": True, "sparse_score_type": "max", "sparse_init_block": 0}
-_MOST = 1024  # heads of an index, elements of a head, positions of a block, chosen blocks
+_MOST = 1024  # maximum of heads of an index, of elements of a head, of positions of a block and of chosen blocks
 
 
 class KeyBlocks(NamedTuple):
@@ -114,11 +114,8 @@ def _config(
     own: dict[str, Any] = {"index_layers": chosen, "blocks": blocks}
     if chosen:
         possible = shared["rope"].dim <= dim <= _MOST and dim % 16 == 0 and 0 < blocks.local <= blocks.top <= _MOST
-        if (
-            not heads == shared["num_kv_heads"] <= _MOST
-            or not possible
-            or blocks.size not in (16, 32, 64, 128, 256, 512, _MOST)
-        ):
+        possible = possible and heads == shared["num_kv_heads"] <= _MOST
+        if not possible or blocks.size not in (16, 32, 64, 128, 256, 512, _MOST):
             raise UnsupportedModelError(
                 f"{fields.path}: an index of {heads} heads of {dim} elements for {shared['num_kv_heads']} key-value "
                 f"heads, with {blocks}, is not implemented"

@@ -163,11 +163,8 @@ class RecordedStep:
     def __init__(
         self, recorder: Recorder, tables: tuple[Any, Any], cache: PagedCache, logs: PagedCache, *, pairs: bool = True
     ) -> None:
-        arrays, limits, pool = (
-            recorder.arrays,
-            recorder.limits,
-            cache.pool if isinstance(cache, WindowedCache) else None,
-        )
+        arrays, limits = recorder.arrays, recorder.limits
+        pool = cache.pool if isinstance(cache, WindowedCache) else None
         self._recorder, self._cache, self._logs, self._pairs = recorder, cache, logs, pairs
         self._longest = limits.table_width * limits.block_size
         self._slots = address_of(arrays.slots if pool is None else arrays.page_slots[pool])
@@ -178,14 +175,11 @@ class RecordedStep:
         self._blocks |= {"positions": self._turns[0]}
         self._pages = {"tables": address_of(arrays.block_tables if pool is None else arrays.page_tables[pool])}
 
-    def _add(self, code: str, arguments: tuple[Any, ...], *constants: int) -> None:
-        self._recorder.add(operation(code, *constants), arguments)
-
     def turned(self, x: Any) -> Any:
         """Rotate the heads of x [T, H, D] in place; return x."""
         positions, turns = self._turns
         row = TurnArguments(**_heads(x), positions=positions, turns=turns, **self._rotary)
-        self._add("compressed_attention.cpu:make_turn", row, self._pairs)
+        self._recorder.add(operation("compressed_attention.cpu:make_turn", self._pairs), row)
         return x
 
     def write(self, values: Sequence[Any], cache: Any, *, turns: bool = False) -> None:
@@ -193,8 +187,9 @@ class RecordedStep:
         at, half = address_of(cache), self._rotary["half"]
         rows = [((value.address, value.buffer.stride, value.width), (0, 0)) for value in values]
         rows += [((self._rotary[name], half, half), self._turns) for name in ("cos", "sin") if turns]
+        copy = operation("compressed_attention.cpu:write")
         for row, turn in rows:
-            self._add("compressed_attention.cpu:write", WriteArguments(*row, at, cache.shape[-1], self._slots, *turn))
+            self._recorder.add(copy, WriteArguments(*row, at, cache.shape[-1], self._slots, *turn))
             at += 4 * row[2]
 
     def compress(self, column: int, log: Any, groups: Groups, parts: EntryParts) -> None:
@@ -213,7 +208,7 @@ class RecordedStep:
             **self._blocks,
             **self._pages,
         )
-        self._add("compressed_attention.cpu:make_compress", row, groups.gated)
+        self._recorder.add(operation("compressed_attention.cpu:make_compress", groups.gated), row)
 
     def attend(
         self, q: Any, sinks: Any, window: int | None, scale: float, groups: Groups | None, index: IndexQueries | None
@@ -249,7 +244,7 @@ class RecordedStep:
             **self._blocks,
             **self._pages,
         )
-        self._add("compressed_attention.cpu:make_attend", row, window is None, recorder.isa)
+        recorder.add(operation("compressed_attention.cpu:make_attend", window is None, recorder.isa), row)
         return buffer_value(recorder, out).unflatten(-1, (-1, q.head_dim))
 
     def _choose(self, index: IndexQueries, entries: int) -> NDArray[np.int32]:
@@ -268,7 +263,7 @@ class RecordedStep:
             **self._blocks,
         )
         for chooses in (0, 1):
-            self._add("compressed_attention.cpu:make_choose", row, chooses, recorder.isa)
+            recorder.add(operation("compressed_attention.cpu:make_choose", chooses, recorder.isa), row)
         return chosen
 
 
