@@ -12,8 +12,8 @@ from gguf import quants
 from candle_vllm.core.kernels import gguf_linear, packed_linear
 from candle_vllm.core.kernels.gguf_linear.reference import dequantise
 from candle_vllm.core.kernels.packed_linear import PackedKind
+from candle_vllm.core.quantization.ggml_blocks import as_q5_0
 from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType
-from candle_vllm.core.quantization.mxfp4_blocks import as_q5_0
 from packages.core.tests.kernels import packed_reference
 
 MXFP4 = GGMLQuantizationType.MXFP4

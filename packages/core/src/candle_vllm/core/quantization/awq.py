@@ -13,12 +13,14 @@ Source: Lin et al., 2023, arXiv:2306.00978; AutoAWQ's `WQLinear_GEMM`.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.fields import Fields
 from candle_vllm.core.quantization.finding import Found, StoredTensors, group_size, layers_with
-from candle_vllm.core.quantization.group_codes import GroupCodes, nibbles
+from candle_vllm.core.quantization.group_codes import GroupCodes, nibbles, zeros_or_middle
 from candle_vllm.core.quantization.stored import FLOATS, CodeSource, LayerTensors, QuantisedTensor, floats, numbers
 from candle_vllm.core.quantization.tensors import StoredTensor
 
@@ -31,20 +33,19 @@ ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 PER = 8
 
 
+@dataclass(eq=False)
 class AwqSource(CodeSource):
     """Source of a layer's rows; see the module docstring."""
 
+    qweight: StoredTensor
+    qzeros: StoredTensor
+    scales: StoredTensor
     align = PER
 
-    def __init__(self, qweight: StoredTensor, qzeros: StoredTensor, scales: StoredTensor) -> None:
-        self._qweight, self._qzeros, self._scales = qweight, qzeros, scales
-
     def read(self, first: int, last: int) -> GroupCodes:
-        zeros = _unpacked(self._qzeros, first, last)
-        scales = floats(self._scales, np.s_[:, first:last]).T
-        middle = bool((zeros == 1 << (BITS - 1)).all())
-        whole = None if middle else zeros.astype(np.int32)
-        return GroupCodes(_unpacked(self._qweight, first, last), scales, whole, BITS, self._scales.type_name)
+        zeros = zeros_or_middle(_unpacked(self.qzeros, first, last), BITS)
+        scales = floats(self.scales, np.s_[:, first:last]).T
+        return GroupCodes(_unpacked(self.qweight, first, last), scales, zeros, BITS, self.scales.type_name)
 
 
 def _unpacked(part: StoredTensor, first: int, last: int) -> np.ndarray:
@@ -57,29 +58,16 @@ def _unpacked(part: StoredTensor, first: int, last: int) -> np.ndarray:
     return codes.reshape(-1, words.shape[1])
 
 
-def awq_tensor(parts: LayerTensors, group: int) -> QuantisedTensor:
-    """Return the weight of a layer with `qweight`.
-
-    Args:
-        parts: stored tensors of the layer.
-        group: inputs in a group; -1 for all.
-
-    Raises:
-        InvalidFileError: parts are missing or do not fit together.
-    """
+def _tensor(parts: LayerTensors, group: int) -> QuantisedTensor:
     qweight, qzeros = parts.get(".qweight", "I32"), parts.get(".qzeros", "I32")
     scales = parts.get(".scales", *FLOATS)
-    if len(qweight.shape) != 2 or 0 in qweight.shape:
-        raise parts.shape_error(qweight, "[inputs, outputs / 8]", "each int32 has 8 codes of one input")
-    columns, rows = qweight.shape[0], qweight.shape[1] * PER
+    columns, words = parts.matrix_shape(qweight, "[inputs, outputs / 8]", "each int32 has 8 codes of one input")
+    rows, groups = words * PER, 1 if group < 0 else columns // group
     why = f"{rows} outputs, {columns} inputs and group_size {group}"
     if group > 0 and columns % group:
         raise parts.shape_error(qweight, f"[a multiple of {group}, outputs / 8]", "groups of inputs are whole")
-    groups = 1 if group < 0 else columns // group
-    if scales.shape != (groups, rows):
-        raise parts.shape_error(scales, [groups, rows], why)
-    if qzeros.shape != (groups, rows // PER):
-        raise parts.shape_error(qzeros, [groups, rows // PER], why)
+    parts.check_shape(scales, (groups, rows), why)
+    parts.check_shape(qzeros, (groups, words), why)
     return parts.tensor("AWQ-4", (rows, columns), AwqSource(qweight, qzeros, scales))
 
 
@@ -91,4 +79,4 @@ def layers(config: Fields, stored: StoredTensors) -> Found:
     config.choice("version", "gemm", "gemm", "GEMM")
     group = group_size(config, 128, "q_group_size" if "q_group_size" in config else "group_size")
     for parts in layers_with(stored, ".qweight"):
-        yield parts, awq_tensor(parts, group)
+        yield parts, _tensor(parts, group)

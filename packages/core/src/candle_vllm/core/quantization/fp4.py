@@ -16,6 +16,7 @@ Source: OCP Microscaling Formats 1.0, 2023; NVIDIA's modelopt; gpt-oss's `conver
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -56,70 +57,74 @@ class Mxfp4Codes(GroupCodes):
         return Blocks(GGMLQuantizationType.MXFP4, raw.reshape(len(raw), -1))
 
 
+@dataclass(eq=False)
 class Mxfp4Source(CodeSource):
-    """Source of rows in MXFP4; see the module docstring.
+    """Source of rows in MXFP4: their bytes, with any outer dimensions, and an exponent for 32 weights of a row."""
 
-    Args:
-        blocks: bytes of the rows, with any outer dimensions.
-        scales: exponents, one for 32 weights of a row.
-    """
-
-    def __init__(self, blocks: StoredTensor, scales: StoredTensor) -> None:
-        self._blocks, self._scales = blocks, scales
+    blocks: StoredTensor
+    scales: StoredTensor
 
     def read(self, first: int, last: int) -> GroupCodes:
-        groups = self._scales.shape[-1]
-        packed = numbers(self._blocks, np.uint8).reshape(-1, groups * MX_GROUP // 2)[first:last]
-        exponents = numbers(self._scales, np.uint8).reshape(-1, groups)[first:last].astype(np.int32)
+        groups = self.scales.shape[-1]
+        packed = numbers(self.blocks, np.uint8).reshape(-1, groups * MX_GROUP // 2)[first:last]
+        exponents = numbers(self.scales, np.uint8).reshape(-1, groups)[first:last].astype(np.int32)
         scales = np.ldexp(np.float32(1), exponents - 128).astype(np.float32)
         scales[exponents == 255] = np.nan
         return Mxfp4Codes(_codes(packed), scales, None, 5, "F32")
 
 
+@dataclass(eq=False)
 class Nvfp4Source(FloatSource):
-    """Source of rows in NVFP4; see the module docstring.
+    """Source of rows in NVFP4.
 
-    Args:
+    Attributes:
         packed: codes [N, K / 2].
         scales: scales of groups [N, K / 16].
-        whole: the tensor's own scale, one element.
-        divided: the scales are divided by `whole`.
+        whole: the tensor's own scale, one element, which multiplies the scales, or divides them if `divided`.
     """
 
-    def __init__(self, packed: StoredTensor, scales: StoredTensor, whole: StoredTensor, divided: bool) -> None:
-        self._packed, self._scales, self._whole, self._divided = packed, scales, whole, divided
-        self.span = 2 * packed.shape[1]
+    packed: StoredTensor
+    scales: StoredTensor
+    whole: StoredTensor
+    divided: bool
+
+    def __post_init__(self) -> None:
+        self.span = 2 * self.packed.shape[1]
 
     def read(self, first: int, last: int) -> ScaledCodes:
         """See `WeightSource.read`; a scale `whole` that divides becomes its reciprocal, rounded to float32."""
-        whole = floats(self._whole).reshape(1, 1)
+        whole = floats(self.whole).reshape(1, 1)
         with np.errstate(all="ignore"):
-            factor = np.float32(1) / whole if self._divided else whole
-        columns = 2 * self._packed.shape[1]
+            factor = np.float32(1) / whole if self.divided else whole
+        columns = 2 * self.packed.shape[1]
         scales = np.repeat(factor.astype(np.float32), last - first, axis=0)
-        return ScaledCodes("e2m1", self._packed.raw()[first:last], scales, columns, self._scales.raw()[first:last])
+        return ScaledCodes("e2m1", self.packed.raw()[first:last], scales, columns, self.scales.raw()[first:last])
 
     def decode(self, first: int, last: int) -> np.ndarray:
         """See `WeightSource.decode`: the two scales are combined first, as the format demands."""
-        scales = self._scales.rows(first, last).load()
-        whole = floats(self._whole).reshape(-1)[0]
+        scales = self.scales.rows(first, last).load()
+        whole = floats(self.whole).reshape(-1)[0]
         with np.errstate(all="ignore"):  # a scale of 0 or NaN comes from the file and needs no warning
-            scales = scales / whole if self._divided else scales * whole
-            values = _codes(self._packed.raw()[first:last]).astype(np.float32)
+            scales = scales / whole if self.divided else scales * whole
+            values = _codes(self.packed.raw()[first:last]).astype(np.float32)
             values -= MIDDLE
             values *= 0.5
             values *= np.repeat(scales, NV_GROUP, axis=1)
         return values
 
 
+@dataclass(eq=False)
 class GgufNvfp4Source(FloatSource):
     """Source of the rows of a GGUF tensor [..., N, K] in NVFP4 with one scale, or one for each outermost entry."""
 
-    def __init__(self, blocks: StoredTensor, whole: StoredTensor) -> None:
-        self._blocks, self._whole, self.span = blocks, whole, blocks.shape[-1]
+    blocks: StoredTensor
+    whole: StoredTensor
+
+    def __post_init__(self) -> None:
+        self.span = self.blocks.shape[-1]
 
     def read(self, first: int, last: int) -> ScaledCodes:
-        rows, whole = self._blocks.raw(), floats(self._whole).reshape(-1)
+        rows, whole = self.blocks.raw(), floats(self.whole).reshape(-1)
         blocks = rows[first:last].reshape(last - first, -1, 36)
         packed = blocks[..., 4:].reshape(last - first, -1, 8)  # the first 8 codes of a group are in the lower halves
         codes = np.concatenate([packed & 15, packed >> 4], -1).reshape(last - first, -1)
@@ -128,23 +133,22 @@ class GgufNvfp4Source(FloatSource):
         return ScaledCodes("e2m1", codes[:, ::2] | codes[:, 1::2] << 4, scales, codes.shape[1], groups)
 
 
-def mxfp4_experts(parts: LayerTensors) -> QuantisedTensor:
-    """Combine gpt-oss's `_blocks` [X, R, K / 32, 16] and `_scales` [X, R, K / 32] into [X, R, K]; rows are outputs.
-
-    Raises:
-        InvalidFileError: parts are missing or do not fit together.
-    """
+def _experts(parts: LayerTensors) -> QuantisedTensor:
+    """Combine gpt-oss's `_blocks` [X, R, K / 32, 16] and `_scales` [X, R, K / 32] into [X, R, K]; rows are outputs."""
     blocks, scales = parts.get("_blocks", "U8"), parts.get("_scales", "U8")
     if len(blocks.shape) < 3 or 0 in blocks.shape or blocks.shape[-1] != MX_GROUP // 2:
         raise parts.shape_error(blocks, "[..., outputs, inputs / 32, 16]", "16 bytes are a group of 32 weights")
-    if scales.shape != blocks.shape[:-1]:
-        raise parts.shape_error(scales, list(blocks.shape[:-1]), f"{blocks.name} has shape {list(blocks.shape)}")
+    parts.check_shape(scales, blocks.shape[:-1], f"{blocks.name} has shape {list(blocks.shape)}")
     shape = (*blocks.shape[:-2], blocks.shape[-2] * MX_GROUP)
     return parts.tensor("MXFP4", shape, Mxfp4Source(blocks, scales), parts.layer)
 
 
 def mxfp4_tensor(parts: LayerTensors, code: str = ".weight_packed", scale: str = ".weight_scale") -> QuantisedTensor:
-    """Read compressed-tensors' codes [N, K / 2] and scales [N, K / 32], by their names; errors as `mxfp4_experts`."""
+    """Read compressed-tensors' codes [N, K / 2] and scales [N, K / 32], by their names.
+
+    Raises:
+        InvalidFileError: parts are missing or do not fit together.
+    """
     packed, scales = parts.get(code, "U8", "I8"), parts.get(scale, "U8", "F8_E8M0")
     rows, columns = _matrix(parts, packed, scales, MX_GROUP)
     return parts.tensor("MXFP4", (rows, columns), Mxfp4Source(packed, scales))
@@ -164,7 +168,7 @@ def mxfp4_blocks(stored: StoredTensor) -> np.ndarray:
 
 
 def nvfp4_tensor(parts: LayerTensors, *, divided: bool) -> QuantisedTensor:
-    """Return a matrix of NVFP4; errors as `mxfp4_experts`.
+    """Return a matrix of NVFP4; errors as `mxfp4_tensor`.
 
     Args:
         parts: stored tensors of the layer.
@@ -202,8 +206,7 @@ def _matrix(parts: LayerTensors, packed: StoredTensor, scales: StoredTensor, gro
     if len(packed.shape) != 2 or 0 in packed.shape or packed.shape[1] * 2 % group:
         raise parts.shape_error(packed, "[outputs, inputs / 2]", f"rows are whole groups of {group} weights")
     rows, columns = packed.shape[0], packed.shape[1] * 2
-    if scales.shape != (rows, columns // group):
-        raise parts.shape_error(scales, [rows, columns // group], f"{rows} outputs and {columns} inputs")
+    parts.check_shape(scales, (rows, columns // group), f"{rows} outputs and {columns} inputs")
     return rows, columns
 
 
@@ -213,4 +216,4 @@ def _matrix(parts: LayerTensors, packed: StoredTensor, scales: StoredTensor, gro
 def layers(_: Fields, stored: StoredTensors) -> Found:
     """Read the layers of `quant_method` mxfp4, the experts of gpt-oss."""
     for parts in layers_with(stored, "_blocks"):
-        yield parts, mxfp4_experts(parts)
+        yield parts, _experts(parts)

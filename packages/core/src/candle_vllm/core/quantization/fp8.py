@@ -89,9 +89,7 @@ def fp8_tensor(parts: LayerTensors, block: tuple[int, int] | None) -> QuantisedT
     usual = ".weight_scale" if block is None else ".weight_scale_inv"
     others = ".weight_scale_inv" if block is None else ".weight_scale"
     scale = parts.find(others, *SCALES) or parts.find(".scale", *SCALES) or parts.get(usual, *SCALES)
-    if len(weight.shape) != 2 or 0 in weight.shape:
-        raise parts.shape_error(weight, "[outputs, inputs]", "FP8 tensors of other shapes are not read")
-    rows, columns = weight.shape
+    rows, columns = parts.matrix_shape(weight, "[outputs, inputs]", "FP8 tensors of other shapes are not read")
     if block is not None:
         wanted = (-(-rows // block[0]), -(-columns // block[1]))
         if scale.shape == wanted:

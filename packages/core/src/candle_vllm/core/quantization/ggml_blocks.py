@@ -13,7 +13,14 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from candle_vllm.core.quantization.ggml_types import BlockContents, Fields, Float
+from candle_vllm.core.quantization.ggml_types import (
+    CONTENTS,
+    E2M1_VALUES,
+    BlockContents,
+    Fields,
+    Float,
+    GGMLQuantizationType,
+)
 
 Array = TypeVar("Array")  # numpy's or torch's
 
@@ -156,3 +163,31 @@ def _put(blocks: np.ndarray, numbers: np.ndarray, several: tuple[Fields, ...], z
         placed = [runs[..., index, :] * np.uint8(1 << place) for index, place in enumerate(fields.places) if place]
         lowest = data.reshape(*runs.shape[:-2], -1) if fields.first else runs[..., 0, :]  # lower bits are written
         data[:] = reduce(np.bitwise_or, placed, lowest).reshape(data.shape)
+
+
+# ---- MXFP4 as Q5_0 ---------------------------------------------------------------------------------------------------
+
+_SMALLEST, _LARGEST = 104, 143  # exponents whose scale is a float16, 2^-24 to 2^15
+
+
+def as_q5_0(raw: np.ndarray) -> np.ndarray | None:
+    """Convert blocks of MXFP4 exactly to blocks of Q5_0, for kernels that do not support MXFP4.
+
+    An element of MXFP4 is an integer (twice the e2m1 float) with the scale 2^(e - 128), and Q5_0 has elements from -16
+    to 15 with a float16 scale. The 32 codes have the same order in both.
+
+    Args:
+        raw: blocks of MXFP4, uint8, contiguous.
+
+    Returns:
+        Blocks of Q5_0, uint8; None if a scale exceeds the range of float16.
+    """
+    blocks = raw.reshape(-1, GGMLQuantizationType.MXFP4.block[1])
+    exponents, codes = blocks[:, 0].astype(np.int32), blocks[:, 1:]
+    empty = ~np.any(codes & 0x77, axis=1)  # blocks of zeros may have any scale
+    if not np.all(empty | (exponents >= _SMALLEST) & (exponents <= _LARGEST)):
+        return None
+    fives = np.array(E2M1_VALUES, np.int8).view(np.uint8)[np.concatenate([codes & 15, codes >> 4], axis=1)]
+    scales = np.where(empty, 0.0, np.exp2(exponents.clip(_SMALLEST, _LARGEST) - 128.0)).astype(np.float16)
+    parts = BlockParts(fives, scales[:, None].view(np.uint8))
+    return put_together(parts, CONTENTS[GGMLQuantizationType.Q5_0]).reshape(-1)

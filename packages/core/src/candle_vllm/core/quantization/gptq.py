@@ -25,7 +25,7 @@ from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
 from candle_vllm.core.fields import Fields
 from candle_vllm.core.quantization import marlin
 from candle_vllm.core.quantization.finding import Found, StoredTensors, group_size, layers_with
-from candle_vllm.core.quantization.group_codes import GroupCodes, fields
+from candle_vllm.core.quantization.group_codes import GroupCodes, fields, zeros_or_middle
 from candle_vllm.core.quantization.stored import FLOATS, CodeSource, LayerTensors, QuantisedTensor, floats, numbers
 from candle_vllm.core.quantization.tensors import StoredTensor
 
@@ -46,10 +46,6 @@ class GptqScheme:
     bits: int
     group: int
     zeros_less_one: bool
-
-    def groups(self, columns: int) -> int:
-        """Return the number of groups of a row."""
-        return 1 if self.group < 0 else -(-columns // self.group)
 
 
 @dataclass(eq=False)
@@ -73,31 +69,21 @@ class GptqSource(CodeSource):
         if self.scheme.zeros_less_one:
             zeros = zeros + np.uint8(1) & np.uint8((1 << bits) - 1)
         scales = floats(self.scales, np.s_[:, first:last]).T
-        middle = bool((zeros == 1 << (bits - 1)).all())
-        whole = None if middle else zeros.astype(np.int32)
-        return GroupCodes(codes, scales, whole, bits, self.scales.type_name, self.group_of)
+        return GroupCodes(codes, scales, zeros_or_middle(zeros, bits), bits, self.scales.type_name, self.group_of)
 
 
-def gptq_tensor(parts: LayerTensors, scheme: GptqScheme) -> QuantisedTensor:
-    """Return the weight of a layer with `qweight`.
-
-    Raises:
-        InvalidFileError: parts are missing or do not fit together.
-    """
+def _tensor(parts: LayerTensors, scheme: GptqScheme) -> QuantisedTensor:
     bits, per = scheme.bits, 32 // scheme.bits
     qweight, qzeros = parts.get(".qweight", "I32"), parts.get(".qzeros", "I32")
     scales, g_idx = parts.get(".scales", *FLOATS), parts.find(".g_idx", "I32")
-    if len(qweight.shape) != 2 or 0 in qweight.shape:
-        raise parts.shape_error(qweight, f"[inputs / {per}, outputs]", f"an int32 has the codes of {per} inputs")
-    columns, rows = qweight.shape[0] * per, qweight.shape[1]
-    groups = scheme.groups(columns)
+    words, rows = parts.matrix_shape(qweight, f"[inputs / {per}, outputs]", f"an int32 has the codes of {per} inputs")
+    columns = words * per
+    groups = 1 if scheme.group < 0 else -(-columns // scheme.group)
     why = f"{rows} outputs, {columns} inputs, {bits} bits and group_size {scheme.group}"
-    if scales.shape != (groups, rows):
-        raise parts.shape_error(scales, [groups, rows], why)
+    parts.check_shape(scales, (groups, rows), why)
     if rows % per:
         raise parts.shape_error(qweight, f"[inputs / {per}, a multiple of {per}]", why)
-    if qzeros.shape != (groups, rows // per):
-        raise parts.shape_error(qzeros, [groups, rows // per], why)
+    parts.check_shape(qzeros, (groups, rows // per), why)
     ragged = scheme.group > 0 and columns % scheme.group
     group_of = np.arange(columns) // scheme.group if ragged else None
     if g_idx is not None:
@@ -112,8 +98,7 @@ def column_groups(parts: LayerTensors, g_idx: StoredTensor, columns: int, groups
     Raises:
         InvalidFileError: the number of entries is not K, or an entry is not a group.
     """
-    if g_idx.shape != (columns,):
-        raise parts.shape_error(g_idx, [columns], "one group for each input")
+    parts.check_shape(g_idx, (columns,), "one group for each input")
     found = numbers(g_idx, np.int32).astype(np.int64)
     if columns and not (found.min() >= 0 and found.max() < groups):
         bad = found[(found < 0) | (found >= groups)][0]
@@ -147,7 +132,7 @@ def layers_by_scheme(config: Fields, stored: StoredTensors, own: Sequence[Any], 
         some = Fields(values if isinstance(values, dict) else {}, config.path)
         schemes.append(GptqScheme(_bits(some, bits), group_size(some, group), zeros_less_one))
     for parts in layers_with(stored, ".qweight"):
-        yield _first_fitting(parts, list(dict.fromkeys(schemes)))
+        yield parts.read_by_first(list(dict.fromkeys(schemes)), _tensor)
 
 
 def _bits(config: Fields, default: int | None) -> int:
@@ -155,15 +140,3 @@ def _bits(config: Fields, default: int | None) -> int:
     if bits not in (4, 8):
         raise UnsupportedModelError(f"{config.path}: GPTQ with bits {bits} is not implemented; implemented: 4, 8")
     return bits
-
-
-def _first_fitting(parts: LayerTensors, schemes: Sequence[GptqScheme]) -> tuple[LayerTensors, QuantisedTensor]:
-    """Read a layer by the first scheme that its parts fit; if no scheme fits, raise the first scheme's error."""
-    errors: list[InvalidFileError] = []
-    for scheme in schemes:
-        own = parts.afresh()
-        try:
-            return own, gptq_tensor(own, scheme)
-        except InvalidFileError as error:
-            errors.append(error)
-    raise errors[0]

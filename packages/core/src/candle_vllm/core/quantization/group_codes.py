@@ -175,6 +175,11 @@ def in_runs(group_of: np.ndarray) -> bool:
     return len(group_of) % BLOCK == 0 and bool((each == each[:, :1]).all())
 
 
+def zeros_or_middle(zeros: np.ndarray, bits: int) -> np.ndarray | None:
+    """Return zeros of codes of `bits` bits as `GroupCodes.zeros`: int32, or None if all are the middle."""
+    return None if (zeros == 1 << (bits - 1)).all() else zeros.astype(np.int32)
+
+
 def nibbles(packed: np.ndarray) -> np.ndarray:
     """Split bytes [..., B] into their halves, the lower first: uint8 [..., 2 B]."""
     both = np.empty((*packed.shape, 2), np.uint8)

@@ -11,6 +11,8 @@ Source: Frantar et al., 2024, arXiv:2408.11743, and the layout in IST-DASLab's m
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from candle_vllm.core.errors import UnsupportedModelError
@@ -48,38 +50,29 @@ def _scale_order(groups: int) -> np.ndarray:
     return pairs.reshape(-1)
 
 
+@dataclass(eq=False)
 class MarlinSource(CodeSource):
     """Source of a layer's rows; see the module docstring."""
 
+    packed: StoredTensor
+    scales: StoredTensor
     align = WIDTH
 
-    def __init__(self, packed: StoredTensor, scales: StoredTensor) -> None:
-        self._packed, self._scales = packed, scales
-
     def read(self, first: int, last: int) -> GroupCodes:
-        words = np.ascontiguousarray(numbers(self._packed, np.int32)[:, 2 * first : 2 * last])
+        words = np.ascontiguousarray(numbers(self.packed, np.int32)[:, 2 * first : 2 * last])
         stored = nibbles(words.view(np.uint8)).reshape(len(words), -1, TILE * WIDTH)
         tiles = np.empty_like(stored)
         tiles[..., _code_order()] = stored
         tiles = tiles.reshape(len(words), -1, TILE, TILE)  # [K / 16, N / 16, 16 inputs, 16 outputs]
         codes = np.ascontiguousarray(tiles.transpose(1, 3, 0, 2)).reshape(last - first, -1)
-        found = floats(self._scales, np.s_[:, first:last])
+        found = floats(self.scales, np.s_[:, first:last])
         order = _scale_order(len(found))
         scales = np.empty_like(found)
         scales.reshape(len(found), -1, len(order))[..., order] = found.reshape(len(found), -1, len(order))
-        return GroupCodes(codes, np.ascontiguousarray(scales.T), None, 4, self._scales.type_name)
+        return GroupCodes(codes, np.ascontiguousarray(scales.T), None, 4, self.scales.type_name)
 
 
-def marlin_tensor(parts: LayerTensors, group: int) -> QuantisedTensor:
-    """Return the weight of a layer that is stored as `B` and `s` (see the module docstring).
-
-    Args:
-        parts: stored tensors of the layer.
-        group: inputs in a group; -1 for all.
-
-    Raises:
-        InvalidFileError: parts are missing or do not fit together.
-    """
+def _tensor(parts: LayerTensors, group: int) -> QuantisedTensor:
     packed, scales = parts.get(".B", "I32"), parts.get(".s", *FLOATS)
     parts.find(".workspace", "I32")
     if len(packed.shape) != 2 or 0 in packed.shape or packed.shape[1] % (2 * WIDTH):
@@ -88,9 +81,7 @@ def marlin_tensor(parts: LayerTensors, group: int) -> QuantisedTensor:
     if group > 0 and columns % group:
         raise parts.shape_error(packed, f"[a multiple of {group / TILE:g}, outputs * 2]", "groups of inputs are whole")
     groups = 1 if group < 0 else columns // group
-    if scales.shape != (groups, rows):
-        why = f"{rows} outputs, {columns} inputs and group_size {group}"
-        raise parts.shape_error(scales, [groups, rows], why)
+    parts.check_shape(scales, (groups, rows), f"{rows} outputs, {columns} inputs and group_size {group}")
     return parts.tensor("Marlin-4", (rows, columns), MarlinSource(packed, scales))
 
 
@@ -99,4 +90,4 @@ def layers(config: Fields, stored: StoredTensors) -> Found:
     if (bits := config.get("bits", int, 4)) != 4:
         raise UnsupportedModelError(f"{config.path}: Marlin with bits {bits} is not implemented; implemented: 4")
     for parts in layers_with(stored, ".B"):
-        yield parts, marlin_tensor(parts, group_size(config, -1))
+        yield parts, _tensor(parts, group_size(config, -1))

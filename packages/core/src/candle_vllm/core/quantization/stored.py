@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -24,6 +24,7 @@ from candle_vllm.core.quantization.tensors import Backend, Packed, StoredTensor
 from candle_vllm.core.threads import in_chunks
 
 Codes = TypeVar("Codes", GroupCodes, ScaledCodes)
+Scheme = TypeVar("Scheme")
 
 FLOATS = ("F16", "BF16", "F32")
 """Types of stored scales."""
@@ -238,10 +239,6 @@ class LayerTensors:
         self.path = path
         self.taken: list[StoredTensor] = []
 
-    def afresh(self) -> LayerTensors:
-        """The same layer, from which no tensor is taken yet."""
-        return LayerTensors(self._tensors, self.layer, self.path)
-
     def find(self, end: str, *type_names: str) -> StoredTensor | None:
         """Return the tensor `layer` + `end`, which must have one of `type_names`; None if it is not stored."""
         found = self._tensors.get(self.layer + end)
@@ -261,11 +258,35 @@ class LayerTensors:
             raise InvalidFileError(f"{self.path}: tensor {self.layer + end} is missing, a part of a quantised layer")
         return found
 
+    def read_by_first(
+        self, schemes: Sequence[Scheme], read: Callable[[LayerTensors, Scheme], QuantisedTensor]
+    ) -> tuple[LayerTensors, QuantisedTensor]:
+        """Read the layer by the first scheme that its parts fit; if no scheme fits, raise the first scheme's error."""
+        errors: list[InvalidFileError] = []
+        for scheme in schemes:
+            own = LayerTensors(self._tensors, self.layer, self.path)
+            try:
+                return own, read(own, scheme)
+            except InvalidFileError as error:
+                errors.append(error)
+        raise errors[0]
+
     def shape_error(self, part: StoredTensor, wanted: object, why: str) -> InvalidFileError:
         """Return the error for a part whose shape does not fit the other parts."""
         return InvalidFileError(
             f"{part.path}: tensor {part.name} has shape {list(part.shape)}; it must be {wanted}: {why}"
         )
+
+    def check_shape(self, part: StoredTensor, wanted: tuple[int, ...], why: str) -> None:
+        """Raise `shape_error` unless a part has the shape `wanted`."""
+        if part.shape != wanted:
+            raise self.shape_error(part, list(wanted), why)
+
+    def matrix_shape(self, part: StoredTensor, wanted: str, why: str) -> tuple[int, int]:
+        """Return the shape of a part; raise `shape_error` if it is not a matrix, or empty."""
+        if len(part.shape) != 2 or 0 in part.shape:
+            raise self.shape_error(part, wanted, why)
+        return part.shape[0], part.shape[1]
 
     def tensor(
         self, type_name: str, shape: tuple[int, ...], source: WeightSource[Any], name: str | None = None

@@ -18,9 +18,8 @@ from candle_vllm.core.kernels.packed_linear import grids
 from candle_vllm.core.kernels.packed_linear.grids import GridLayout
 from candle_vllm.core.kernels.packed_linear.layout import LAYOUTS
 from candle_vllm.core.quantization import ggml
-from candle_vllm.core.quantization.ggml_blocks import BlockParts, take_apart
+from candle_vllm.core.quantization.ggml_blocks import BlockParts, as_q5_0, take_apart
 from candle_vllm.core.quantization.ggml_types import CONTENTS, GGMLQuantizationType
-from candle_vllm.core.quantization.mxfp4_blocks import as_q5_0
 
 logger = logging.getLogger(__name__)
 

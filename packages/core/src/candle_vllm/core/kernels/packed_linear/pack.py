@@ -29,8 +29,8 @@ from candle_vllm.core.kernels.packed_linear.layout import (
 )
 from candle_vllm.core.kernels.packed_linear.split import ChunkCodes, split
 from candle_vllm.core.quantization import ggml
+from candle_vllm.core.quantization.ggml_blocks import as_q5_0
 from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType
-from candle_vllm.core.quantization.mxfp4_blocks import as_q5_0
 
 logger = logging.getLogger(__name__)
 
