@@ -25,7 +25,7 @@ from packages.core.tests.kernels.plain_reference import unpack
 pytest.importorskip("numba")
 
 from candle_vllm.core.kernels.activation_quant import Prologue
-from candle_vllm.core.kernels.activation_rows import ByteForm, RowsArguments, row_bytes, row_elements, rows_operation
+from candle_vllm.core.kernels.activation_rows import RowForm, RowsArguments, row_bytes, row_elements, rows_operation
 from candle_vllm.core.kernels.cpu_runtime.level import Isa, host_isa
 from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of, embedding_arguments, operation
 from candle_vllm.core.kernels.cpu_runtime.recorder import aligned
@@ -267,11 +267,11 @@ def blocks_of_rows(weights: np.ndarray) -> np.ndarray:
 def multiply_bytes(team: ThreadTeam, matrix: PlainMatrix, x: np.ndarray, isa: Isa, **more: np.ndarray) -> np.ndarray:
     """As `multiply`, for activations that the compiled operation quantises."""
     rows, columns = x.shape
-    inputs, size = aligned(x.size, np.float32).reshape(x.shape), row_bytes(ByteForm.I8, columns)
+    inputs, size = aligned(x.size, np.float32).reshape(x.shape), row_bytes(RowForm.I8, columns)
     inputs[:] = x
     out, numbers = aligned(rows * size, np.uint8), np.full(StepNumber.COUNT, rows, np.int64)
     given = RowsArguments(x=address_of(inputs), stride=columns, columns=columns, out=address_of(out))
-    run_row(team, rows_operation(Prologue.NONE, ByteForm.I8), numbers, given)
+    run_row(team, rows_operation(Prologue.NONE, RowForm.I8), numbers, given)
     bias, onto = more.get("bias"), more.get("onto")
     return multiply_in_field(team, matrix, rows, isa, bias, onto, x=address_of(out), x_bytes=size)
 

@@ -16,7 +16,7 @@ from packages.core.tests.kernels.word_reference import unpack
 pytest.importorskip("numba")
 
 from candle_vllm.core.kernels.activation_quant import Prologue
-from candle_vllm.core.kernels.activation_rows import GROUP, WORD, RowsArguments, WordForm, row_bytes, rows_operation
+from candle_vllm.core.kernels.activation_rows import GROUP, WORD, RowForm, RowsArguments, row_bytes, rows_operation
 from candle_vllm.core.kernels.cpu_runtime.level import Isa, host_isa
 from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of
 from candle_vllm.core.kernels.cpu_runtime.recorder import aligned
@@ -50,12 +50,12 @@ def teams():
 
 def words(team: ThreadTeam, x: np.ndarray, prologue: Prologue = Prologue.NONE) -> np.ndarray:
     """Rows as the operation makes them, bytes [T, size]."""
-    size = row_bytes(WordForm.I16, x.shape[1])
+    size = row_bytes(RowForm.I16, x.shape[1])
     out = aligned(len(x) * size // 2, np.int16)
     numbers = np.full(StepNumber.COUNT, -1, np.int64)
     numbers[StepNumber.TOKENS] = len(x)
     given = RowsArguments(address_of(x), x.shape[1], x.shape[1], address_of(out))
-    run_row(team, rows_operation(prologue, WordForm.I16), numbers, given)
+    run_row(team, rows_operation(prologue, RowForm.I16), numbers, given)
     return out.view(np.uint8).reshape(len(x), size)
 
 

@@ -79,7 +79,7 @@ class QuantiseArguments(NamedTuple):
         weight, eps: for a norm, the address of its weight, followed by the bias of LAYER_NORM, and its epsilon.
         picked: address of int64 row numbers of x; 0 for rows 0, 1, 2, ...
         rows_from: the `StepNumber` that is the number of rows.
-        rows: address to which an operation with `written` writes y too, in a `RowForm` of `kernels/activation_rows`.
+        rows: address to which an operation with `written` writes y too, in one of the `FLOAT_FORMS`.
     """
 
     x: int

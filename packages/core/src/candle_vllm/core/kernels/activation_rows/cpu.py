@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Convert activations to the input format of plain matrices on the CPU, and apply the prologue in the same pass.
 
-Threads divide the work as in `activation_quant/cpu.py`, for `ByteForm` by whole rows. A row whose length is not a
+Threads divide the work as in `activation_quant/cpu.py`, for I8 by whole rows. A row whose length is not a
 multiple of 32 is first copied to the stack and padded with zeros.
 """
 
@@ -25,7 +25,7 @@ from candle_vllm.core.kernels.activation_quant.cpu import (
     row_mean,
     share,
 )
-from candle_vllm.core.kernels.activation_rows import SEGMENT, WORD, ByteForm, RowForm, RowsArguments, WordForm
+from candle_vllm.core.kernels.activation_rows import SEGMENT, WORD, RowForm, RowsArguments
 from candle_vllm.core.kernels.cpu_runtime.emit import F32, I8, I16, I32, SHIFTER, Emitter, Float, Int, emitted, vector
 from candle_vllm.core.kernels.cpu_runtime.emit_functions import emit_larger_size
 from candle_vllm.core.kernels.cpu_runtime.level import LANES
@@ -37,7 +37,7 @@ from candle_vllm.core.kernels.cpu_runtime.tiles import stack_bytes
 def _write_groups(
     e: Emitter,
     prologue: Prologue,
-    form: int,
+    form: RowForm,
     x: Int,
     other: Int,
     bias: Int,
@@ -50,25 +50,23 @@ def _write_groups(
 ) -> None:
     """Write groups of 32 elements of a row after its prologue; `other` to `mean` are as for `prologue_halves`.
 
-    scales: address of the groups' scales, which only `WordForm` has.
+    scales: address of the groups' scales, which only I16 has.
     """
     b = e.b
-    words = form == WordForm.I16
-    wanted = WordForm.I16 if words else RowForm(form)
     halves = prologue_halves(e, prologue, x, other, scale, mean=mean, bias=bias)
 
     with e.each(count) as index:
         group = b.add(first, index)
-        target = b.add(out, b.mul(group, e.int64(GROUP * wanted.bytes)))
-        if words:
+        target = b.add(out, b.mul(group, e.int64(GROUP * form.bytes)))
+        if form is RowForm.I16:
             numbers, scale_of = _words(e, halves(group))
             for part, half in enumerate(numbers):
-                e.store(target, half, part * LANES * wanted.bytes)
+                e.store(target, half, part * LANES * form.bytes)
             e.store(b.add(scales, b.shl(group, e.int64(2))), scale_of)
         else:
             for part, half in enumerate(halves(group)):
-                number = e.float_to_bf16(half) if wanted is RowForm.BF16 else half
-                e.store(target, number, part * LANES * wanted.bytes)
+                number = e.float_to_bf16(half) if form is RowForm.BF16 else half
+                e.store(target, number, part * LANES * form.bytes)
 
 
 def _words(e: Emitter, halves: list[Any]) -> tuple[list[Any], Any]:
@@ -83,7 +81,7 @@ def _words(e: Emitter, halves: list[Any]) -> tuple[list[Any], Any]:
 
 @emitted
 def _write_bytes(e: Emitter, y: Int, out: Int, groups: Int) -> None:
-    """Write a row of float32 y, `groups` groups, in `ByteForm`."""
+    """Write a row of float32 y, `groups` groups, in I8."""
     b = e.b
 
     def halves(first: Any, group: Any) -> list[Any]:
@@ -132,7 +130,7 @@ def padded_row(x: int, columns: int, target: int) -> int:
 
 def make_rows(PROLOGUE: int, GATED: int, FORM: int, BYTES: int) -> Callable[..., None]:
     """Return the operation for a prologue and a form of rows; BYTES is the size of its elements."""
-    WORDS, WHOLE, F32_ROWS = int(FORM == WordForm.I16), int(FORM == ByteForm.I8), int(RowForm.F32)
+    WORDS, WHOLE, F32_ROWS = int(FORM == RowForm.I16), int(FORM == RowForm.I8), int(RowForm.F32)
 
     def activation_rows(row, thread, threads):
         given = read(RowsArguments, row)

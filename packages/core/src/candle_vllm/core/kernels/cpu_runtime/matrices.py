@@ -15,7 +15,7 @@ import numpy as np
 
 from candle_vllm.core.kernels.activation_quant import GROUP, Groups, Prologue, QuantiseArguments, quantise_operation
 from candle_vllm.core.kernels.activation_rows import (
-    ByteForm,
+    FLOAT_FORMS,
     InputForm,
     RowForm,
     RowsArguments,
@@ -76,7 +76,7 @@ def make_forms(
 ) -> dict[InputForm, Inputs]:
     """Record conversions of an input, `copies` rows per token; a barrier follows the last one."""
     made: dict[InputForm, Inputs] = {}
-    rows = next((form for form in forms if isinstance(form, RowForm)), None)
+    rows = next((form for form in forms if form in FLOAT_FORMS), None)
     if recorder.adapted and rows is not None and Groups() in forms:  # LoRA reads rows: one operation makes both forms
         both = _groups_and_rows(recorder, rows, source, copies=copies, barrier=len(forms) == 2)
         made = dict(zip((Groups(), rows), both))
@@ -152,7 +152,7 @@ def linear_call(recorder: Recorder, matrix: Matrix, inputs: Inputs, **how: Any) 
     """Return a linear operation and its arguments for `Recorder.add`; `how` is passed to `linear_arguments`."""
     recorder.keep_matrix(matrix)
     form, given = matrix.input_form, inputs.arguments
-    assert not isinstance(form, RowForm) or given["x_bytes"] >= row_bytes(form, matrix.columns)
+    assert form not in FLOAT_FORMS or given["x_bytes"] >= row_bytes(form, matrix.columns)
     return linear_operation(matrix, recorder.isa), linear_arguments(matrix, **given, **how)
 
 
@@ -196,7 +196,7 @@ def gate_products(
 
 def read_rows(recorder: Recorder, matrix: Matrix, *, token_ids: int, out: int, out_stride: int) -> None:
     """Record a lookup of embedding rows; see `embedding_arguments`."""
-    assert matrix.input_form in (Groups(), *RowForm, *ByteForm), "columns of the table are reordered"
+    assert matrix.input_form in (Groups(), *FLOAT_FORMS, RowForm.I8), "columns of the table are reordered"
     recorder.keep_matrix(matrix)
     arguments = embedding_arguments(matrix, token_ids=token_ids, out=out, out_stride=out_stride)
     recorder.add(operation(matrix.embedding, matrix.kind), arguments)  # tables without `embedding` were decoded at load

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from candle_vllm.core.config import CACHE_TYPES
 from candle_vllm.core.kernels.activation_quant import Prologue
-from candle_vllm.core.kernels.activation_rows import ByteForm, RowForm, WordForm
+from candle_vllm.core.kernels.activation_rows import FLOAT_FORMS, RowForm
 from candle_vllm.core.kernels.attention.cpu_cache import CacheKind
 from candle_vllm.core.kernels.attention.cpu_record import attend_isa
 from candle_vllm.core.kernels.cpu_runtime import kernel_cache
@@ -85,12 +85,11 @@ def functions(isa: Isa) -> Iterator[tuple[str, tuple[int, ...]]]:
     yield "whole_attention.cpu:make_attend_whole", (isa, 1)
     for prologue in Prologue:
         yield "activation_quant.cpu:make_quantise", (prologue, prologue.gated)
-        for form in RowForm:
+        for form in FLOAT_FORMS:
             yield "activation_quant.cpu:make_quantise", (prologue, prologue.gated, form.bytes)
-            yield "activation_rows.cpu:make_rows", (prologue, prologue.gated, form, form.bytes)
-        yield "activation_rows.cpu:make_rows", (prologue, prologue.gated, ByteForm.I8, ByteForm.I8.bytes)
-        if isa & Isa.VNNI:  # at other levels F16 matrices take float32
-            yield "activation_rows.cpu:make_rows", (prologue, prologue.gated, WordForm.I16, WordForm.I16.bytes)
+        for form in RowForm:
+            if form is not RowForm.I16 or isa & Isa.VNNI:  # at other levels F16 matrices take float32
+                yield "activation_rows.cpu:make_rows", (prologue, prologue.gated, form, form.bytes)
     if isa & Isa.VNNI:
         yield "word_linear.cpu:make_linear", (isa,)
     for convolution in itertools.product((3, 4), (0, 1), (0, 1)):  # taps, SiLU, gates
@@ -129,7 +128,7 @@ def functions(isa: Isa) -> Iterator[tuple[str, tuple[int, ...]]]:
     yield "latent_attention.cpu_write:make_prepare", (2,)
     for pool in POOLS:
         yield "latent_attention.cpu_pool:make_pool", (INDEX_KEY, pool)
-    for form in RowForm:
+    for form in FLOAT_FORMS:
         yield "lora.cpu_quantise:make_quantise", (form,)
         yield "lora.cpu_tables:make_lookup", (form,)
         yield "latent_attention.cpu_write:make_prepare", (form,)

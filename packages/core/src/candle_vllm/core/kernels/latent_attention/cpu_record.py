@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from candle_vllm.core.kernels.activation_rows import RowForm, row_elements
+from candle_vllm.core.kernels.activation_rows import FLOAT_FORMS, RowForm, row_elements
 from candle_vllm.core.kernels.attention.cpu_cache import CHUNK, ROW_TILE
 from candle_vllm.core.kernels.cpu_runtime.level import LANES
 from candle_vllm.core.kernels.cpu_runtime.matrices import Inputs, linear_call
@@ -59,8 +59,8 @@ def record_latent(
     sizes = parts.sizes
     heads, nope, rope, latent = sizes.heads, sizes.nope, sizes.rope, sizes.latent
     form, mixed_form = parts.keys[0].input_form, parts.values[0].input_form
-    assert isinstance(form, RowForm)
-    assert isinstance(mixed_form, RowForm)
+    assert form in FLOAT_FORMS
+    assert mixed_form in FLOAT_FORMS
     width, factor = rope + latent, scale * math.log2(math.e)
     queries = recorder.memory(groups_of(heads) * LANES * width, np.int16)
     inputs, products = _Inputs(recorder, heads, nope, form), recorder.memory(heads * latent)

@@ -174,7 +174,7 @@ def add_segment(e: Emitter, block: int, tiles: int, sums: Int, tails: Int, segme
     """Add a segment of W8A8 to the floats at `totals`: its sums times the activation rows' scales.
 
     sums: address of int32 [tiles, block, 16]; each row's correction for the weights' offset of 128 is added first.
-    tails: address of int64 [block], the addresses of each row's scales and corrections of segments, see `ByteForm`.
+    tails: address of int64 [block], the addresses of each row's scales and corrections of segments, see `RowForm`.
     """
     b = e.b
     for row in range(block):

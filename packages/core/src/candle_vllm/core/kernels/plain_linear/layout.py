@@ -21,7 +21,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
-from candle_vllm.core.kernels.activation_rows import ByteForm, RowForm
+from candle_vllm.core.kernels.activation_rows import RowForm
 from candle_vllm.core.kernels.cpu_runtime.operation import Matrix
 from candle_vllm.core.quantization.plain import ELEMENTS
 
@@ -83,6 +83,6 @@ class PlainMatrix(Matrix):
         return self.steps // RUN
 
     @property
-    def input_form(self) -> RowForm | ByteForm:
+    def input_form(self) -> RowForm:
         """See `Matrix`."""
-        return {PlainKind.BF16: RowForm.BF16, PlainKind.W8A8: ByteForm.I8}.get(self.kind, RowForm.F32)
+        return {PlainKind.BF16: RowForm.BF16, PlainKind.W8A8: RowForm.I8}.get(self.kind, RowForm.F32)

@@ -2,7 +2,7 @@
 """Linear layer with F16 or F32 weights as 14-bit integers, on the CPU; step 6 of a request's life.
 
 It is used for many rows (a vision tower's patches, an encoder's tokens), on CPUs that multiply 16-bit integers twice as
-fast as floats. Contract. Activations x [T, K] from `kernels/activation_rows` in `WordForm`: each group of 32 columns of
+fast as floats. Contract. Activations x [T, K] from `kernels/activation_rows` in I16: each group of 32 columns of
 a row has integers from -8191 to 8191 and a float32 scale. Weights [N, K], 16 rows interleaved (`layout.py`): a group of
 a row has integers from -8192 to 8192 and a scale that is a power of two. The result is float32:
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from candle_vllm.core.kernels.activation_rows import GROUP, WordForm
+from candle_vllm.core.kernels.activation_rows import GROUP, RowForm
 from candle_vllm.core.kernels.cpu_runtime.operation import Matrix
 from candle_vllm.core.kernels.cpu_runtime.weight_memory import WeightMemory, pack_tiles
 from candle_vllm.core.kernels.plain_linear.layout import MAX_COLUMNS, ROWS
@@ -49,9 +49,9 @@ class WordMatrix(Matrix):
     length = groups
 
     @property
-    def input_form(self) -> WordForm:
+    def input_form(self) -> RowForm:
         """See `Matrix`."""
-        return WordForm.I16
+        return RowForm.I16
 
 
 def pack(raw: np.ndarray, dtype: str, rows: int, columns: int, memory: WeightMemory | None = None) -> WordMatrix | None:
