@@ -148,7 +148,7 @@ class CodeMatrix(DeviceMatrix):
         return values if order is None else values[:, order.argsort()]
 
     def operand(self, columns: int) -> Operand:
-        from candle_vllm.core.kernels.group_linear.triton_codes import operand
+        from candle_vllm.core.kernels.group_linear.triton import operand
 
         del columns
         return operand(self.data)

@@ -16,7 +16,7 @@ from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.kernels.gguf_linear.layout import PLANES, WORDS, GgufMatrix, Planes, gguf_kind
 from candle_vllm.core.kernels.packed_linear import grids
 from candle_vllm.core.kernels.packed_linear.grids import GridLayout
-from candle_vllm.core.kernels.packed_linear.layout import LAYOUTS
+from candle_vllm.core.kernels.packed_linear.layout import GROUP, LAYOUTS
 from candle_vllm.core.quantization import ggml
 from candle_vllm.core.quantization.ggml_blocks import BlockParts, as_q5_0, take_apart
 from candle_vllm.core.quantization.ggml_types import CONTENTS, GGMLQuantizationType
@@ -24,7 +24,7 @@ from candle_vllm.core.quantization.ggml_types import CONTENTS, GGMLQuantizationT
 logger = logging.getLogger(__name__)
 
 CHUNK = 1 << 24
-"""Number of weights that are converted at a time; this needs about 20 times as many bytes."""
+"""Number of weights that are converted at a time, but at least a row; this needs about 20 times as many bytes."""
 
 
 def pack(
@@ -99,14 +99,15 @@ def _store(parts: BlockParts[torch.Tensor], planes: Planes, found: dict[str, tor
     codes = parts.codes.flatten(1)
     if planes.layout.values is None:  # else codes are already unsigned
         codes = codes + planes.layout.zero
-    codes = _arranged(codes, planes)
+    codes = arranged(codes, planes.groups)
     for name, first, bits in (("low", 0, planes.low), ("high", planes.low, planes.high)):
         target = found[name]
         if target is not None:
-            plane = _plane(codes >> first & (1 << bits) - 1, bits)
-            if bits == 1:
-                plane = _two_steps(plane)
-            target[:, rows] = plane.to(target.dtype).transpose(0, 1)
+            words = plane(codes >> first & (1 << bits) - 1, bits)
+            if bits == 1:  # an element has the bits of two steps
+                steps = torch.nn.functional.pad(words, (0, 0, 0, words.shape[1] % 2)).unflatten(1, (-1, 2))
+                words = steps[:, :, 0] | steps[:, :, 1] << 8
+            target[:, rows] = words.to(target.dtype).transpose(0, 1)
     scales, supers = found["scales"], found["supers"]
     assert scales is not None
     scales[:, :, rows] = _scale_words(parts, planes).permute(1, 2, 0)
@@ -120,27 +121,20 @@ def _half(data: torch.Tensor) -> torch.Tensor:
     return data.contiguous().view(torch.int16)[:, :, 0]
 
 
-def _arranged(codes: torch.Tensor, planes: Planes) -> torch.Tensor:
-    """Convert codes uint8 [R, K] to [R, steps, groups, 2, 16], padded with 0."""
-    missing = -codes.shape[1] % planes.step
-    codes = torch.nn.functional.pad(codes, (0, missing))
-    return codes.view(len(codes), -1, planes.groups, WORDS, 2).transpose(3, 4)
+def arranged(codes: torch.Tensor, groups: int) -> torch.Tensor:
+    """Convert codes uint8 [R, K] to [R, steps, groups, 2, 16], padded with 0; a step has `groups` groups."""
+    codes = torch.nn.functional.pad(codes, (0, -codes.shape[1] % (groups * GROUP)))
+    return codes.view(len(codes), -1, groups, WORDS, 2).transpose(3, 4)
 
 
-def _plane(codes: torch.Tensor, bits: int) -> torch.Tensor:
+def plane(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """Pack codes of `bits` bits, uint8 [R, steps, groups, 2, 16], to int32 [R, steps, 16]."""
     groups = codes.shape[2]
-    plane = torch.zeros((*codes.shape[:2], WORDS), dtype=torch.int32, device=codes.device)
+    packed = torch.zeros((*codes.shape[:2], WORDS), dtype=torch.int32, device=codes.device)
     for half in range(2):
         for group in range(groups):
-            plane |= codes[:, :, group, half].to(torch.int32) << bits * (group + groups * half)
-    return plane
-
-
-def _two_steps(plane: torch.Tensor) -> torch.Tensor:
-    """Combine single bits of two steps in one element: [R, steps, 16] -> [R, steps / 2, 16]."""
-    steps = torch.nn.functional.pad(plane, (0, 0, 0, plane.shape[1] % 2)).unflatten(1, (-1, 2))
-    return steps[:, :, 0] | steps[:, :, 1] << 8
+            packed |= codes[:, :, group, half].to(torch.int32) << bits * (group + groups * half)
+    return packed
 
 
 def _pairs(low: torch.Tensor, high: torch.Tensor | None) -> torch.Tensor:

@@ -13,7 +13,7 @@ def linear(
     x: torch.Tensor, matrix: GgufMatrix, bias: torch.Tensor | None = None, out: torch.Tensor | None = None
 ) -> torch.Tensor:
     """See the contract in `kernels/gguf_linear`, without `invariant`; float32 weights and sums, rounded once."""
-    return _rounded(x.float() @ dequantise(matrix).T, x.dtype, bias, out)
+    return rounded(x.float() @ dequantise(matrix).T, x.dtype, bias, out)
 
 
 def linear_row_by_row(
@@ -22,10 +22,11 @@ def linear_row_by_row(
     """Do what `linear` does with a separate product for each row, so that no result depends on other rows."""
     weights = dequantise(matrix).T
     rows = [row[None].float() @ weights for row in x]
-    return _rounded(torch.cat([weights.new_empty(0, matrix.rows), *rows]), x.dtype, bias, out)
+    return rounded(torch.cat([weights.new_empty(0, matrix.rows), *rows]), x.dtype, bias, out)
 
 
-def _rounded(y: torch.Tensor, dtype: torch.dtype, bias: torch.Tensor | None, out: torch.Tensor | None) -> torch.Tensor:
+def rounded(y: torch.Tensor, dtype: torch.dtype, bias: torch.Tensor | None, out: torch.Tensor | None) -> torch.Tensor:
+    """Return fp32 sums plus bias, rounded once; in `out` if it is given."""
     y = (y if bias is None else y + bias.float()).to(dtype)
     return y if out is None else out.copy_(y)
 
@@ -38,12 +39,12 @@ def embedding(token_ids: torch.Tensor, matrix: GgufMatrix, dtype: torch.dtype) -
 def dequantise(matrix: GgufMatrix) -> torch.Tensor:
     """Return the weights as float32 [N, K], exactly as ggml decodes blocks of the matrix's kind."""
     planes, layout = matrix.planes, matrix.planes.layout
-    codes = _codes(matrix.low, planes.low, planes.groups)
+    codes = codes_of(matrix.low, planes.low, planes.groups)
     if matrix.high is not None:
         high = matrix.high
         if planes.high == 1:  # an element has the bits of two steps
             high = torch.stack([high, high >> 8], 1).flatten(0, 1)[: len(matrix.low)]
-        codes |= _codes(high, planes.high, planes.groups) << planes.low
+        codes |= codes_of(high, planes.high, planes.groups) << planes.low
     scale, minimum = _scales(matrix)  # [N, K / width, 1]
     numbers = codes.flatten(1) - layout.zero
     if layout.values is not None:
@@ -54,7 +55,7 @@ def dequantise(matrix: GgufMatrix) -> torch.Tensor:
     return weights.flatten(1)[:, : matrix.columns].contiguous()
 
 
-def _codes(plane: torch.Tensor, bits: int, groups: int) -> torch.Tensor:
+def codes_of(plane: torch.Tensor, bits: int, groups: int) -> torch.Tensor:
     """Unpack a plane [steps, N, 16] to codes int32 [N, steps, groups, 16, 2]."""
     words = plane.to(torch.int32).transpose(0, 1)
     fields = [

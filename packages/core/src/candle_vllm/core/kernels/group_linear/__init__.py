@@ -29,8 +29,7 @@ import torch
 from candle_vllm.core.kernels.dispatch import on_gpu
 from candle_vllm.core.kernels.group_linear import reference
 from candle_vllm.core.kernels.group_linear.layout import GroupMatrix, stack
-from candle_vllm.core.kernels.group_linear.pack import from_codes, pack
-from candle_vllm.core.kernels.group_linear.pack_floats import check_span, pack_floats
+from candle_vllm.core.kernels.group_linear.pack import check_span, from_codes, pack, pack_floats
 
 __all__ = ["SMALL", "GroupMatrix", "check_span", "from_codes", "linear", "pack", "pack_floats", "stack"]
 

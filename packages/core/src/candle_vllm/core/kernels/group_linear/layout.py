@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Layout of weights of 4 or 8 bits in groups in a GPU's memory, which `pack.py` and `pack_floats.py` write.
+"""Layout of weights of 4 or 8 bits in groups in a GPU's memory, which `pack.py` writes.
 
 The order of codes is that of `kernels/gguf_linear`, so that the same functions extract them. A **part** is 32 weights
 of a row along K, a **step** 4 parts (2 for codes of 8 bits); a **plane** is a tensor with the step or the group first:

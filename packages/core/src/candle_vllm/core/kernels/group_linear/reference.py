@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import torch
 
+from candle_vllm.core.kernels.gguf_linear.reference import codes_of, rounded
 from candle_vllm.core.kernels.group_linear.layout import GroupMatrix
 from candle_vllm.core.kernels.torch_numbers import DTYPES
 from candle_vllm.core.quantization.scaled_codes import E2M1, FLOAT_NAMES, GROUP
@@ -14,19 +15,12 @@ def linear(
     x: torch.Tensor, matrix: GroupMatrix, bias: torch.Tensor | None = None, out: torch.Tensor | None = None
 ) -> torch.Tensor:
     """See the contract in the package; float32 weights and sums, rounded once."""
-    y = x.float() @ dequantise(matrix).T
-    y = (y if bias is None else y + bias.float()).to(x.dtype)
-    return y if out is None else out.copy_(y)
+    return rounded(x.float() @ dequantise(matrix).T, x.dtype, bias, out)
 
 
 def dequantise(matrix: GroupMatrix) -> torch.Tensor:
     """Return the weights as float32 [N, K]."""
-    words, parts, bits = matrix.codes.transpose(0, 1), matrix.parts, matrix.bits
-    fields = [
-        torch.stack([words >> bits * (part + parts * half) & (1 << bits) - 1 for half in range(2)], -1)
-        for part in range(parts)
-    ]
-    codes = torch.stack(fields, 2).flatten(1)[:, : matrix.columns]
+    codes = codes_of(matrix.codes, matrix.bits, matrix.parts).flatten(1)[:, : matrix.columns]
     group = torch.arange(matrix.columns, device=matrix.device) // matrix.group
     if matrix.numbers != "int":
         return _floats(codes, matrix) * matrix.scales.T[:, group]

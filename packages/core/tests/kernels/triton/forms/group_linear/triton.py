@@ -6,8 +6,7 @@ from __future__ import annotations
 import torch
 
 from candle_vllm.core.kernels.group_linear.layout import GroupMatrix, Numbers
-from candle_vllm.core.kernels.group_linear.triton import ROUNDED_TILES, TILES
-from candle_vllm.core.kernels.group_linear.triton_codes import operand
+from candle_vllm.core.kernels.group_linear.triton import ROUNDED_TILES, TILES, operand
 from candle_vllm.core.kernels.linear.triton import tile_for
 from candle_vllm.core.kernels.linear.triton_products import Operand, exact, rounded
 from packages.core.tests.kernels.triton.building import WITH_TENSOR_CORES, Build
