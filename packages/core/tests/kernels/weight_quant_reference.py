@@ -6,6 +6,8 @@ Searches get x float32 [G, n], a group in each row; all sums go from a group's f
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import gguf
 import numpy as np
 
@@ -16,7 +18,7 @@ from candle_vllm.core.quantization.ggml_types import CONTENTS, IQ4_VALUES, GGMLQ
 F = np.float32
 
 
-def quantiser(ggml_type: GGMLQuantizationType) -> searches.Quantise:
+def quantiser(ggml_type: GGMLQuantizationType) -> Callable[..., bool]:
     def quantise(x: np.ndarray, out: np.ndarray, importance: np.ndarray | None = None, /) -> bool:
         if not (np.abs(x) <= searches.LARGEST).all():
             return False
@@ -177,14 +179,12 @@ def _scaled(
     return put_together(BlockParts(codes, d.view(np.uint8), scales=_bytes(sc)), CONTENTS[kind])
 
 
-def _in_table(
-    x: np.ndarray, kind: GGMLQuantizationType, search: searches.TableSearch, weights: np.ndarray | None
-) -> np.ndarray:
+def _in_table(x: np.ndarray, kind: GGMLQuantizationType, stored: int, weights: np.ndarray | None) -> np.ndarray:
     groups = x.reshape(-1, 32)
     weights = plain_weights(groups, searches.TABLE_FLOOR, True) if weights is None else weights.reshape(groups.shape)
     scales = fit_table(groups, weights).reshape(len(x), -1)
-    if search.stored:
-        sc, d = _whole(scales, -search.stored, -search.stored, search.stored - 1)
+    if stored:
+        sc, d = _whole(scales, -stored, -stored, stored - 1)
     else:
         sc, d = None, scales.astype(np.float16)
     scale = d.astype(F) * (F(1) if sc is None else sc.astype(F))

@@ -23,17 +23,23 @@ with the importance of the element's column and the mean square of the element's
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from candle_vllm.core.errors import ConfigError
 from candle_vllm.core.kernels.cpu_runtime.kernel_cache import NO_KERNELS, can_compile
 from candle_vllm.core.kernels.cpu_runtime.operation import address_of, c_function
-from candle_vllm.core.kernels.weight_quant.searches import TYPES, Quantise
+from candle_vllm.core.kernels.weight_quant.searches import TYPES
 from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType
 
 
-def quantiser(ggml_type: GGMLQuantizationType) -> Quantise:
-    """Return the compiled function that quantises blocks; raises ConfigError if kernels cannot run."""
+def quantiser(ggml_type: GGMLQuantizationType) -> Callable[..., bool]:
+    """Return the compiled function that quantises blocks; raises ConfigError if kernels cannot run.
+
+    Its arguments are x and the result, see the package, and maybe the importance of the columns of a row, float32 [C],
+    which only types with a search use. It returns whether all elements can be quantised.
+    """
     assert ggml_type.name in TYPES
     if not can_compile():
         raise ConfigError(f"weights cannot be quantised: {NO_KERNELS}", "isq")

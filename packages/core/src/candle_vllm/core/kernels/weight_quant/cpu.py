@@ -15,7 +15,7 @@ from numba import njit
 from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at, float_from_bits, int32_at, int64_at, uint8_at
 from candle_vllm.core.kernels.cpu_runtime.tiles import stack_bytes
 from candle_vllm.core.kernels.weight_quant import cpu_search, searches
-from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType
+from candle_vllm.core.quantization.ggml_types import CONTENTS, GGMLQuantizationType
 
 _MAGNITUDE = np.int32(0x7FFFFFFF)
 _LARGEST_BITS = np.int32(0x477FE000)  # bits of float32 65504
@@ -206,8 +206,10 @@ def _whole(values, count, most, low, high, whole):
     return half
 
 
-def _make_with_offset(search: searches.OffsetSearch, BYTES: int) -> Callable[..., Any]:
+def _make_with_offset(kind: GGMLQuantizationType) -> Callable[..., Any]:
     """Compile q2_K, q4_K or q5_K."""
+    search, (SCALE_AT, LOW_AT) = searches.OFFSETS[kind.name], (start for start, _ in CONTENTS[kind].floats)
+    KIND, BYTES = int(kind), kind.block[1]
     GROUP, MOST, STORED, TRIES = search.group, search.most, search.stored, search.tries
     PER_BLOCK = 256 // GROUP
     BATCH = 16 // PER_BLOCK
@@ -216,7 +218,8 @@ def _make_with_offset(search: searches.OffsetSearch, BYTES: int) -> Callable[...
     def quantise(at, to, count, importance, period):
         good, work = True, stack_bytes(128 * GROUP + 512)
         weights, fitted = work + 64 * GROUP, work + 128 * GROUP
-        scales, mins, codes = int32_at(fitted + 128), int32_at(fitted + 192), uint8_at(fitted + 256)
+        small, low_small, at_codes = fitted + 128, fitted + 192, fitted + 256
+        scales, mins, codes = int32_at(small), int32_at(low_small), uint8_at(at_codes)
         for start in range(0, count, BATCH):
             blocks, part = min(BATCH, count - start), at + 1024 * start
             good &= _transpose(float32_at(part), int32_at(part), blocks * PER_BLOCK, GROUP, float32_at(work))
@@ -227,7 +230,7 @@ def _make_with_offset(search: searches.OffsetSearch, BYTES: int) -> Callable[...
                 cpu_search.weigh(0, work, GROUP, FLOOR, weights)
             cpu_search.fit_offset(work, weights, GROUP, np.float32(MOST), FIRST, TRIES, fitted, fitted + 64)
             for b in range(blocks):
-                x, out, own = float32_at(part + 1024 * b), uint8_at(to + BYTES * (start + b)), 4 * b * PER_BLOCK
+                x, out, own = float32_at(part + 1024 * b), to + BYTES * (start + b), 4 * b * PER_BLOCK
                 d = _whole(float32_at(fitted + own), PER_BLOCK, STORED, 0, STORED, scales)
                 m = _whole(float32_at(fitted + 64 + own), PER_BLOCK, STORED, 0, STORED, mins)
                 for g in range(PER_BLOCK):
@@ -236,66 +239,25 @@ def _make_with_offset(search: searches.OffsetSearch, BYTES: int) -> Callable[...
                     for i in range(GROUP * g, GROUP * (g + 1)):
                         code = _round(np.float32(np.float32(x[i] + low) / scale)) if scale != 0 else 0
                         codes[i] = min(max(code, 0), MOST)
-                if MOST == 3:
-                    _pack_q2(scales, mins, d, m, codes, out)
-                else:
-                    _pack_q45(scales, mins, d, m, codes, out, MOST)
+                cpu_search.store_block(KIND, at_codes, small, low_small, out)
+                _store_half(uint8_at(out), SCALE_AT, d)
+                _store_half(uint8_at(out), LOW_AT, m)
         return good
 
     return quantise
 
 
-@inner
-def _pack_q2(scales, mins, d, m, codes, out):
-    """Write scales and minima as nibbles, codes of 2 bits, d, dmin."""
-    for g in range(16):
-        out[g] = scales[g] | (mins[g] << 4)
-    _two_bits(codes, out, 16)
-    _store_half(out, 80, d)
-    _store_half(out, 82, m)
-
-
-@inner
-def _two_bits(codes, out, at):
-    """Write codes of 2 bits; within 128 adjacent codes, four codes that are 32 apart share a byte."""
-    for part in range(2):
-        for i in range(32):
-            j = 128 * part + i
-            four = (codes[j] & 3) | ((codes[j + 32] & 3) << 2) | ((codes[j + 64] & 3) << 4) | ((codes[j + 96] & 3) << 6)
-            out[at + 32 * part + i] = four
-
-
-@inner
-def _pack_q45(scales, mins, d, m, codes, out, most):
-    """Write d, dmin, scales and minima of 6 bits in 12 bytes, the fifth bits of q5_K, nibbles."""
-    _store_half(out, 0, d)
-    _store_half(out, 2, m)
-    for g in range(4):
-        out[4 + g] = scales[g] | ((scales[g + 4] >> 4) << 6)
-        out[8 + g] = mins[g] | ((mins[g + 4] >> 4) << 6)
-        out[12 + g] = (scales[g + 4] & 15) | ((mins[g + 4] & 15) << 4)
-    at = 16
-    if most == 31:
-        for i in range(32):
-            fifth = 0
-            for g in range(8):
-                fifth |= (codes[32 * g + i] >> 4) << g
-            out[16 + i] = fifth
-        at = 48
-    for pair in range(4):
-        for i in range(32):
-            out[at + 32 * pair + i] = (codes[64 * pair + i] & 15) | ((codes[64 * pair + 32 + i] & 15) << 4)
-
-
-def _make_scaled(search: searches.ScaleSearch, BYTES: int) -> Callable[..., Any]:
+def _make_scaled(kind: GGMLQuantizationType) -> Callable[..., Any]:
     """Compile q3_K or q6_K."""
+    search, SCALE_AT, KIND, BYTES = searches.SCALES[kind.name], CONTENTS[kind].scale[0], int(kind), kind.block[1]
     HALF, STORED, FLOOR = search.half, search.stored, np.float32(search.floor)
 
     def quantise(at, to, count, importance, period):
         good, work = True, stack_bytes(2048 + 64 + 64 + 256)
-        weights, fitted, scales, codes = work + 1024, work + 2048, int32_at(work + 2112), uint8_at(work + 2176)
+        weights, fitted, small, at_codes = work + 1024, work + 2048, work + 2112, work + 2176
+        scales, codes = int32_at(small), uint8_at(at_codes)
         for n in range(count):
-            x, out = float32_at(at + 1024 * n), uint8_at(to + BYTES * n)
+            x, out = float32_at(at + 1024 * n), to + BYTES * n
             good &= _transpose(x, int32_at(at + 1024 * n), 16, 16, float32_at(work))
             if importance:
                 _weigh_by(float32_at(importance), period, n, x, 16, 16, 256, float32_at(weights))
@@ -308,52 +270,11 @@ def _make_scaled(search: searches.ScaleSearch, BYTES: int) -> Callable[..., Any]
                 for i in range(16 * g, 16 * (g + 1)):
                     code = _round(np.float32(x[i] / scale)) if scale != 0 else 0
                     codes[i] = min(max(code, -HALF), HALF - 1) + HALF
-            if HALF == 4:
-                _pack_q3(scales, d, codes, out)
-            else:
-                _pack_q6(scales, d, codes, out)
+            cpu_search.store_block(KIND, at_codes, small, small, out)
+            _store_half(uint8_at(out), SCALE_AT, d)
         return good
 
     return quantise
-
-
-@inner
-def _pack_q3(scales, d, codes, out):
-    """Write high bits, low 2 bits, scales of 6 bits in 12 bytes, d."""
-    for i in range(32):
-        high = 0
-        for g in range(8):
-            high |= (codes[32 * g + i] >> 2) << g
-        out[i] = high
-    _two_bits(codes, out, 32)
-    for g in range(8):
-        out[96 + g] = ((scales[g] + 32) & 15) | (((scales[g + 8] + 32) & 15) << 4)
-    for g in range(4):
-        high = 0
-        for part in range(4):
-            high |= ((scales[4 * part + g] + 32) >> 4) << (2 * part)
-        out[104 + g] = high
-    _store_half(out, 108, d)
-
-
-@inner
-def _pack_q6(scales, d, codes, out):
-    """Write nibbles, upper bits, scales of 8 bits, d. Within 128 adjacent codes, a byte has the nibbles of two codes
-    that are 64 apart, or the upper 2 bits of four codes that are 32 apart."""
-    for part in range(2):
-        for i in range(64):
-            j = 128 * part + i
-            out[64 * part + i] = (codes[j] & 15) | ((codes[j + 64] & 15) << 4)
-        for i in range(32):
-            j = 128 * part + i
-            low, high = (
-                (codes[j] >> 4) | ((codes[j + 32] >> 4) << 2),
-                (codes[j + 64] >> 4) | ((codes[j + 96] >> 4) << 2),
-            )
-            out[128 + 32 * part + i] = low | (high << 4)
-    for g in range(16):
-        out[192 + g] = np.uint8(scales[g] & 255)
-    _store_half(out, 208, d)
 
 
 @inner
@@ -366,21 +287,16 @@ def _places(x, first, scale, codes):
         codes[i] = code
 
 
-@inner
-def _nibbles(codes, first, out, at):
-    for i in range(16):
-        out[at + i] = codes[first + i] | (codes[first + 16 + i] << 4)
-
-
-def _make_in_table(search: searches.TableSearch, BYTES: int) -> Callable[..., Any]:
+def _make_in_table(kind: GGMLQuantizationType) -> Callable[..., Any]:
     """Compile iq4_nl or iq4_xs."""
-    STORED, FLOOR = search.stored, np.float32(searches.TABLE_FLOOR)
+    STORED, FLOOR, KIND, BYTES = searches.TABLES[kind.name], np.float32(searches.TABLE_FLOOR), int(kind), kind.block[1]
     PER_BLOCK = 8 if STORED else 1
     BLOCK, BATCH = 32 * PER_BLOCK, 16 // PER_BLOCK
 
     def quantise(at, to, count, importance, period):
         good, work = True, stack_bytes(4096 + 64 + 64 + 256)
-        weights, fitted, scales, codes = work + 2048, work + 4096, int32_at(work + 4160), uint8_at(work + 4224)
+        weights, fitted, small, at_codes = work + 2048, work + 4096, work + 4160, work + 4224
+        scales, codes = int32_at(small), uint8_at(at_codes)
         for start in range(0, count, BATCH):
             blocks, part = min(BATCH, count - start), at + 4 * BLOCK * start
             groups = blocks * PER_BLOCK
@@ -392,22 +308,16 @@ def _make_in_table(search: searches.TableSearch, BYTES: int) -> Callable[..., An
                 cpu_search.weigh(1, work, 32, FLOOR, weights)
             cpu_search.fit_table(work, weights, 32, fitted)
             for b in range(blocks):
-                x, out = float32_at(part + 4 * BLOCK * b), uint8_at(to + BYTES * (start + b))
+                x, out = float32_at(part + 4 * BLOCK * b), to + BYTES * (start + b)
                 if STORED:
                     d = _whole(float32_at(fitted + 32 * b), 8, -STORED, -STORED, STORED - 1, scales)
-                    high = 0
                     for g in range(8):
                         _places(x, 32 * g, np.float32(_value(d) * np.float32(scales[g])), codes)
-                        _nibbles(codes, 32 * g, out, 8 + 16 * g)
-                        high |= ((scales[g] + 32) >> 4) << (2 * g)
-                    for g in range(4):
-                        out[4 + g] = ((scales[2 * g] + 32) & 15) | (((scales[2 * g + 1] + 32) & 15) << 4)
-                    _store_half(out, 2, high)
                 else:
                     d = _half(float32_at(fitted)[b])
                     _places(x, 0, _value(d), codes)
-                    _nibbles(codes, 0, out, 2)
-                _store_half(out, 0, d)
+                cpu_search.store_block(KIND, at_codes, small, small, out)
+                _store_half(uint8_at(out), 0, d)
         return good
 
     return quantise
@@ -423,23 +333,16 @@ def make_quantise(KIND: int) -> Callable[..., None]:
     address of the columns' importance, or 0; and the number of blocks in a row.
     """
     kind = GGMLQuantizationType(KIND)
-    blocks = inner(_function(kind.name, kind.block[1]))
+    if kind.name in searches.SIMPLE:
+        simple = _make_symmetric if kind.name.endswith("_0") else _make_offset
+        quantise = _q8_0 if kind.name == "Q8_0" else simple(int(kind.name[1]))
+    elif kind.name in searches.OFFSETS:
+        quantise = _make_with_offset(kind)
+    else:
+        quantise = _make_scaled(kind) if kind.name in searches.SCALES else _make_in_table(kind)
+    blocks = inner(quantise)
 
     def quantise_blocks(x, out, count, answer, importance, period):
         int64_at(answer)[0] = blocks(x, out, count, importance, period)
 
     return quantise_blocks
-
-
-def _function(name: str, size: int) -> Callable[..., Any]:
-    if name in searches.OFFSETS:
-        return _make_with_offset(searches.OFFSETS[name], size)
-    if name in searches.SCALES:
-        return _make_scaled(searches.SCALES[name], size)
-    if name in searches.TABLES:
-        return _make_in_table(searches.TABLES[name], size)
-    assert name in searches.SIMPLE
-    if name == "Q8_0":
-        return _q8_0
-    make = _make_symmetric if name.endswith("_0") else _make_offset
-    return make(int(name[1]))

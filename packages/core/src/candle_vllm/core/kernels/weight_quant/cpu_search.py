@@ -14,7 +14,7 @@ from llvmlite import ir
 from candle_vllm.core.kernels.cpu_runtime.emit import F32, I8, I32, I64, SHIFTER, Emitter, Float, Int, emitted, vector
 from candle_vllm.core.kernels.cpu_runtime.level import LANES
 from candle_vllm.core.kernels.weight_quant import searches
-from candle_vllm.core.quantization.ggml_types import IQ4_VALUES
+from candle_vllm.core.quantization.ggml_types import CONTENTS, IQ4_VALUES, Fields, GGMLQuantizationType
 
 
 @emitted
@@ -62,6 +62,45 @@ def store_codes(e: Emitter, width: int, x: Int, low: Float, inverse: Float, add:
         for part, whole in enumerate(codes):
             fifth = b.icmp_signed(">", whole, mask)
             e.store(to, b.bitcast(fifth, ir.IntType(LANES)), 2 * part)
+
+
+@emitted
+def store_block(e: Emitter, kind: GGMLQuantizationType, codes: Int, scales: Int, minima: Int, out: Int) -> None:
+    """Store the codes and the small scales and minima of a block, without its floats; see `ggml_types.py`.
+
+    Args:
+        codes: address of the stored bits of the codes, uint8 [elements of a block].
+        scales, minima: addresses of int32 [groups]; ignored if the type has no small scales, or no minima.
+    """
+    b, contents = e.b, CONTENTS[kind]
+
+    def code(at: int, count: int) -> Any:
+        return e.load(codes, vector(I8, count), at)
+
+    def small(at: int, count: int) -> Any:
+        """Load consecutive scales and minima, which alternate in turns."""
+        turn = contents.turn or at + count
+        parts = []
+        for first in range(at, at + count, min(count, turn)):
+            number, inside = divmod(first, turn)
+            source, kind = (scales, minima)[number % 2], vector(I32, min(count, turn))
+            parts.append(e.load(source, kind, 4 * (number // 2 * turn + inside)))
+        return b.trunc(b.add(e.whole(parts), e.constant(I32, contents.small_zero, count)), vector(I8, count))
+
+    def put(several: tuple[Fields, ...], numbers: Callable[[int, int], Any], first: int) -> None:
+        for fields in several:
+            at, width, mask = first, fields.width, (1 << fields.bits) - 1
+            for start in range(fields.start, fields.stop, width):
+                found = e.load(out, vector(I8, width), start) if fields.first else e.zeros(I8, width)
+                for place in fields.places:
+                    bits = b.lshr(numbers(at, width), e.constant(I8, fields.shift, width))
+                    bits = b.shl(b.and_(bits, e.constant(I8, mask, width)), e.constant(I8, place, width))
+                    found, at = b.or_(found, bits), at + width
+                e.store(out, found, start)
+
+    put(contents.codes, code, 0)
+    for number, several in enumerate(contents.small):
+        put(several, small, number * several[0].numbers)
 
 
 @emitted

@@ -7,9 +7,6 @@ import dataclasses
 import itertools
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Protocol
-
-import numpy as np
 
 from candle_vllm.core.quantization.ggml_types import IQ4_VALUES
 
@@ -76,17 +73,6 @@ class ScaleSearch:
     floor: float
 
 
-@dataclasses.dataclass(frozen=True)
-class TableSearch:
-    """Search for the scale of 32 elements whose codes are indices of a table.
-
-    Attributes:
-        stored: integers from -stored to stored - 1 encode a scale; 0 if the scale itself is stored.
-    """
-
-    stored: int
-
-
 OFFSETS: Mapping[str, OffsetSearch] = MappingProxyType(
     {
         "Q2_K": OffsetSearch(group=16, most=3, stored=15, first=-0.5, tries=16, floor=0.0),
@@ -101,15 +87,9 @@ SCALES: Mapping[str, ScaleSearch] = MappingProxyType(
 )
 
 
-TABLES: Mapping[str, TableSearch] = MappingProxyType({"IQ4_NL": TableSearch(0), "IQ4_XS": TableSearch(32)})
+TABLES: Mapping[str, int] = MappingProxyType({"IQ4_NL": 0, "IQ4_XS": 32})
+"""Types whose codes are indices of a table: integers from -n to n - 1 encode a scale; 0 if the scale itself is stored.
+"""
+
 SIMPLE = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
 TYPES = (*SIMPLE, "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", *TABLES)
-
-
-class Quantise(Protocol):
-    """Quantise x float32 [N, elements per block] to out uint8 [N, bytes per block]; return whether that is possible.
-
-    x has whole rows of C columns; `importance`, float32 [C], is used only by types with a search.
-    """
-
-    def __call__(self, x: np.ndarray, out: np.ndarray, importance: np.ndarray | None = None, /) -> bool: ...
