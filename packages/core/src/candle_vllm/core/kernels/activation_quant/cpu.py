@@ -285,9 +285,7 @@ def make_quantise(PROLOGUE: int, GATED: int, BYTES: int = 0) -> Callable[..., No
         if group_count == 0:
             return
         for t in range(first_row, first_row + row_count):
-            source = t
-            if given.picked != 0:
-                source = int64_at(given.picked)[t]
+            source = int64_at(given.picked)[t] if given.picked != 0 else t
             at = given.x + source * given.stride * 4
             other, scale, mean = weight, eps, eps
             if GATED == 1:

@@ -155,9 +155,7 @@ def make_rows(PROLOGUE: int, GATED: int, FORM: int, BYTES: int) -> Callable[...,
                 padded_row(weight + columns * 4, columns, copies + 2 * row_bytes)
             weight = padded_row(weight, columns, copies + row_bytes)
         for t in range(first_row, first_row + row_count):
-            source = t
-            if given.picked != 0:
-                source = int64_at(given.picked)[t]
+            source = int64_at(given.picked)[t] if given.picked != 0 else t
             at = given.x + source * given.stride * 4
             other, scale, mean = weight, eps, eps
             if GATED == 1:

@@ -17,9 +17,7 @@ def column_order(row, thread, threads):
     first_row, row_count, first_group, group_count = share(rows, groups, thread, threads)
     last = min((first_group + group_count) * GROUP, given.columns)
     for t in range(first_row, first_row + row_count):
-        at = t
-        if given.picked != 0:
-            at = int64_at(given.picked)[t]
+        at = int64_at(given.picked)[t] if given.picked != 0 else t
         source = float32_at(given.x + at * given.stride * 4)
         target = float32_at(given.out + t * given.out_stride * 4)
         for i in range(first_group * GROUP, last):

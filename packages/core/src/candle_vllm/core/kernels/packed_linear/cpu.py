@@ -523,8 +523,7 @@ def make_linear(KIND: int, ISA: int) -> Any:
                 count = min(block * panels, rows - row)
                 for index in range(block * panels):
                     source = row + min(index, count - 1)
-                    if given.picked != 0:
-                        source = int64_at(given.picked)[source]
+                    source = int64_at(given.picked)[source] if given.picked != 0 else source
                     at_xq = given.x + source * groups * 32
                     at_xs, at_xsum = given.scales + source * groups * 4, given.sums + source * groups * 4
                     place = panel + index // block * groups * PANEL_GROUP

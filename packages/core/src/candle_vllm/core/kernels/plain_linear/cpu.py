@@ -39,6 +39,7 @@ from candle_vllm.core.kernels.plain_linear.cpu_panel import (
     emit_sums,
     fill_panel,
     fill_panels,
+    find_rows,
     find_tails,
     scale_sums,
     sum_type,
@@ -172,16 +173,9 @@ def make_linear(KIND: int, ISA: int) -> Any:
         if count <= 0:
             return
         block = 8 if count > 4 else 4 if count > 1 else 1
-        for index in range(block):
-            source = row + min(index, count - 1)
-            if given.picked != 0:
-                source = int64_at(given.picked)[source]
-            at_address[index] = given.x + source * x_bytes
+        find_rows(given, row, count, block, addresses, 0)
+        fill_panel(block, panels, addresses, x_bytes >> 6)
         target = given.out + row * row_bytes
-        if block == 8:
-            fill_panel(8, panels, addresses, x_bytes >> 6)
-        elif block == 4:
-            fill_panel(4, panels, addresses, x_bytes >> 6)
         if INTEGERS == 1:
             find_tails(given, row, count, block, tails)
         tile = first

@@ -9,6 +9,7 @@ or smaller registers, so it multiplies one tile at a time, by 4 rows of a panel 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from llvmlite import ir
@@ -43,16 +44,29 @@ def _interleaved(e: Emitter, vectors: list[Any]) -> list[Any]:
 
 
 @emitted
-def fill_panel(e: Emitter, block: int, panel: Int, addresses: Int, vectors: Int) -> None:
-    """Copy the rows at int64 [block] `addresses` into a panel of `block` rows of `vectors` times 16 elements."""
+def fill_panel(e: Emitter, block: Int, panel: Int, addresses: Int, vectors: Int) -> None:
+    """Copy the rows at int64 [block] `addresses` into a panel of 8 or 4 rows of `vectors` times 16 elements."""
+    e.choose(block, {rows: partial(_fill_panel, e, rows, panel, addresses, vectors) for rows in (8, 4)})
+
+
+def _fill_panel(e: Emitter, rows: int, panel: Any, addresses: Any, vectors: Any) -> None:
     b = e.b
-    sources = [e.load(addresses, I64, 8 * row) for row in range(block)]
+    sources = [e.load(addresses, I64, 8 * row) for row in range(rows)]
     with e.each(vectors) as index:
         offset = b.mul(index, e.int64(VECTOR_BYTES))
         loaded = [e.load(b.add(source, offset), vector(I32)) for source in sources]
-        target = b.add(panel, b.mul(offset, e.int64(block)))
+        target = b.add(panel, b.mul(offset, e.int64(rows)))
         for part, mixed in enumerate(_interleaved(e, loaded)):
             e.store(target, mixed, part * VECTOR_BYTES)
+
+
+@njit
+def find_rows(given: Any, row: int, count: int, rows: int, addresses: int, offset: int) -> None:
+    """Write the addresses of `count` input rows from `row` on, plus `offset`, to int64 [rows]; repeat the last one."""
+    for index in range(rows):
+        source = row + min(index, count - 1)
+        source = int64_at(given.picked)[source] if given.picked != 0 else source
+        int64_at(addresses)[index] = given.x + source * given.x_bytes + offset
 
 
 @njit
@@ -61,14 +75,9 @@ def fill_panels(given: Any, row: int, count: int, addresses: int, panels: int) -
 
     addresses: address of scratch memory for int64 [8].
     """
-    at_address, x_bytes = int64_at(addresses), given.x_bytes
-    for block in range((count + 7) >> 3):
-        for index in range(8):
-            source = row + min(8 * block + index, count - 1)
-            if given.picked != 0:
-                source = int64_at(given.picked)[source]
-            at_address[index] = given.x + source * x_bytes
-        fill_panel(8, panels + 8 * x_bytes * block, addresses, x_bytes >> 6)
+    for first in range(0, count, 8):
+        find_rows(given, row + first, count - first, 8, addresses, 0)
+        fill_panel(8, panels + given.x_bytes * first, addresses, given.x_bytes >> 6)
 
 
 # ---- tiles times a panel ---------------------------------------------------------------------------------------------
@@ -203,11 +212,7 @@ def scale_sums(given: Any, sums: int, block: int, rows: int, tile: int, count: i
 def find_tails(given: Any, row: int, count: int, rows: int, tails: int) -> None:
     """Write addresses of the segments' scales and corrections of `count` rows to int64 [rows]; repeat the last row."""
     size = (given.length * RUN * 4 + 8 * SEGMENT - 1) // (8 * SEGMENT) * 64
-    for index in range(rows):
-        source = row + min(index, count - 1)
-        if given.picked != 0:
-            source = int64_at(given.picked)[source]
-        int64_at(tails)[index] = given.x + (source + 1) * given.x_bytes - size
+    find_rows(given, row, count, rows, tails, given.x_bytes - size)
 
 
 @njit

@@ -34,6 +34,7 @@ from candle_vllm.core.kernels.plain_linear.cpu_panel import (
     VECTOR_BYTES,
     add_segment,
     ask_tiles,
+    find_rows,
     find_tails,
     scale_sums,
     write_tiles,
@@ -119,13 +120,8 @@ def _multiply(
 @njit
 def fill_panels(given: Any, row: int, count: int, addresses: int, panels: int, squares: int) -> None:
     """Copy `count` input rows from `row` on into panels of 16; the last row is repeated until a panel is full."""
-    at_address = int64_at(addresses)
     for block in range((count + 15) >> 4):
-        for index in range(16):
-            source = row + min(16 * block + index, count - 1)
-            if given.picked != 0:
-                source = int64_at(given.picked)[source]
-            at_address[index] = given.x + source * given.x_bytes
+        find_rows(given, row + 16 * block, count - 16 * block, 16, addresses, 0)
         _fill_panel(panels + block * squares * SQUARE_BYTES, addresses, squares)
 
 
@@ -197,9 +193,7 @@ def make_linear(KIND: int) -> Any:
             if count > 1:
                 fill_panels(given, row, count, addresses, panels, squares)
             else:
-                source = row
-                if given.picked != 0:
-                    source = int64_at(given.picked)[row]
+                source = int64_at(given.picked)[row] if given.picked != 0 else row
                 x, step, stride = given.x + source * given.x_bytes, 64, 0
             tile = first
             while tile < last:

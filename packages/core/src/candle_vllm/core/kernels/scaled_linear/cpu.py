@@ -25,7 +25,7 @@ from candle_vllm.core.kernels.cpu_runtime.level import LANES, Isa
 from candle_vllm.core.kernels.cpu_runtime.operation import LinearArguments
 from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at, int64_at, read, step_number
 from candle_vllm.core.kernels.cpu_runtime.tiles import stack_bytes
-from candle_vllm.core.kernels.plain_linear.cpu_panel import ask_tiles, emit_sums, fill_panel, write_tiles
+from candle_vllm.core.kernels.plain_linear.cpu_panel import ask_tiles, emit_sums, fill_panel, find_rows, write_tiles
 from candle_vllm.core.kernels.plain_linear.cpu_squares import (
     CACHED_BYTES,
     SQUARE_BYTES,
@@ -66,12 +66,6 @@ def _halves(e: Emitter, bits: Any) -> Any:
     return e.half_to_float(e.b.bitcast(bits, vector(F16)))
 
 
-def _split(e: Emitter, pair: Any) -> tuple[Any, Any]:
-    """Convert pairs of bfloat16, <16 x i32>, to the floats of the first and of the second elements."""
-    first, second = e.b.shl(pair, e.constant(I32, 16)), e.b.and_(pair, e.constant(I32, -65536))
-    return e.b.bitcast(first, vector(F32)), e.b.bitcast(second, vector(F32))
-
-
 def _joined(e: Emitter, first: Any, second: Any) -> Any:
     """Return two vectors of floats, exact in bfloat16, as pairs of bfloat16, <16 x i32>."""
     low = e.b.lshr(e.b.bitcast(first, vector(I32)), e.constant(I32, 16))
@@ -97,7 +91,7 @@ def _steps(e: Emitter, kind: ScaledKind, address: Any) -> Iterator[tuple[Any, An
     for at in range(2):
         word = e.load(address, vector(I16, 2 * ROWS), 4 * ROWS * at)
         for up in (8, 0):
-            first, second = _split(e, e.b.bitcast(_moved(e, word, up, down, mask), vector(I32)))
+            first, second = e.widened_pairs(e.b.bitcast(_moved(e, word, up, down, mask), vector(I32)))
             yield e.b.fmul(first, power), e.b.fmul(second, power)
 
 
@@ -411,7 +405,7 @@ def make_linear(KIND: int, ISA: int) -> Any:
         rows = step_number(entry, given.rows_from)
         weights, tile_bytes, columns, turns = given.weights, given.tile_bytes, given.outputs, given.length
         row_bytes, bias, accumulate = given.row_bytes, given.bias, given.accumulate
-        picked, x_bytes, span_turns, ahead = given.picked, given.x_bytes, given.span, given.ahead
+        x_bytes, span_turns, ahead = given.x_bytes, given.span, given.ahead
         tiles = (columns + 15) >> 4
         first, last = tiles * thread // threads, tiles * (thread + 1) // threads
         if rows <= 0 or first == last:
@@ -422,21 +416,14 @@ def make_linear(KIND: int, ISA: int) -> Any:
             sums = stack_bytes(512 + 64 + (height + FEW) * wide_row)
             addresses, spread, panels = int64_at(sums + 512), sums + 576, sums + 576 + height * wide_row
             for begin in range(0, rows, height):
-                for index in range(height):
-                    source = min(begin + index, rows - 1)
-                    if picked != 0:
-                        source = int64_at(picked)[source]
-                    addresses[index] = given.x + source * x_bytes
-                    if X_BYTES == 4:
+                find_rows(given, begin, rows - begin, height, sums + 512, 0)
+                if X_BYTES == 4:
+                    for index in range(height):
                         _spread(addresses[index], spread + index * wide_row, x_bytes >> 5)
                         addresses[index] = spread + index * wide_row
-                panel = panels + begin * wide_row
-                if height == 8:
-                    fill_panel(8, panel, sums + 512, wide_row >> 6)
-                elif height == 4:
-                    fill_panel(4, panel, sums + 512, wide_row >> 6)
-                else:
-                    panels = addresses[0]
+                fill_panel(height, panels + begin * wide_row, sums + 512, wide_row >> 6)
+            if height == 1:
+                panels = addresses[0]
             for tile in range(first, last):
                 at_tile = weights + tile * tile_bytes
                 for begin in range(0, rows, height):
@@ -470,18 +457,9 @@ def make_linear(KIND: int, ISA: int) -> Any:
                 left = rows - row
                 block = 8 if left > 4 else 4 if left > 1 else 1
                 count = min(block, left)
-                for index in range(block):
-                    source = row + min(index, count - 1)
-                    if picked != 0:
-                        source = int64_at(picked)[source]
-                    addresses[index] = given.x + source * x_bytes
-                places = addresses[0]
-                if block == 8:
-                    fill_panel(8, panel, sums + 1024, x_bytes >> 6)
-                    places = panel
-                elif block == 4:
-                    fill_panel(4, panel, sums + 1024, x_bytes >> 6)
-                    places = panel
+                find_rows(given, row, count, block, sums + 1024, 0)
+                fill_panel(block, panel, sums + 1024, x_bytes >> 6)
+                places = addresses[0] if block == 1 else panel
                 tile = begin
                 while tile < end:
                     width = 2 if block == 8 and end - tile >= 2 else 1
