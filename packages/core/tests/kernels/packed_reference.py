@@ -128,7 +128,7 @@ def _decoded_grids(data: np.ndarray, layout: GridLayout) -> np.ndarray:
         source, start = (blocks, at) if like.ndim == 2 else (groups, at - layout.head_bytes)
         part = np.ascontiguousarray(source[..., start : start + ROWS * like.itemsize]).view(like.dtype)
         parts[at] = np.moveaxis(part, -1, 1)  # [tiles, rows, blocks], and maybe groups
-    found = grids._decoded(parts, layout, lambda part: part)
+    found = grids.decoded(parts, layout, lambda part: part)
     given = grids.codes(layout.name)[found.indices].reshape(*found.flags.shape) | found.flags << 3
     weights = np.array(grids.values(layout.name), np.float32)[given]
     supers = found.supers.astype(np.uint16).view(np.float16).astype(np.float32)

@@ -122,7 +122,7 @@ class BlockMatrix(DeviceMatrix):
         return values if self._order is None else values[:, self._order.argsort()]
 
     def operand(self, columns: int) -> Operand:
-        from candle_vllm.core.kernels.gguf_linear.triton_codes import operand
+        from candle_vllm.core.kernels.gguf_linear.triton import operand
 
         del columns
         assert self._order is None

@@ -108,11 +108,8 @@ def fp8_tensor(parts: LayerTensors, block: tuple[int, int] | None) -> QuantisedT
     raise parts.shape_error(scale, allowed, f"tensor {weight.name} has shape {[rows, columns]}")
 
 
-def fp8_experts(parts: LayerTensors, block: tuple[int, int] | None) -> QuantisedTensor:
-    """Return the FP8 matrices of all experts, one tensor [X, N, K]; arguments and errors as `fp8_tensor`.
-
-    The tensor has the layer's name. Its scales are one for each expert or, with `block`, for each expert's blocks.
-    """
+def _experts(parts: LayerTensors, block: tuple[int, int] | None) -> QuantisedTensor:
+    """Return the FP8 matrices of all experts, [X, N, K], with a scale for each expert or, with `block`, its blocks."""
     weight, scale = parts.get("", *NUMBERS), parts.get("_scale_inv", *SCALES)
     if len(weight.shape) != 3 or 0 in weight.shape:
         raise parts.shape_error(weight, "[experts, outputs, inputs]", f"{scale.name} has the scales of all experts")
@@ -140,7 +137,7 @@ def layers(config: Fields, stored: StoredTensors) -> Found:
             yield parts, fp8_tensor(parts, block)
         elif tensor.type_name in NUMBERS and name + "_scale_inv" in stored.tensors:
             parts = LayerTensors(stored.tensors, name, stored.path)
-            yield parts, fp8_experts(parts, block)
+            yield parts, _experts(parts, block)
         elif name.endswith(".weight") and tensor.type_name in ("I8", *["U8"] * mixed):
             parts = LayerTensors(stored.tensors, name.removesuffix(".weight"), stored.path)
             ends = (end for end in (".weight_scale", ".weight_scale_inv") if parts.layer + end in stored.tensors)

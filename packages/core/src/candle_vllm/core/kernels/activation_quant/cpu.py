@@ -77,16 +77,6 @@ def emit_quantised(e: Emitter, groups: list[list[Any]]) -> tuple[list[list[Any]]
     return numbers, s, b.fmul(s, b.sitofp(total, vector(F32, 4)))
 
 
-def _emit_groups(e: Emitter, groups: list[list[Any]], q: Any, scales: Any, sums: Any) -> None:
-    """Quantise one or four adjacent groups; store bytes, scales and scaled sums."""
-    numbers, *floats = emit_quantised(e, groups)
-    for index, halves in enumerate(numbers):
-        for part, half in enumerate(halves):
-            e.store(q, half, GROUP * index + LANES * part)
-    for address, value in zip((scales, sums), floats):
-        e.store(address, value if len(groups) == 4 else e.b.extract_element(value, ir.Constant(I32, 0)))
-
-
 def _two(e: Emitter, base: Any, group: Any) -> list[Any]:
     at = e.b.add(base, e.b.mul(group, e.int64(4 * GROUP)))
     return [e.load(at, vector(F32), 4 * LANES * part) for part in range(2)]
@@ -189,8 +179,14 @@ def quantise_groups(
 
     def quantise(group: Any, together: int) -> None:
         groups = [halves_of(b.add(group, e.int64(index))) for index in range(together)]
-        four = b.shl(group, e.int64(2))
-        _emit_groups(e, groups, b.add(q, b.mul(group, e.int64(GROUP))), b.add(scales, four), b.add(sums, four))
+        four, to = b.shl(group, e.int64(2)), b.add(q, b.mul(group, e.int64(GROUP)))
+        addresses = b.add(scales, four), b.add(sums, four)
+        numbers, *floats = emit_quantised(e, groups)
+        for index, halves in enumerate(numbers):
+            for part, half in enumerate(halves):
+                e.store(to, half, GROUP * index + LANES * part)
+        for address, value in zip(addresses, floats):
+            e.store(address, value if together == 4 else b.extract_element(value, ir.Constant(I32, 0)))
 
     with e.each_or_skip(b.lshr(count, e.int64(2))) as index:
         quantise(b.add(first, b.shl(index, e.int64(2))), 4)
@@ -226,20 +222,13 @@ def _one_over_root(e: Emitter, total: Any, columns: Any, eps: Any) -> Any:
     return e.b.fdiv(ir.Constant(F32, 1.0), e.call("llvm.sqrt.f32", F32, [e.b.fadd(mean, eps)]))
 
 
-def _rms_scale(e: Emitter, x: Any, columns: Any, eps: Any, masked: bool) -> Any:
+@emitted
+def rms_scale(e: Emitter, masked: bool, x: Int, columns: Int, eps: Float) -> Float:
+    """Return 1 / sqrt(mean(x^2) + eps) of a row that is followed by zeros up to a multiple of 32 columns.
+
+    With `masked` (1) any elements may follow the row; up to 31 of these are read and ignored.
+    """
     return _one_over_root(e, _row_sum(e, x, columns, lambda v, total: e.fma(v, v, total), masked), columns, eps)
-
-
-@emitted
-def rms_scale(e: Emitter, x: Int, columns: Int, eps: Float) -> Float:
-    """Return 1 / sqrt(mean(x^2) + eps) of a row that is followed by zeros up to a multiple of 32 columns."""
-    return _rms_scale(e, x, columns, eps, masked=False)
-
-
-@emitted
-def rms_scale_within(e: Emitter, x: Int, columns: Int, eps: Float) -> Float:
-    """Do what `rms_scale` does for a row that any elements may follow; up to 31 of these are read and ignored."""
-    return _rms_scale(e, x, columns, eps, masked=True)
 
 
 @emitted
@@ -291,7 +280,7 @@ def make_quantise(PROLOGUE: int, GATED: int, BYTES: int = 0) -> Callable[..., No
             if GATED == 1:
                 other = at + columns * 4
             if PROLOGUE == 1:
-                scale = rms_scale(at, columns, eps)
+                scale = rms_scale(0, at, columns, eps)
             elif PROLOGUE == 3:
                 mean = row_mean(at, columns)
                 scale = layer_scale(at, columns, mean, eps)

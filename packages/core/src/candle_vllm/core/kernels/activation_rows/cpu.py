@@ -165,7 +165,7 @@ def make_rows(PROLOGUE: int, GATED: int, FORM: int, BYTES: int) -> Callable[...,
             if ragged:
                 at = padded_row(at, columns, copies)
             if PROLOGUE == 1:
-                scale = rms_scale(at, columns, eps)
+                scale = rms_scale(0, at, columns, eps)
             elif PROLOGUE == 3:
                 mean = row_mean(at, columns)
                 scale = layer_scale(at, columns, mean, eps)

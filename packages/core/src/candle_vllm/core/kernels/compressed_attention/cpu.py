@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from candle_vllm.core.kernels.activation_quant.cpu import rms_scale_within
+from candle_vllm.core.kernels.activation_quant.cpu import rms_scale
 from candle_vllm.core.kernels.attention.cpu_tiles import NOTHING, emit_exp2
 from candle_vllm.core.kernels.compressed_attention.cpu_record import (
     AttendArguments,
@@ -263,7 +263,7 @@ def make_compress(GATED: int) -> Callable[..., None]:
                 _pool(span, before + ratio, ratio, size, given.overlaps, given.bias, out, scratch)
             else:
                 _mean(span, ratio, size, out)
-            scale = rms_scale_within(target, size, given.eps)
+            scale = rms_scale(1, target, size, given.eps)
             for i in range(size):
                 out[i] = out[i] * scale * norm[i]
             if GATED == 1:

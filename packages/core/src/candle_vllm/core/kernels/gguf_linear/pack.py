@@ -87,7 +87,7 @@ def _log_rounding(ggml_type: GGMLQuantizationType) -> None:
 
 def _of_grid(part: np.ndarray, layout: GridLayout, device: torch.device) -> BlockParts[torch.Tensor]:
     """Decode rows of blocks [R, B, bytes] of a grid type to parts with a code for each weight."""
-    found = grids.take_apart(part, layout, lambda array: torch.from_numpy(array).to(device))
+    found = grids.decoded(dict(grids.split(part, layout)), layout, lambda array: torch.from_numpy(array).to(device))
     codes = torch.from_numpy(grids.codes(layout.name)).to(device)[found.indices]
     codes = codes.view(found.flags.shape) | found.flags << 3
     scale = found.supers.to(torch.int16).view(torch.uint8).unflatten(-1, (-1, 2))
@@ -112,8 +112,9 @@ def _store(parts: BlockParts[torch.Tensor], planes: Planes, found: dict[str, tor
     assert scales is not None
     scales[:, :, rows] = _scale_words(parts, planes).permute(1, 2, 0)
     if supers is not None:
-        negated = None if parts.minimum is None else _half(parts.minimum) ^ -0x8000
-        supers[:, rows] = _pairs(_half(parts.scale), negated).transpose(0, 1)
+        scale = _half(parts.scale)
+        negated = torch.zeros_like(scale) if parts.minimum is None else _half(parts.minimum) ^ -0x8000
+        supers[:, rows] = torch.stack([scale, negated], -1).view(torch.int32)[..., 0].transpose(0, 1)
 
 
 def _half(data: torch.Tensor) -> torch.Tensor:
@@ -137,26 +138,16 @@ def plane(codes: torch.Tensor, bits: int) -> torch.Tensor:
     return packed
 
 
-def _pairs(low: torch.Tensor, high: torch.Tensor | None) -> torch.Tensor:
-    """Combine two 16-bit integers in an int32."""
-    return torch.stack([low, torch.zeros_like(low) if high is None else high], -1).view(torch.int32)[..., 0]
-
-
 def _scale_words(parts: BlockParts[torch.Tensor], planes: Planes) -> torch.Tensor:
     """Return the words of the plane `scales`, int32 [R, steps, words]."""
     if parts.scales is not None:
-        small = _small(parts.scales, parts.minima, planes)
+        small = parts.scales
+        if parts.minima is not None and planes.layout.paired:
+            small = small | parts.minima << 4
+        elif parts.minima is not None:
+            small = torch.stack([part.unflatten(-1, (-1, planes.groups)) for part in (small, parts.minima)], -2)
         return small.reshape(len(small), -1, 4 * planes.words).contiguous().view(torch.int32)
     numbers = [_half(part) for part in (parts.scale, parts.minimum) if part is not None]
     groups = torch.stack(numbers, -1)  # [R, groups of the row, 1 or 2]
     groups = torch.nn.functional.pad(groups, (0, 0, 0, -groups.shape[1] % planes.groups))
     return groups.reshape(len(groups), -1, planes.groups * len(numbers)).view(torch.int32)
-
-
-def _small(scales: torch.Tensor, minima: torch.Tensor | None, planes: Planes) -> torch.Tensor:
-    """Return the sub-scales of K-quants in the order of the layout, uint8 [R, ...]."""
-    if minima is None:
-        return scales
-    if planes.layout.paired:
-        return scales | minima << 4
-    return torch.stack([part.unflatten(-1, (-1, planes.groups)) for part in (scales, minima)], -2)

@@ -9,10 +9,22 @@ because every tile of `linear_exact` is too small for wgmma, so that all use the
 
 `linear` rounds a tile of weights first, for many rows (prefill). On a GPU whose tensor cores, if any, Triton does not
 use, parts of the matrix are decoded, and torch multiplies.
+
+A **codec** reads the planes of a kind of matrix. It extracts codes in two ways. **Pairs** are for few rows of
+activations, with which the number of instructions per weight matters: one mask extracts two codes from a word, and the
+exponent of 128 (bfloat16) or 1024 (float16) is put above them. That gives the exact floats magic + code, with magic 128
+or 1024, without a conversion; the sums are multiplied by scales. **Floats** are for many rows, which use a weight
+often: 2048 + code in float32, so that one multiply-add scales the code and subtracts the 2048 again. Codes of a lookup
+table are first converted to 8-bit integers, value plus zero point. Each bit of such an integer is a function of the
+four bits of its code, computed for the eight codes of a word at once.
+
+Names: g group of a step, h half of a pair, G groups of a step (4, or 2 for 8 bits), LOW and HIGH bits of the planes.
 """
 
 from __future__ import annotations
 
+import functools
+from dataclasses import dataclass
 from types import MappingProxyType
 
 import torch
@@ -20,10 +32,9 @@ import triton
 import triton.language as tl
 
 from candle_vllm.core.kernels.gguf_linear.layout import PLANES, GgufMatrix
-from candle_vllm.core.kernels.gguf_linear.triton_codes import float_code, operand, scale_of
 from candle_vllm.core.kernels.linear import linear as plain_linear
 from candle_vllm.core.kernels.linear.triton import CODED_CUT, Tile, launch, tile_for
-from candle_vllm.core.kernels.linear.triton_products import exact, rounded
+from candle_vllm.core.kernels.linear.triton_products import Codec, Operand, exact, rounded
 from candle_vllm.core.kernels.packed_linear.layout import LAYOUTS, PackedKind
 from candle_vllm.core.kernels.triton_build import OPTIONS, TENSOR_CORES, capability
 
@@ -47,6 +58,291 @@ PLAIN_TABLE_TILES = MappingProxyType(
 )
 ROUNDED_TILES = (Tile(32, 128, 8, 3), Tile(64, 128, 8, 3), Tile(128, 128, 8, 3))
 PIECE = 1 << 24  # weights that are decoded at a time for torch's product
+
+
+@triton.jit
+def spread(word, BITS: tl.constexpr):
+    """Convert an element of a plane to int32; its halves hold the codes of the two halves of the pairs."""
+    word = word.to(tl.int32)
+    if BITS == 1:
+        word = (word & 0xF) | ((word & 0xF0) << 12)
+    if BITS == 2:
+        word = (word & 0xFF) | ((word & 0xFF00) << 8)
+    return word
+
+
+@triton.jit
+def high_words(high, step, height, rows, elements, inside, HIGH: tl.constexpr):
+    """Load elements of the upper plane for a step, as int32; with single bits, two steps share an element."""
+    if HIGH == 1:
+        place = ((step // 2) * height + rows) * 16 + elements
+        return tl.load(high + place, mask=inside, other=0).to(tl.int32) >> ((step % 2) * 8)
+    place = (step * height + rows) * 16 + elements
+    return tl.load(high + place, mask=inside, other=0).to(tl.int32)
+
+
+@triton.jit
+def moved(word, at: tl.constexpr, to: tl.constexpr):
+    """Shift a word so that bit `at` becomes bit `to`."""
+    if at > to:
+        word = word >> (at - to)
+    elif at < to:
+        word = word << (to - at)
+    return word
+
+
+@triton.jit
+def pair_tile(
+    low,
+    high,
+    at: tl.constexpr,
+    g: tl.constexpr,
+    LOW: tl.constexpr,
+    HIGH: tl.constexpr,
+    dtype: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """Return magic + code (of 8 bits, 4 from `at` on) as dtype [ROWS, COLS], from spread words [ROWS, COLS / 2]."""
+    BITS: tl.constexpr = 4 if LOW == 8 else LOW
+    # Masks are constants: with values as masks, Triton converts layouts after the extraction, in twice the time.
+    MAGIC: tl.constexpr = 0x43004300 if dtype == tl.bfloat16 else 0x64006400
+    word = moved(low, at + LOW * g, 0) & (((1 << BITS) - 1) * 0x00010001) | MAGIC
+    if HIGH > 0:
+        word |= moved(high, HIGH * g, LOW) & ((((1 << HIGH) - 1) << LOW) * 0x00010001)
+    first = word.to(tl.int16).to(dtype, bitcast=True)
+    second = (word >> 16).to(tl.int16).to(dtype, bitcast=True)
+    return tl.reshape(tl.join(first, second), (ROWS, COLS))
+
+
+@triton.jit
+def float_code(low, high, g: tl.constexpr, h: tl.constexpr, G: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr):
+    """Return 2048 + code in float32."""
+    at: tl.constexpr = g + G * h
+    code = moved(low.to(tl.int32), LOW * at, 12) & (((1 << LOW) - 1) << 12)
+    if HIGH > 0:
+        code |= moved(high.to(tl.int32), HIGH * at, 12 + LOW) & (((1 << HIGH) - 1) << (12 + LOW))
+    return (code | 0x45000000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def half_of(word, HIGH: tl.constexpr):
+    """Return the upper (HIGH) or lower float16 in a word as float32."""
+    if HIGH:
+        word = word >> 16
+    return word.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def scale_words(scales, supers, step, rows, inside, N, NESTED: tl.constexpr, WORDS: tl.constexpr):
+    """Load the words of a step for some rows: up to four of `scales`, and one of `supers`. N is int64."""
+    at = scales + step * (N * WORDS) + rows
+    w0 = tl.load(at, mask=inside, other=0)
+    w1 = w0
+    w2 = w0
+    w3 = w0
+    if WORDS > 1:
+        w1 = tl.load(at + N, mask=inside, other=0)
+    if WORDS > 2:
+        w2 = tl.load(at + 2 * N, mask=inside, other=0)
+        w3 = tl.load(at + 3 * N, mask=inside, other=0)
+    above = w0
+    if NESTED:
+        above = tl.load(supers + (step // 2) * N + rows, mask=inside, other=0)
+    return w0, w1, w2, w3, above
+
+
+@triton.jit
+def scale_of(words, g: tl.constexpr, half: tl.constexpr, FORM: tl.constexpr):
+    """Return scale and offset of group g, or of `half` if 16 weights share them; a weight is scale * code + offset."""
+    NESTED: tl.constexpr = FORM.nested
+    MINIMUM: tl.constexpr = FORM.minimum
+    WIDTH: tl.constexpr = FORM.width
+    ZERO: tl.constexpr = FORM.zero
+    FACTOR: tl.constexpr = FORM.factor
+    w0, w1, w2, w3, above = words
+    if NESTED:
+        if WIDTH == 32 and MINIMUM:
+            scale = ((w0 >> (8 * g)) & 255).to(tl.float32) * half_of(above, False)
+            minimum = ((w1 >> (8 * g)) & 255).to(tl.float32) * half_of(above, True)
+        elif WIDTH == 32:
+            scale = ((w0 << (24 - 8 * g)) >> 24).to(tl.float32) * (half_of(above, False) * FACTOR)
+            minimum = scale * -ZERO
+        else:
+            index: tl.constexpr = (2 * g + half) % 4
+            word = w0 if g < 2 else w1
+            if MINIMUM:
+                scale = ((word >> (8 * index)) & 15).to(tl.float32) * half_of(above, False)
+                minimum = ((word >> (8 * index + 4)) & 15).to(tl.float32) * half_of(above, True)
+            else:
+                scale = ((word << (24 - 8 * index)) >> 24).to(tl.float32) * (half_of(above, False) * FACTOR)
+                minimum = scale * -ZERO
+    elif MINIMUM:
+        pair = w0 if g == 0 else (w1 if g == 1 else (w2 if g == 2 else w3))
+        scale = half_of(pair, False)
+        minimum = half_of(pair, True)
+    else:
+        scale = half_of(w0 if g < 2 else w1, g % 2 == 1)
+        minimum = scale * -ZERO
+    return scale, minimum
+
+
+# ---- the codec -------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _words(planes, step, row, inside, height, _pitch, FORM: tl.constexpr):
+    return scale_words(planes[2], planes[3], step, row, inside, height, FORM.nested, FORM.count)
+
+
+@triton.jit
+def _codes(planes, step, element, row, inside, height, FORM: tl.constexpr, EXACT: tl.constexpr):
+    """Load elements of both planes: as stored, or converted by `spread` if the product uses pairs."""
+    LOW: tl.constexpr = FORM.low
+    HIGH: tl.constexpr = FORM.high
+    lows = tl.load(planes[0] + (step * height + row)[:, None] * 16 + element, mask=inside[:, None], other=0)
+    if EXACT:
+        lows = spread(lows, LOW)
+    highs = lows
+    if HIGH > 0:
+        highs = high_words(planes[1], step, height, row[:, None], element, inside[:, None], HIGH)
+        if EXACT:
+            highs = spread(highs, HIGH)
+    return lows, highs
+
+
+@triton.jit
+def truth(bit0, bit1, bit2, bit3, TABLE: tl.constexpr):
+    """Apply a function of four bits at every bit position of a word: bit c of the table is the result for code c."""
+    upper = bit3 & _of_three(bit0, bit1, bit2, TABLE >> 8)
+    return upper | ~bit3 & _of_three(bit0, bit1, bit2, TABLE & 255)
+
+
+@triton.jit
+def _of_three(bit0, bit1, bit2, TABLE: tl.constexpr):
+    return bit2 & _of_two(bit0, bit1, TABLE >> 4) | ~bit2 & _of_two(bit0, bit1, TABLE & 15)
+
+
+@triton.jit
+def _of_two(bit0, bit1, TABLE: tl.constexpr):
+    FIRST: tl.constexpr = -(TABLE & 1)  # results for codes 0 to 3: words of all ones or all zeros
+    SECOND: tl.constexpr = -(TABLE >> 1 & 1)
+    THIRD: tl.constexpr = -(TABLE >> 2 & 1)
+    FOURTH: tl.constexpr = -(TABLE >> 3 & 1)
+    return bit1 & (bit0 & FOURTH | ~bit0 & THIRD) | ~bit1 & (bit0 & SECOND | ~bit0 & FIRST)
+
+
+@triton.jit
+def _found(planes, step, element, row, inside, height, FORM: tl.constexpr, _EXACT: tl.constexpr):
+    """Look up 4-bit codes; return the lower and the upper four bits of the 8-bit integers instead of the codes."""
+    word = tl.load(planes[0] + (step * height + row)[:, None] * 16 + element, mask=inside[:, None], other=0)
+    one = word
+    two = word >> 1
+    four = word >> 2
+    eight = word >> 3
+    lower = truth(one, two, four, eight, FORM.tables[0]) & 0x11111111
+    upper = truth(one, two, four, eight, FORM.tables[4]) & 0x11111111
+    for bit in tl.static_range(1, 4):
+        lower |= (truth(one, two, four, eight, FORM.tables[bit]) & 0x11111111) << bit
+        upper |= (truth(one, two, four, eight, FORM.tables[4 + bit]) & 0x11111111) << bit
+    return lower, upper
+
+
+@triton.jit
+def _half_pairs(
+    codes, _words, at: tl.constexpr, g: tl.constexpr, FORM: tl.constexpr, dtype: tl.constexpr, ROWS: tl.constexpr
+):
+    """Return magic + the lower or the upper four bits of an 8-bit integer, as dtype [ROWS, width]."""
+    half = codes[0] if at == 0 else codes[1]
+    return pair_tile(half, half, 0, g, 4, 0, dtype, ROWS, FORM.width)
+
+
+@triton.jit
+def _scale(words, unit: tl.constexpr, part: tl.constexpr, OFFSET: tl.constexpr, FORM: tl.constexpr):
+    scale, minimum = scale_of(words, unit, part, FORM)
+    return scale, minimum - scale * OFFSET
+
+
+@triton.jit
+def code_pairs(
+    codes, _words, at: tl.constexpr, g: tl.constexpr, FORM: tl.constexpr, dtype: tl.constexpr, ROWS: tl.constexpr
+):
+    """Return magic + code (4 bits of an 8-bit code, from `at` on) as dtype [ROWS, width]."""
+    return pair_tile(codes[0], codes[1], at, g, FORM.low, FORM.high, dtype, ROWS, FORM.width)
+
+
+@triton.jit
+def scaled_codes(codes, g: tl.constexpr, scale, shift, FORM: tl.constexpr, dtype: tl.constexpr, ROWS: tl.constexpr):
+    """Return (2048 + code) * scale + shift as dtype [ROWS, 32]."""
+    even = float_code(codes[0], codes[1], g, 0, FORM.parts, FORM.low, FORM.high) * scale + shift
+    odd = float_code(codes[0], codes[1], g, 1, FORM.parts, FORM.low, FORM.high) * scale + shift
+    return tl.reshape(tl.join(even, odd), (ROWS, 32)).to(dtype)
+
+
+@triton.jit
+def _rounded(codes, words, g: tl.constexpr, FORM: tl.constexpr, dtype: tl.constexpr, ROWS: tl.constexpr):
+    WIDTH: tl.constexpr = FORM.width
+    scale, minimum = scale_of(words, g, 0, FORM)
+    scale = scale[:, None]
+    shift = minimum[:, None] - scale * 2048.0
+    if WIDTH == 16:
+        scale_2, minimum_2 = scale_of(words, g, 1, FORM)
+        second = (tl.arange(0, 16) >= 8)[None, :]
+        shift = tl.where(second, (minimum_2 - scale_2 * 2048.0)[:, None], shift)
+        scale = tl.where(second, scale_2[:, None], scale)
+    return scaled_codes(codes, g, scale, shift, FORM, dtype, ROWS)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class GgufCodec(Codec):
+    """Codec of a kind of GGUF matrix.
+
+    Attributes:
+        count: number of words of a row in a step of `scales`.
+        nested, minimum, zero: as in `packed_linear.layout.TileLayout`.
+        factor: as in `Planes`.
+        tables: for codes of a lookup table: for each bit of value + zero an integer, of which bit c is for code c.
+    """
+
+    count: int
+    nested: bool
+    minimum: bool
+    zero: int
+    factor: float
+    tables: tuple[int, ...]
+
+
+@functools.cache
+def codec(kind: PackedKind) -> GgufCodec:
+    planes = PLANES[kind]
+    layout = planes.layout
+    numbers = [] if layout.values is None else [value + layout.zero for value in layout.values]
+    return GgufCodec(
+        words=_words,
+        codes=_found if numbers else _codes,
+        scale=_scale,
+        tile=_half_pairs if numbers else code_pairs,
+        rounded=_rounded,
+        low=planes.low,
+        high=4 if numbers else planes.high,
+        parts=planes.groups,
+        width=layout.width,
+        count=planes.words,
+        nested=layout.nested,
+        minimum=layout.minimum,
+        zero=layout.zero,
+        factor=planes.factor,
+        tables=tuple(sum((number >> bit & 1) << code for code, number in enumerate(numbers)) for bit in range(8)),
+    )
+
+
+def operand(matrix: GgufMatrix) -> Operand:
+    planes = matrix.low, matrix.high, matrix.scales, matrix.supers
+    steps = matrix.planes.steps(matrix.columns)
+    return Operand(planes, matrix.rows, matrix.columns, None, steps, codec(matrix.kind))
+
+
+# ---- the launches ----------------------------------------------------------------------------------------------------
 
 
 @triton.jit

@@ -20,7 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
-from candle_vllm.core.kernels.gguf_linear.triton_codes import code_pairs, moved, scaled_codes
+from candle_vllm.core.kernels.gguf_linear.triton import code_pairs, moved, scaled_codes
 from candle_vllm.core.kernels.group_linear.layout import GroupMatrix, Numbers
 from candle_vllm.core.kernels.linear.triton import CODED_CUT, Tile, launch, tile_for
 from candle_vllm.core.kernels.linear.triton_products import Codec, Operand, exact, rounded

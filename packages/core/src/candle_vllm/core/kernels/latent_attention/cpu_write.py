@@ -76,7 +76,7 @@ def make_prepare(form: int) -> Callable[..., None]:
                     for i in range(0, latent, LANES):
                         copy_numbers(x, to + 2 * rope, i, 0)
                     continue
-                scaled_to_bf16(x, given.norm, rms_scale(x, latent, given.eps), to + 2 * rope, latent)
+                scaled_to_bf16(x, given.norm, rms_scale(0, x, latent, given.eps), to + 2 * rope, latent)
             else:
                 x = given.q + 4 * (t * given.q_stride + h * (nope + rope))
                 to = given.queries + 2 * LANES * lines * (t * groups + h // LANES) + 4 * (h % LANES)

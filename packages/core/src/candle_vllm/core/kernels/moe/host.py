@@ -91,7 +91,7 @@ class HostExperts:
         self._logits = _Staged(stream, tokens, experts, torch.float32)
         self._sums = _Staged(stream, tokens, size, torch.float32)
         self._tokens, self._sent = 0, stream.mark()
-        self.layers = [_Layer(self, number) for number in range(len(layers))]
+        self.layers = [functools.partial(self.step, number) for number in range(len(layers))]
 
     def begin(self, tokens: int) -> None:
         """Set how many leading rows of the following steps are tokens, before padding. Call as the stream's work."""
@@ -159,13 +159,3 @@ class _Staged:
         memory = stream.staged(rows * width * dtype.itemsize)
         self.tensor = memory.view(dtype).view(rows, width)
         self.array = memory.numpy().view(ELEMENTS[NAMES[dtype]]).reshape(rows, width)
-
-
-class _Layer:
-    """One of the layers; see `HostExperts.step`."""
-
-    def __init__(self, host: HostExperts, number: int) -> None:
-        self._host, self._number = host, number
-
-    def __call__(self, x: torch.Tensor, logits: torch.Tensor, meanwhile: Meanwhile | None) -> Sums:
-        return self._host.step(self._number, x, logits, meanwhile)

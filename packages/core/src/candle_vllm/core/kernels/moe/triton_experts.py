@@ -63,25 +63,49 @@ TOGETHER = 8  # tiles of rows whose programs run together, so that their tokens 
 
 
 @triton.jit
-def tile_rows(tile, expert, N, GATED: tl.constexpr, ROWS: tl.constexpr):
-    """Return the rows of a tile of an expert's matrix in the matrix of all experts, int64, and a mask of valid rows.
+def write_tile(
+    x,
+    source,  # rows of x, int64 [TOKENS]
+    planes,  # see `Operand`
+    bias,
+    out,
+    target,  # rows of out [.., N], int64 [TOKENS]
+    asked,  # mask of the tokens
+    tile,
+    expert,
+    X,
+    N,
+    K,
+    pitch,
+    x_stride,
+    steps,
+    PRODUCT: tl.constexpr,
+    FORM: tl.constexpr,
+    PADDED: tl.constexpr,
+    GATED: tl.constexpr,
+    ACT: tl.constexpr,
+    ROWS: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    """Write a tile of an expert's matrix times rows of x, after bias and activation.
 
-    GATED: eight rows of gate alternate with the eight matching rows of up, as in the registers of the tensor cores.
+    GATED: eight rows of gate alternate with the eight matching rows of up, as in the registers of the tensor cores; the
+    result is act(gate) * up, half as many rows.
     """
+    HEIGHT: tl.constexpr = ROWS // 2 if GATED else ROWS
+    x_at = x + source[None, :] * x_stride
     if GATED:
         inner = tl.arange(0, ROWS)
         place = tile * (ROWS // 2) + inner // 16 * 8 + inner % 8
-        return (expert * 2 + inner // 8 % 2) * N + place, place < N
-    place = tile * ROWS + tl.arange(0, ROWS)
-    return expert * N + place, place < N
-
-
-@triton.jit
-def finished(
-    total, bias, row, inside, GATED: tl.constexpr, ACT: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr
-):
-    """Return a tile's sums after bias and activation: [ROWS, TOKENS], or act(gate) * up [ROWS / 2, TOKENS] if GATED;
-    `row`, `inside` as in `tile_rows`."""
+        row = (expert * 2 + inner // 8 % 2) * N + place
+    else:
+        place = tile * ROWS + tl.arange(0, ROWS)
+        row = expert * N + place
+    inside = place < N
+    height = tl.cast(N, tl.int64) * X * (2 if GATED else 1)
+    total = PRODUCT(
+        x_at, planes, row, inside, asked, height, K, pitch, 0, steps, steps, FORM, PADDED, False, ROWS, TOKENS
+    )
     if bias is not None:
         total += tl.load(bias + row, mask=inside, other=0.0).to(tl.float32)[:, None]
     if GATED:
@@ -92,42 +116,6 @@ def finished(
         total *= total
     elif ACT == 9:
         total = 0.5 * total * (1.0 + tl.erf(total * 0.7071067811865476))
-    return total
-
-
-@triton.jit
-def expert_tile(
-    x_at,  # pointers to the starts of rows of x, [1, TOKENS]
-    planes,  # see `Operand`
-    bias,
-    tile,
-    expert,
-    asked,
-    X,
-    N,
-    K,
-    pitch,
-    steps,
-    PRODUCT: tl.constexpr,
-    FORM: tl.constexpr,
-    PADDED: tl.constexpr,
-    GATED: tl.constexpr,
-    ACT: tl.constexpr,
-    ROWS: tl.constexpr,
-    TOKENS: tl.constexpr,
-):
-    """Return the `finished` tile of an expert's matrix for the rows of x in the mask `asked`."""
-    row, inside = tile_rows(tile, expert, N, GATED, ROWS)
-    height = tl.cast(N, tl.int64) * X * (2 if GATED else 1)
-    total = PRODUCT(
-        x_at, planes, row, inside, asked, height, K, pitch, 0, steps, steps, FORM, PADDED, False, ROWS, TOKENS
-    )
-    return finished(total, bias, row, inside, GATED, ACT, ROWS, TOKENS)
-
-
-@triton.jit
-def store_tile(out, total, tile, target, asked, N, HEIGHT: tl.constexpr):
-    """Write a finished tile [HEIGHT, TOKENS] to its columns in the rows `target` of out [.., N]."""
     row = tile * HEIGHT + tl.arange(0, HEIGHT)
     there = (row < N)[:, None] & asked[None, :]
     tl.store(out + target[None, :] * N + row[:, None], total.to(out.dtype.element_ty), mask=there)
@@ -192,11 +180,10 @@ def few_kernel(
     tile = tl.program_id(0)
     source = tl.arange(0, TOKENS).to(tl.int64) if FIRST else pair
     planes = (low, high, scales, supers)
-    x_at = x + source[None, :] * x_stride
-    total = expert_tile(
-        x_at, planes, bias, tile, expert, asked, X, N, K, pitch, steps, PRODUCT, FORM, PADDED, GATED, ACT, ROWS, TOKENS
-    )
-    store_tile(out, total, tile, pair, asked, N, ROWS // 2 if GATED else ROWS)
+    write_tile(
+        x, source, planes, bias, out, pair, asked, tile, expert, X, N, K, pitch, x_stride, steps,
+        PRODUCT, FORM, PADDED, GATED, ACT, ROWS, TOKENS,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["blocks"])
@@ -234,12 +221,12 @@ def many_kernel(
         return
     asked, place, pair = block_pairs(order, table, block, blocks, TOKENS)
     source = pair // TOP if FIRST else place
+    target = place if FIRST else pair
     planes = (low, high, scales, supers)
-    x_at = x + source[None, :] * x_stride
-    total = expert_tile(
-        x_at, planes, bias, tile, expert, asked, X, N, K, pitch, steps, PRODUCT, FORM, PADDED, GATED, ACT, ROWS, TOKENS
-    )
-    store_tile(out, total, tile, place if FIRST else pair, asked, N, ROWS // 2 if GATED else ROWS)
+    write_tile(
+        x, source, planes, bias, out, target, asked, tile, expert, X, N, K, pitch, x_stride, steps,
+        PRODUCT, FORM, PADDED, GATED, ACT, ROWS, TOKENS,
+    )  # fmt: skip
 
 
 def product(

@@ -158,11 +158,7 @@ class Inputs:
 
 
 def emit_sums(
-    inputs: Inputs,
-    codes: Callable[[int], Any],
-    quads: Sequence[int],
-    rows: Sequence[int],
-    begin: int,
+    inputs: Inputs, codes: Callable[[int], Any], quads: Sequence[int], rows: Sequence[int], begin: int
 ) -> list[Any]:
     """Emit the sums of the codes' values times activations, <16 x i32> for each row.
 
@@ -181,11 +177,7 @@ def emit_sums(
 
 
 def _emit_products(
-    inputs: Inputs,
-    codes: Callable[[int], Any],
-    quads: Sequence[int],
-    rows: Sequence[int],
-    begin: int,
+    inputs: Inputs, codes: Callable[[int], Any], quads: Sequence[int], rows: Sequence[int], begin: int
 ) -> list[Any]:
     """Emit the sums of `emit_sums` for factors that need no correction by their steps."""
     e, isa, layout = inputs.e, inputs.isa, inputs.layout

@@ -258,13 +258,8 @@ class GridParts(NamedTuple):
     supers: Any
 
 
-def take_apart(blocks: np.ndarray, layout: GridLayout, to: Callable[[np.ndarray], Any]) -> GridParts:
-    """Decode rows of blocks, uint8 [R, B, bytes], to parts; `to` converts int64 arrays to arrays of any library."""
-    return _decoded(dict(split(blocks, layout)), layout, to)
-
-
-def _decoded(parts: Mapping[int, np.ndarray], layout: GridLayout, to: Callable[[np.ndarray], Any]) -> GridParts:
-    """Decode `parts`, which are results of `split`."""
+def decoded(parts: Mapping[int, np.ndarray], layout: GridLayout, to: Callable[[np.ndarray], Any]) -> GridParts:
+    """Decode the results of `split`, by their offsets; `to` converts int64 arrays to arrays of any library."""
 
     def part(name: str, more: int = 0) -> Any:
         return to(parts[layout.head_bytes + layout.place[name] + more].astype(np.int64))

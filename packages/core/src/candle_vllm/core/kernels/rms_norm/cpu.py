@@ -12,7 +12,7 @@ from collections.abc import Callable
 from numba import njit
 
 from candle_vllm.core.kernels.activation_quant import GROUP
-from candle_vllm.core.kernels.activation_quant.cpu import layer_scale, rms_scale, rms_scale_within, row_mean, share
+from candle_vllm.core.kernels.activation_quant.cpu import layer_scale, rms_scale, row_mean, share
 from candle_vllm.core.kernels.activation_rows.cpu import padded_row
 from candle_vllm.core.kernels.cpu_runtime.emit import F32, Emitter, Float, Int, emitted, vector
 from candle_vllm.core.kernels.cpu_runtime.level import LANES
@@ -58,9 +58,9 @@ def make_head_norm(LAYER: int) -> Callable[..., None]:
             if LAYER == 1:
                 _layer_norm_head(at, head_dim, own, eps)
             elif head_dim % GROUP == 0:
-                scale_in_place(at, own, rms_scale(at, head_dim, eps), head_dim // LANES)
+                scale_in_place(at, own, rms_scale(0, at, head_dim, eps), head_dim // LANES)
             else:
-                scale = rms_scale_within(at, head_dim, eps)
+                scale = rms_scale(1, at, head_dim, eps)
                 scale_in_place(at, own, scale, head_dim // LANES)
                 values, weights = float32_at(at), float32_at(own)
                 for i in range(head_dim // LANES * LANES, head_dim):
@@ -101,7 +101,7 @@ def make_norm_onto(LAYER: int) -> Callable[..., None]:
                 for i in range(first, last):
                     target[i] += (values[i] - mean) * scale * weights[i] + biases[i]
             else:
-                scale = rms_scale(at, columns, eps)
+                scale = rms_scale(0, at, columns, eps)
                 for i in range(first, last):
                     target[i] += values[i] * scale * weights[i]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 
-from candle_vllm.core.kernels.activation_quant.cpu import rms_scale_within, share
+from candle_vllm.core.kernels.activation_quant.cpu import rms_scale, share
 from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at, int64_at, read, step_number
 from candle_vllm.core.kernels.cpu_runtime.tiles import add_rows, stack_bytes
 from candle_vllm.core.kernels.stream_mix import LEAST, MixArguments, WeightArguments
@@ -31,8 +31,8 @@ def mix(row, thread, threads):
         for n in range(streams):
             addresses[n], factors[n] = given.x + (t * given.stride + n * columns) * 4, 1.0
             if given.level != 0 and n > 0:
-                own = 1.0 / float(rms_scale_within(addresses[n], columns, 0.0))
-                factors[n] = 1.0 / float(rms_scale_within(addresses[0], columns, 0.0)) / max(own, _LEAST_ROOT)
+                own = 1.0 / float(rms_scale(1, addresses[n], columns, 0.0))
+                factors[n] = 1.0 / float(rms_scale(1, addresses[0], columns, 0.0)) / max(own, _LEAST_ROOT)
         for m in range(made):
             for n in range(streams):
                 total = float(table[m * streams + n])

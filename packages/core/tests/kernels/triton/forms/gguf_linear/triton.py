@@ -6,8 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from candle_vllm.core.kernels.gguf_linear.layout import PLANES
-from candle_vllm.core.kernels.gguf_linear.triton import ROUNDED_TILES, _tile, embedding_kernel
-from candle_vllm.core.kernels.gguf_linear.triton_codes import codec
+from candle_vllm.core.kernels.gguf_linear.triton import ROUNDED_TILES, _tile, codec, embedding_kernel
 from candle_vllm.core.kernels.linear.triton import tile_for
 from candle_vllm.core.kernels.linear.triton_products import Operand, exact, rounded
 from candle_vllm.core.kernels.packed_linear.layout import LAYOUTS, PackedKind, TileLayout
