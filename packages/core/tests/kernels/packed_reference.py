@@ -7,7 +7,15 @@ import numpy as np
 
 from candle_vllm.core.kernels.packed_linear import grids
 from candle_vllm.core.kernels.packed_linear.grids import GridLayout
-from candle_vllm.core.kernels.packed_linear.layout import GROUP, ROWS, TRITS, VECTOR_BYTES, PackedMatrix, TileLayout
+from candle_vllm.core.kernels.packed_linear.layout import (
+    GROUP,
+    LAYOUTS,
+    ROWS,
+    TRITS,
+    VECTOR_BYTES,
+    PackedMatrix,
+    TileLayout,
+)
 from candle_vllm.core.quantization.ggml_blocks import scale_numbers
 from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType
 
@@ -30,7 +38,7 @@ def linear(weight: np.ndarray, xq: np.ndarray, xs: np.ndarray, bias: np.ndarray 
 
 def dequantise(matrix: PackedMatrix) -> np.ndarray:
     """Return the weights as float32 [N, K], exactly as ggml decodes blocks of the kind's type."""
-    layout = matrix.layout
+    layout = LAYOUTS[matrix.kind]
     if isinstance(layout, GridLayout):
         return _decoded_grids(matrix.data, layout)[: matrix.rows]
     blocks = matrix.data.reshape(len(matrix.data), -1, layout.block_bytes)  # [tiles, blocks, bytes]

@@ -33,7 +33,7 @@ def test_every_type_that_is_described_has_a_packed_layout() -> None:
 def test_a_row_tells_every_bit_of_a_block_once(kind: GGMLQuantizationType) -> None:
     size, width = kind.block
     contents, told = CONTENTS[kind], np.zeros((width, 8), int)
-    for fields in contents.fields:
+    for fields in sum(contents.small, contents.codes):
         for place in fields.places:
             told[fields.start : fields.stop, place : place + fields.bits] += 1
     for start, stop in contents.floats:

@@ -93,15 +93,10 @@ class BlockContents(NamedTuple):
         return (self.scale,) if self.minimum is None else (self.scale, self.minimum)
 
     @property
-    def fields(self) -> tuple[Fields, ...]:
-        """Fields of all codes and small scales."""
-        return (*self.codes, *(fields for several in self.small for fields in several))
-
-    @property
     def block(self) -> tuple[int, int]:
         """Elements and bytes of a block."""
         digits = sum((stop - start) * count for start, stop, count in self.digits)
-        ends = [stop for _, stop in self.floats] + [fields.stop for fields in self.fields]
+        ends = [stop for _, stop in self.floats] + [fields.stop for fields in sum(self.small, self.codes)]
         return digits or self.codes[0].numbers, max(ends) + self.unused
 
 

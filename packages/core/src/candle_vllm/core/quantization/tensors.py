@@ -224,9 +224,6 @@ class Viewed(StoredTensor):
     def quantised(self) -> bool:
         return self.dtype is None or self.source.quantised
 
-    @abstractmethod
-    def raw(self) -> np.ndarray: ...
-
     def release(self) -> None:
         """See `StoredTensor.release`; data that other views of the same tensor still need is read again."""
         self.source.release()

@@ -8,7 +8,7 @@ import torch
 from candle_vllm.core.kernels.lora import Place
 from candle_vllm.core.kernels.lora.reference import EagerAdapters
 from candle_vllm.core.kernels.matrices import DeviceMatrix
-from candle_vllm.core.kernels.moe.arguments import LEAST_SUM, Activation, Pairs, Routing, Scoring, is_gated
+from candle_vllm.core.kernels.moe.arguments import LEAST_SUM, Activation, Pairs, Routing, is_gated
 from candle_vllm.core.kernels.silu_mul.reference import gated_product
 
 
@@ -16,7 +16,10 @@ def route(logits: torch.Tensor, routing: Routing) -> tuple[torch.Tensor, torch.T
     """Return weights and experts [T, k]; see the contract in the package."""
     bias, count = routing.bias, routing.groups
     wide = logits.float()
-    scores = scores_of(wide, routing.scoring)
+    if routing.scoring == "sqrt_softplus":
+        scores = torch.nn.functional.softplus(wide, threshold=100.0).sqrt()
+    else:
+        scores = torch.softmax(wide, -1) if routing.scoring == "softmax" else torch.sigmoid(wide)
     choice = wide if bias is None else scores + bias.float()
     choice = torch.where(choice.isnan(), -torch.inf, choice)
     candidate = torch.ones_like(choice, dtype=torch.bool)
@@ -36,13 +39,6 @@ def route(logits: torch.Tensor, routing: Routing) -> tuple[torch.Tensor, torch.T
     if routing.expert_scale is not None:
         weights = weights * routing.expert_scale[experts]
     return weights, experts.to(torch.int32)
-
-
-def scores_of(logits: torch.Tensor, scoring: Scoring) -> torch.Tensor:
-    """Return the scores of logits [T, X] fp32; see the contract in the package."""
-    if scoring == "sqrt_softplus":
-        return torch.nn.functional.softplus(logits, threshold=100.0).sqrt()
-    return torch.softmax(logits, -1) if scoring == "softmax" else torch.sigmoid(logits)
 
 
 def _shares_of_near(logits: torch.Tensor, experts: torch.Tensor, jitter: float) -> torch.Tensor:

@@ -121,29 +121,6 @@ def write_tile(
     tl.store(out + target[None, :] * N + row[:, None], total.to(out.dtype.element_ty), mask=there)
 
 
-@triton.jit
-def few_pairs(experts, pair, T, X, TOP: tl.constexpr, SLOTS: tl.constexpr, TOKENS: tl.constexpr):
-    """Return a pair's expert; whether it is valid and no earlier pair has it; and for each token its pair with that
-    expert, or -1."""
-    expert = tl.load(experts + pair)
-    token = tl.arange(0, TOKENS)[:, None]
-    slot = tl.arange(0, SLOTS)[None, :]
-    number = token * TOP + slot
-    same = tl.load(experts + number, mask=(token < T) & (slot < TOP), other=-1) == expert
-    first = tl.min(tl.min(tl.where(same, number, pair), 1), 0)
-    wanted = (expert >= 0) & (expert < X) & (first == pair)
-    return expert.to(tl.int64), wanted, tl.max(tl.where(same, number, -1), 1)
-
-
-@triton.jit
-def block_pairs(order, table, block, blocks, TOKENS: tl.constexpr):
-    """Return the mask of a block's used places, the places, and the places' pairs."""
-    place = tl.load(table + blocks + block) + tl.arange(0, TOKENS)
-    asked = tl.arange(0, TOKENS) < tl.load(table + 2 * blocks + block)
-    pair = tl.load(order + place, mask=asked, other=0)
-    return asked, place.to(tl.int64), pair.to(tl.int64)
-
-
 @triton.jit(do_not_specialize=["T"])
 def few_kernel(
     x,  # [T, K], or if not FIRST [pairs, K]
@@ -172,7 +149,16 @@ def few_kernel(
     TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    expert, wanted, pair = few_pairs(experts, tl.program_id(1), T, X, TOP, SLOTS, TOKENS)
+    own = tl.program_id(1)
+    expert = tl.load(experts + own)
+    token = tl.arange(0, TOKENS)[:, None]
+    slot = tl.arange(0, SLOTS)[None, :]
+    number = token * TOP + slot
+    same = tl.load(experts + number, mask=(token < T) & (slot < TOP), other=-1) == expert
+    first = tl.min(tl.min(tl.where(same, number, own), 1), 0)
+    wanted = (expert >= 0) & (expert < X) & (first == own)  # no earlier pair has the expert
+    expert = expert.to(tl.int64)
+    pair = tl.max(tl.where(same, number, -1), 1)  # of each token, the pair with this expert, or -1
     if not wanted:
         return
     asked = pair >= 0
@@ -219,7 +205,10 @@ def many_kernel(
     expert = tl.load(table + block).to(tl.int64)
     if expert < 0:
         return
-    asked, place, pair = block_pairs(order, table, block, blocks, TOKENS)
+    place = tl.load(table + blocks + block) + tl.arange(0, TOKENS)
+    asked = tl.arange(0, TOKENS) < tl.load(table + 2 * blocks + block)
+    pair = tl.load(order + place, mask=asked, other=0).to(tl.int64)
+    place = place.to(tl.int64)
     source = pair // TOP if FIRST else place
     target = place if FIRST else pair
     planes = (low, high, scales, supers)

@@ -76,13 +76,8 @@ def make_gated(KIND: int, PROLOGUE: int, ISA: int) -> Any:
 
     def packed_gated(entry: Any, thread: int, threads: int) -> None:
         given = read(GatedArguments, entry)
-        rows, groups, tile_bytes, ahead = (
-            step_number(entry, given.rows_from),
-            given.length,
-            given.tile_bytes,
-            given.ahead,
-        )
-        units = given.outputs // WIDTH
+        rows, groups, width = step_number(entry, given.rows_from), given.length, given.outputs
+        tile_bytes, ahead, units = given.tile_bytes, given.ahead, width // WIDTH
         first, last = units * thread // threads, units * (thread + 1) // threads
         if rows <= 0 or first == last:
             return
@@ -117,28 +112,16 @@ def make_gated(KIND: int, PROLOGUE: int, ISA: int) -> Any:
                         multiply(KIND, ISA, block, at_tile, panel, panels, to, groups, ahead, scratch)
                     for index in range(some):
                         gate, place = sums + 2 * index * TILE, unit + index
-                        q = given.q + row * given.outputs + place * WIDTH
+                        q = given.q + row * width + place * WIDTH
                         at = (row * units + place) * 4
                         scales, totals = given.q_scales + at, given.q_sums + at
+                        other = gate + SUMS
                         if block == 1:
-                            _gate_rows(
-                                PROLOGUE, 1, gate, gate + SUMS, TILE, 0, 0, q, given.outputs, scales, totals, 4 * units
-                            )
+                            _gate_rows(PROLOGUE, 1, gate, other, TILE, 0, 0, q, width, scales, totals, 4 * units)
                         else:
                             for four in range(0, block * panels, 4):
                                 _gate_rows(
-                                    PROLOGUE,
-                                    4,
-                                    gate,
-                                    gate + SUMS,
-                                    TILE,
-                                    four,
-                                    count - 1,
-                                    q,
-                                    given.outputs,
-                                    scales,
-                                    totals,
-                                    4 * units,
+                                    PROLOGUE, 4, gate, other, TILE, four, count - 1, q, width, scales, totals, 4 * units
                                 )
                 row += count
         if SQUARES and rows > FULL // 2:

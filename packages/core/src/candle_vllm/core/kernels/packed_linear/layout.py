@@ -244,11 +244,6 @@ class PackedMatrix(Matrix):
     order: np.ndarray | None = None
 
     @property
-    def layout(self) -> AnyLayout:
-        """Properties of the layout."""
-        return LAYOUTS[self.kind]
-
-    @property
     def groups(self) -> int:
         """Groups of 32 weights in a row."""
         return self.columns // GROUP

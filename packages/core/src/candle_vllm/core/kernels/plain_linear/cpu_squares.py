@@ -209,22 +209,12 @@ def make_linear(KIND: int) -> Any:
                         left = blocks - block
                         if INTEGERS == 1:
                             for first_square in range(0, some, EACH):
-                                own, columns_of = part + first_square * SQUARE, inputs + first_square * step
+                                own, own_x = part + first_square * SQUARE, inputs + first_square * step
                                 few, segment = min(EACH, some - first_square), (begin + first_square) // EACH
                                 multiply_blocks(
-                                    KIND,
-                                    1,
-                                    left,
-                                    width,
-                                    own,
-                                    tile_bytes,
-                                    columns_of,
-                                    panel_bytes,
-                                    step,
-                                    stride,
-                                    scratch,
+                                    KIND, 1, left, width, own, tile_bytes, own_x, panel_bytes, step, stride, scratch,
                                     few,
-                                )
+                                )  # fmt: skip
                                 _add_segments(left, width, scratch, tails + 128 * block, segment, to)
                         else:
                             multiply_blocks(

@@ -135,13 +135,61 @@ def fit_offset(
         most, first, tries: as in `reference.fit_offset`; `most` and `first` are float32.
         scales, mins: addresses of float32 [16].
     """
-    search = _OffsetSearch(e, x, weights, count, most, first)
-    b, zero = e.b, search.zero
-    low, span = search.range()
-    scale = b.fdiv(span, search.most)  # the plain scale: the span divided into `most` steps
-    start = [e.constant(F32, searches.NOTHING), scale, low]
-    _, best_scale, best_low = e.loop(tries, start, lambda index, state: search.attempt(index, state, low, span))
-    plain_error, best_error = search.errors(scale, low, best_scale, best_low)
+    b, zero, highest = e.b, e.zeros(F32), e.splat(most)
+
+    def extent(value: Any, weight: Any, state: list[Any]) -> list[Any]:
+        """Update the minimum, at most 0, the maximum, and the sums of w and of w * x."""
+        low, high, total, weighted = state
+        low = b.select(b.fcmp_ordered("<", value, low), value, low)
+        high = b.select(b.fcmp_ordered(">", value, high), value, high)
+        return [low, high, b.fadd(total, weight), b.fadd(weighted, b.fmul(weight, value))]
+
+    start = [zero, e.constant(F32, -searches.NOTHING), zero, zero]
+    low, high, total, weighted = _elements(e, x, weights, count, start, extent)
+    span = b.fsub(high, low)
+
+    def codes(value: Any, low: Any, inverse: Any) -> Any:
+        return _clamp(e, _rounded(e, b.fmul(inverse, b.fsub(value, low))), zero, highest)
+
+    def attempt(index: Any, state: list[Any]) -> list[Any]:
+        """Try one step size: codes, then the scale and minimum that fit them best, kept if the error is smaller."""
+        steps = e.splat(b.fmul(b.sitofp(index, F32), ir.Constant(F32, searches.OFFSET_STEP)))
+        inverse = b.fdiv(b.fadd(b.fadd(e.splat(first), steps), highest), span)
+
+        def body(value: Any, weight: Any, sums: list[Any]) -> list[Any]:
+            code = codes(value, low, inverse)
+            part = b.fmul(weight, code)
+            added = part, b.fmul(part, code), b.fmul(part, value)
+            return [b.fadd(old, new) for old, new in zip(sums, added)]
+
+        sum_l, sum_ll, sum_lx = _elements(e, x, weights, count, [zero] * 3, body)
+        whole = b.fmul(total, sum_ll)
+        spread = b.fsub(whole, b.fmul(sum_l, sum_l))
+        usable = b.fcmp_ordered(">", spread, b.fmul(whole, e.constant(F32, searches.LEAST_SPREAD)))
+        scale = b.fdiv(b.fsub(b.fmul(total, sum_lx), b.fmul(weighted, sum_l)), spread)
+        fitted = b.fdiv(b.fsub(b.fmul(sum_ll, weighted), b.fmul(sum_l, sum_lx)), spread)
+        above = b.fcmp_ordered(">", fitted, zero)  # a minimum above 0 cannot be stored
+        scale = b.select(above, b.fdiv(sum_lx, sum_ll), scale)
+        fitted = b.select(above, zero, fitted)
+        # The squared error minus the sum of w * x^2, a sum that is equal for all tries.
+        error = b.fsub(zero, b.fadd(b.fmul(scale, sum_lx), b.fmul(fitted, weighted)))
+        better = b.and_(usable, b.fcmp_ordered("<", error, state[0]))
+        return [b.select(better, new, old) for new, old in zip((error, scale, fitted), state)]
+
+    scale = b.fdiv(span, highest)  # the plain scale: the span divided into `most` steps
+    _, best_scale, best_low = e.loop(tries, [e.constant(F32, searches.NOTHING), scale, low], attempt)
+    one = e.constant(F32, 1.0)
+    fits = [(each, least, b.fdiv(one, each)) for each, least in ((scale, low), (best_scale, best_low))]
+
+    def errors(value: Any, weight: Any, sums: list[Any]) -> list[Any]:
+        """Add the squared errors of both scales and minima."""
+        results = []
+        for (each, least, inverse), sum_of in zip(fits, sums):
+            off = b.fsub(b.fadd(b.fmul(each, codes(value, least, inverse)), least), value)
+            results.append(b.fadd(sum_of, b.fmul(weight, b.fmul(off, off))))
+        return results
+
+    plain_error, best_error = _elements(e, x, weights, count, [zero] * 2, errors)
     better = b.fcmp_ordered("<", best_error, plain_error)
     flat = b.fcmp_ordered("==", span, zero)
     scale, low = b.select(better, best_scale, scale), b.select(better, best_low, low)
@@ -224,79 +272,6 @@ def _rounded(e: Emitter, value: Any) -> Any:
     """Round values below 2^22 to integers, ties to even."""
     shifter = e.constant(F32, SHIFTER)
     return e.b.fsub(e.b.fadd(value, shifter), shifter)
-
-
-class _OffsetSearch:
-    def __init__(self, e: Emitter, x: Any, weights: Any, count: Any, most: Any, first: Any) -> None:
-        self.e, self.b = e, e.b
-        self.x, self.weights, self.count = x, weights, count
-        self.most, self.first = e.splat(most), e.splat(first)
-        self.zero = e.zeros(F32)
-
-    def range(self) -> tuple[Any, Any]:
-        """Return the minimum, at most 0, and the span to the maximum; keep the sums of w and of w * x."""
-        e, b, zero = self.e, self.b, self.zero
-
-        def body(value: Any, weight: Any, state: list[Any]) -> list[Any]:
-            low, high, total, weighted = state
-            low = b.select(b.fcmp_ordered("<", value, low), value, low)
-            high = b.select(b.fcmp_ordered(">", value, high), value, high)
-            return [low, high, b.fadd(total, weight), b.fadd(weighted, b.fmul(weight, value))]
-
-        start = [zero, e.constant(F32, -searches.NOTHING), zero, zero]
-        low, high, self.total, self.weighted = _elements(e, self.x, self.weights, self.count, start, body)
-        return low, b.fsub(high, low)
-
-    def _codes(self, value: Any, low: Any, inverse: Any) -> Any:
-        b = self.b
-        return _clamp(self.e, _rounded(self.e, b.fmul(inverse, b.fsub(value, low))), self.zero, self.most)
-
-    def attempt(self, index: Any, state: list[Any], low: Any, span: Any) -> list[Any]:
-        """Try one step size: codes, then the scale and minimum that fit them best, kept if the error is smaller."""
-        e, b, zero = self.e, self.b, self.zero
-        best_error, best_scale, best_low = state
-        steps = e.splat(b.fmul(b.sitofp(index, F32), ir.Constant(F32, searches.OFFSET_STEP)))
-        inverse = b.fdiv(b.fadd(b.fadd(self.first, steps), self.most), span)
-
-        def body(value: Any, weight: Any, sums: list[Any]) -> list[Any]:
-            code = self._codes(value, low, inverse)
-            weighted = b.fmul(weight, code)
-            return [
-                b.fadd(sums[0], weighted),
-                b.fadd(sums[1], b.fmul(weighted, code)),
-                b.fadd(sums[2], b.fmul(weighted, value)),
-            ]
-
-        sum_l, sum_ll, sum_lx = _elements(e, self.x, self.weights, self.count, [zero] * 3, body)
-        whole = b.fmul(self.total, sum_ll)
-        spread = b.fsub(whole, b.fmul(sum_l, sum_l))
-        usable = b.fcmp_ordered(">", spread, b.fmul(whole, e.constant(F32, searches.LEAST_SPREAD)))
-        scale = b.fdiv(b.fsub(b.fmul(self.total, sum_lx), b.fmul(self.weighted, sum_l)), spread)
-        fitted = b.fdiv(b.fsub(b.fmul(sum_ll, self.weighted), b.fmul(sum_l, sum_lx)), spread)
-        above = b.fcmp_ordered(">", fitted, zero)  # a minimum above 0 cannot be stored
-        scale = b.select(above, b.fdiv(sum_lx, sum_ll), scale)
-        fitted = b.select(above, zero, fitted)
-        # The squared error minus the sum of w * x^2, a sum that is equal for all tries.
-        error = b.fsub(zero, b.fadd(b.fmul(scale, sum_lx), b.fmul(fitted, self.weighted)))
-        better = b.and_(usable, b.fcmp_ordered("<", error, best_error))
-        return [
-            b.select(better, new, old) for new, old in ((error, best_error), (scale, best_scale), (fitted, best_low))
-        ]
-
-    def errors(self, scale: Any, low: Any, other_scale: Any, other_low: Any) -> list[Any]:
-        """Return the squared errors of two scales and minima."""
-        e, b = self.e, self.b
-        one = e.constant(F32, 1.0)
-        inverses = [b.fdiv(one, scale), b.fdiv(one, other_scale)]
-
-        def body(value: Any, weight: Any, sums: list[Any]) -> list[Any]:
-            results = []
-            for s, m, inverse, total in zip((scale, other_scale), (low, other_low), inverses, sums):
-                off = b.fsub(b.fadd(b.fmul(s, self._codes(value, m, inverse)), m), value)
-                results.append(b.fadd(total, b.fmul(weight, b.fmul(off, off))))
-            return results
-
-        return _elements(e, self.x, self.weights, self.count, [self.zero] * 2, body)
 
 
 def _farthest(e: Emitter, x: Any, count: Any) -> list[Any]:
