@@ -60,10 +60,6 @@ class WeightSource(ABC, Generic[Codes]):
     def pack_for(self, backend: Backend[Packed], tensor: QuantisedTensor) -> Packed:
         """Pack a tensor, whose source is this one or some of its columns, for a backend."""
 
-    def columns(self, first: int, last: int) -> WeightSource[Codes]:
-        """Select columns first to last - 1 of every row."""
-        return _Columns(self, first, last)
-
     def column_step(self) -> int:
         """Return the number at whose multiples columns can be split; reads the first rows."""
         return self.read(0, self.align).column_step
@@ -135,7 +131,7 @@ class QuantisedTensor(StoredTensor):
     def columns(self, first: int, last: int) -> QuantisedTensor:
         self._check_columns(first, last)
         nbytes = self.nbytes * (last - first) // self.shape[-1]
-        source = self.source.columns(first, last)
+        source = _Columns(self.source, first, last)
         return dataclasses.replace(self, shape=(*self.shape[:-1], last - first), nbytes=nbytes, source=source)
 
     def load(self, dtype: str | None = "F32") -> np.ndarray:

@@ -59,9 +59,7 @@ def linear(
         most = SMALL if capability(x.device) >= TENSOR_CORES else SMALL_WITHOUT_TENSOR_CORES
         multiply = triton.linear_exact if invariant or len(x) <= most else triton.linear
         return multiply(x, matrix, bias, out)
-    if invariant:
-        return reference.linear_row_by_row(x, matrix, bias, out)
-    return reference.linear(x, matrix, bias, out)
+    return reference.linear(x, matrix, bias, out, invariant=invariant)
 
 
 def embedding(token_ids: torch.Tensor, matrix: GgufMatrix, dtype: torch.dtype) -> torch.Tensor:

@@ -10,19 +10,17 @@ from candle_vllm.core.kernels.packed_linear.layout import GROUP
 
 
 def linear(
-    x: torch.Tensor, matrix: GgufMatrix, bias: torch.Tensor | None = None, out: torch.Tensor | None = None
+    x: torch.Tensor,
+    matrix: GgufMatrix,
+    bias: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    *,
+    invariant: bool = False,
 ) -> torch.Tensor:
-    """See the contract in `kernels/gguf_linear`, without `invariant`; float32 weights and sums, rounded once."""
-    return rounded(x.float() @ dequantise(matrix).T, x.dtype, bias, out)
-
-
-def linear_row_by_row(
-    x: torch.Tensor, matrix: GgufMatrix, bias: torch.Tensor | None = None, out: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Do what `linear` does with a separate product for each row, so that no result depends on other rows."""
+    """See the contract in `kernels/gguf_linear`; float32 weights and sums, rounded once."""
     weights = dequantise(matrix).T
-    rows = [row[None].float() @ weights for row in x]
-    return rounded(torch.cat([weights.new_empty(0, matrix.rows), *rows]), x.dtype, bias, out)
+    parts = [row.float() @ weights for row in x.split(1 if invariant else max(len(x), 1))]
+    return rounded(torch.cat(parts), x.dtype, bias, out)
 
 
 def rounded(y: torch.Tensor, dtype: torch.dtype, bias: torch.Tensor | None, out: torch.Tensor | None) -> torch.Tensor:

@@ -72,16 +72,6 @@ def spread(word, BITS: tl.constexpr):
 
 
 @triton.jit
-def high_words(high, step, height, rows, elements, inside, HIGH: tl.constexpr):
-    """Load elements of the upper plane for a step, as int32; with single bits, two steps share an element."""
-    if HIGH == 1:
-        place = ((step // 2) * height + rows) * 16 + elements
-        return tl.load(high + place, mask=inside, other=0).to(tl.int32) >> ((step % 2) * 8)
-    place = (step * height + rows) * 16 + elements
-    return tl.load(high + place, mask=inside, other=0).to(tl.int32)
-
-
-@triton.jit
 def moved(word, at: tl.constexpr, to: tl.constexpr):
     """Shift a word so that bit `at` becomes bit `to`."""
     if at > to:
@@ -134,25 +124,6 @@ def half_of(word, HIGH: tl.constexpr):
 
 
 @triton.jit
-def scale_words(scales, supers, step, rows, inside, N, NESTED: tl.constexpr, WORDS: tl.constexpr):
-    """Load the words of a step for some rows: up to four of `scales`, and one of `supers`. N is int64."""
-    at = scales + step * (N * WORDS) + rows
-    w0 = tl.load(at, mask=inside, other=0)
-    w1 = w0
-    w2 = w0
-    w3 = w0
-    if WORDS > 1:
-        w1 = tl.load(at + N, mask=inside, other=0)
-    if WORDS > 2:
-        w2 = tl.load(at + 2 * N, mask=inside, other=0)
-        w3 = tl.load(at + 3 * N, mask=inside, other=0)
-    above = w0
-    if NESTED:
-        above = tl.load(supers + (step // 2) * N + rows, mask=inside, other=0)
-    return w0, w1, w2, w3, above
-
-
-@triton.jit
 def scale_of(words, g: tl.constexpr, half: tl.constexpr, FORM: tl.constexpr):
     """Return scale and offset of group g, or of `half` if 16 weights share them; a weight is scale * code + offset."""
     NESTED: tl.constexpr = FORM.nested
@@ -192,12 +163,30 @@ def scale_of(words, g: tl.constexpr, half: tl.constexpr, FORM: tl.constexpr):
 
 @triton.jit
 def _words(planes, step, row, inside, height, _pitch, FORM: tl.constexpr):
-    return scale_words(planes[2], planes[3], step, row, inside, height, FORM.nested, FORM.count)
+    """Load the words of a step for some rows: up to four of `scales`, and one of `supers`. `height` is int64."""
+    WORDS: tl.constexpr = FORM.count
+    at = planes[2] + step * (height * WORDS) + row
+    w0 = tl.load(at, mask=inside, other=0)
+    w1 = w0
+    w2 = w0
+    w3 = w0
+    if WORDS > 1:
+        w1 = tl.load(at + height, mask=inside, other=0)
+    if WORDS > 2:
+        w2 = tl.load(at + 2 * height, mask=inside, other=0)
+        w3 = tl.load(at + 3 * height, mask=inside, other=0)
+    above = w0
+    if FORM.nested:
+        above = tl.load(planes[3] + (step // 2) * height + row, mask=inside, other=0)
+    return w0, w1, w2, w3, above
 
 
 @triton.jit
 def _codes(planes, step, element, row, inside, height, FORM: tl.constexpr, EXACT: tl.constexpr):
-    """Load elements of both planes: as stored, or converted by `spread` if the product uses pairs."""
+    """Load elements of both planes as stored, or converted by `spread` if the product uses pairs.
+
+    Two steps share an element of single bits.
+    """
     LOW: tl.constexpr = FORM.low
     HIGH: tl.constexpr = FORM.high
     lows = tl.load(planes[0] + (step * height + row)[:, None] * 16 + element, mask=inside[:, None], other=0)
@@ -205,7 +194,11 @@ def _codes(planes, step, element, row, inside, height, FORM: tl.constexpr, EXACT
         lows = spread(lows, LOW)
     highs = lows
     if HIGH > 0:
-        highs = high_words(planes[1], step, height, row[:, None], element, inside[:, None], HIGH)
+        above = step // 2 if HIGH == 1 else step
+        place = (above * height + row[:, None]) * 16 + element
+        highs = tl.load(planes[1] + place, mask=inside[:, None], other=0).to(tl.int32)
+        if HIGH == 1:
+            highs = highs >> ((step % 2) * 8)
         if EXACT:
             highs = spread(highs, HIGH)
     return lows, highs

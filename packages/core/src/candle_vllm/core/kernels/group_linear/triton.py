@@ -32,22 +32,6 @@ ROUNDED_TILES = (Tile(32, 128, 4, 3), Tile(64, 128, 8, 3), Tile(128, 128, 8, 3))
 
 
 @triton.jit
-def step_words(scales, step, group, row, inside, N, PARTS: tl.constexpr, UNIT: tl.constexpr):
-    """Load the words of a step for some rows: one for each unit, up to four. N is int64."""
-    k = step * (PARTS * 32)
-    w0 = tl.load(scales + (k // group) * N + row, mask=inside, other=0)
-    w1 = w0
-    w2 = w0
-    w3 = w0
-    if PARTS // UNIT > 1:
-        w1 = tl.load(scales + ((k + UNIT * 32) // group) * N + row, mask=inside, other=0)
-    if PARTS // UNIT > 2:
-        w2 = tl.load(scales + ((k + 64) // group) * N + row, mask=inside, other=0)
-        w3 = tl.load(scales + ((k + 96) // group) * N + row, mask=inside, other=0)
-    return w0, w1, w2, w3
-
-
-@triton.jit
 def scale_and_zero(words, unit: tl.constexpr, FORM: tl.constexpr):
     """Return the scale (of e4m3 and e2m1 times 256) and the zero of a unit in fp32; the zero may be a constant."""
     FLOATS: tl.constexpr = FORM.kind
@@ -63,18 +47,6 @@ def scale_and_zero(words, unit: tl.constexpr, FORM: tl.constexpr):
     if FORM.zeros:
         zero = ((word >> 16) & 0xFFFF).to(tl.float32)
     return scale, zero
-
-
-@triton.jit
-def inner_words(inner, step, row, inside, N, FLOATS: tl.constexpr):
-    """Load the two words of a step's inner scales for some rows; for codes other than e2m1 they mean nothing."""
-    first = row
-    second = row
-    if FLOATS == 3:
-        place = inner + (step * N + row) * 2
-        first = tl.load(place, mask=inside, other=0)
-        second = tl.load(place + 1, mask=inside, other=0)
-    return first, second
 
 
 @triton.jit
@@ -111,32 +83,32 @@ def wide_floats(words, i0, i1, p: tl.constexpr, FLOATS: tl.constexpr):
     return first, second
 
 
-@triton.jit
-def float_tile(words, i0, i1, p: tl.constexpr, FLOATS: tl.constexpr, dtype: tl.constexpr, ROWS: tl.constexpr):
-    """Return part p as dtype [ROWS, 32], from words [ROWS, 16]; exact, with at most six significant bits."""
-    if FLOATS == 3 or dtype != tl.float16:
-        first, second = wide_floats(words, i0, i1, p, FLOATS)
-        first = first.to(dtype)
-        second = second.to(dtype)
-    else:
-        first, second = float_halves(words, p, FLOATS)
-    return tl.reshape(tl.join(first, second), (ROWS, 32))
-
-
-@triton.jit
-def scaled_tile(words, i0, i1, scale, p: tl.constexpr, FLOATS: tl.constexpr, dtype: tl.constexpr, ROWS: tl.constexpr):
-    """Return part p times the scales [ROWS] of `scale_and_zero`, rounded to fp32 and then to dtype."""
-    first, second = wide_floats(words, i0, i1, p, FLOATS)
-    return tl.reshape(tl.join(first * scale[:, None], second * scale[:, None]), (ROWS, 32)).to(dtype)
-
-
 # ---- the codec -------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _words(planes, step, row, inside, height, pitch, FORM: tl.constexpr):
-    w0, w1, w2, w3 = step_words(planes[2], step, pitch, row, inside, height, FORM.parts, FORM.unit)
-    i0, i1 = inner_words(planes[1], step, row, inside, height, FORM.kind)
+def _words(planes, step, row, inside, height, group, FORM: tl.constexpr):
+    """Load the words of a step for some rows: one for each unit, up to four, then two of the inner scales of e2m1.
+
+    `height` is int64. Words that the form lacks mean nothing.
+    """
+    UNITS: tl.constexpr = FORM.parts // FORM.unit
+    k = step * (FORM.parts * 32)
+    w0 = tl.load(planes[2] + (k // group) * height + row, mask=inside, other=0)
+    w1 = w0
+    w2 = w0
+    w3 = w0
+    if UNITS > 1:
+        w1 = tl.load(planes[2] + ((k + FORM.unit * 32) // group) * height + row, mask=inside, other=0)
+    if UNITS > 2:
+        w2 = tl.load(planes[2] + ((k + 64) // group) * height + row, mask=inside, other=0)
+        w3 = tl.load(planes[2] + ((k + 96) // group) * height + row, mask=inside, other=0)
+    i0 = row
+    i1 = row
+    if FORM.kind == 3:
+        place = planes[1] + (step * height + row) * 2
+        i0 = tl.load(place, mask=inside, other=0)
+        i1 = tl.load(place + 1, mask=inside, other=0)
     return w0, w1, w2, w3, i0, i1
 
 
@@ -157,14 +129,22 @@ def _scale(words, unit: tl.constexpr, _part: tl.constexpr, OFFSET: tl.constexpr,
 def _floats(
     codes, words, _at: tl.constexpr, g: tl.constexpr, FORM: tl.constexpr, dtype: tl.constexpr, ROWS: tl.constexpr
 ):
-    return float_tile(codes[0], words[4], words[5], g, FORM.kind, dtype, ROWS)
+    """Return part g as dtype [ROWS, 32], exact, with at most six significant bits."""
+    if FORM.kind == 3 or dtype != tl.float16:
+        first, second = wide_floats(codes[0], words[4], words[5], g, FORM.kind)
+        first = first.to(dtype)
+        second = second.to(dtype)
+    else:
+        first, second = float_halves(codes[0], g, FORM.kind)
+    return tl.reshape(tl.join(first, second), (ROWS, 32))
 
 
 @triton.jit
 def _rounded(codes, words, g: tl.constexpr, FORM: tl.constexpr, dtype: tl.constexpr, ROWS: tl.constexpr):
     scale, zero = scale_and_zero(words, g // FORM.unit, FORM)
     if FORM.floats:
-        weights = scaled_tile(codes[0], words[4], words[5], scale, g, FORM.kind, dtype, ROWS)
+        first, second = wide_floats(codes[0], words[4], words[5], g, FORM.kind)
+        weights = tl.reshape(tl.join(first * scale[:, None], second * scale[:, None]), (ROWS, 32)).to(dtype)
     else:
         weights = scaled_codes(codes, g, scale[:, None], (scale * (-2048.0 - zero))[:, None], FORM, dtype, ROWS)
     return weights
