@@ -16,7 +16,15 @@ from candle_vllm.core.kernels.gguf_linear import GgufMatrix, pack
 from candle_vllm.core.kernels.gguf_linear.reference import dequantise
 from candle_vllm.core.kernels.group_linear import GroupMatrix, pack_floats
 from candle_vllm.core.kernels.matrices import TensorMatrix
-from candle_vllm.core.kernels.moe import Activation, Pairs, Routing, reference, triton, triton_route, triton_sort
+from candle_vllm.core.kernels.moe import (
+    Activation,
+    Pairs,
+    Routing,
+    reference,
+    triton_experts,
+    triton_route,
+    triton_sort,
+)
 from candle_vllm.core.kernels.packed_linear.layout import PackedKind
 from candle_vllm.core.kernels.torch_numbers import DTYPES
 from candle_vllm.core.quantization.ggml_types import CONTENTS
@@ -38,7 +46,7 @@ def nothing_where_nothing_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
 
     stand_in = types.SimpleNamespace(**{name: getattr(torch, name) for name in dir(torch) if name[0] != "_"})
     stand_in.empty = empty
-    for module in (triton, triton_route, triton_sort):
+    for module in (triton_experts, triton_route, triton_sort):
         monkeypatch.setattr(module, "torch", stand_in)
 
 
@@ -380,7 +388,7 @@ def test_what_the_kernels_do_not_read_is_refused(device: torch.device) -> None:
         with pytest.raises(AssertionError):
             run(*wrong)
     with pytest.raises(AssertionError):
-        triton.expert_linear(
+        triton_experts.expert_linear(
             x.float(), matrix_of(gate_up.float()), Pairs(weights, experts, 4), None, "silu", invariant=False
         )
 

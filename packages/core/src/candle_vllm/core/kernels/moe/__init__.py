@@ -142,9 +142,9 @@ def expert_linear(
     import torch
 
     if on_gpu(x) and x.dtype != torch.float32:
-        from candle_vllm.core.kernels.moe import triton
+        from candle_vllm.core.kernels.moe import triton_experts
 
-        return triton.expert_linear(x, matrix, pairs, bias, activation, invariant)
+        return triton_experts.expert_linear(x, matrix, pairs, bias, activation, invariant)
     from candle_vllm.core.kernels.moe import reference
 
     joins = None if adapters is None or place is None else (adapters, place)
@@ -160,9 +160,9 @@ def combine(
     import torch
 
     if on_gpu(results) and results.dtype != torch.float32:
-        from candle_vllm.core.kernels.moe import triton
+        from candle_vllm.core.kernels.moe import triton_experts
 
-        y = triton.combine(results, pairs)
+        y = triton_experts.combine(results, pairs)
     else:
         from candle_vllm.core.kernels.moe import reference
 

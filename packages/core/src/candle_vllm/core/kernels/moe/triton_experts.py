@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Products with experts' matrices on a GPU (step 6 of a request's life).
+"""Mixture of experts on a GPU (step 6 of a request's life): gate and up with the activation, down, and the sum.
+
+With few pairs there are three launches; with many four or five, because the pairs are sorted first. Every pair's result
+is written separately, and results are added in the order of the token's experts, so no bit depends on the order of
+programs.
 
 Terms (pair, place): see the package. All experts' rows are in one matrix, one expert after another. A kernel gets a
 product function for the storage format (`kernels/linear/triton_products.py`).
@@ -26,8 +30,8 @@ from candle_vllm.core.kernels.gguf_linear.layout import PLANES
 from candle_vllm.core.kernels.linear.triton import Tile, tile_for, tile_of
 from candle_vllm.core.kernels.linear.triton_products import Operand, exact, plain, rounded
 from candle_vllm.core.kernels.matrices import DeviceMatrix, Stored
-from candle_vllm.core.kernels.moe.arguments import Activation, Pairs, is_gated
-from candle_vllm.core.kernels.moe.triton_sort import Blocks
+from candle_vllm.core.kernels.moe.arguments import FEW, Activation, Pairs, is_gated
+from candle_vllm.core.kernels.moe.triton_sort import sort_pairs
 from candle_vllm.core.kernels.packed_linear.layout import PackedKind
 from candle_vllm.core.kernels.silu_mul.triton import KINDS, gated_product
 from candle_vllm.core.kernels.triton_build import OPTIONS, TENSOR_CORES, capability, cdiv, next_power_of_2, stages
@@ -60,6 +64,7 @@ GGUF_SLOW = Tiles((Tile(8, 32, 4, 1), Tile(16, 32, 8, 1), Tile(32, 32, 8, 1), Ti
 TABLE = GGUF._replace(few=(*GGUF.few[:-1], Tile(64, 16, 4, 3)))
 TABLE_SLOW = GGUF_SLOW._replace(few=(*GGUF_SLOW.few[:-1], Tile(64, 16, 8, 1)))
 TOGETHER = 8  # tiles of rows whose programs run together, so that their tokens stay in the cache
+_PART = 1024  # elements of a program of the sum; not measured yet
 
 
 @triton.jit
@@ -218,33 +223,65 @@ def many_kernel(
     )  # fmt: skip
 
 
-def product(
+@triton.jit
+def sum_kernel(
+    results,  # [T, TOP, E]
+    weights,  # [T, TOP]
+    experts,  # [T, TOP]
+    y,  # [T, E]
+    X,
+    E,
+    TOP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < E
+    total = tl.zeros((BLOCK,), tl.float32)
+    for j in tl.static_range(TOP):
+        pair = token * TOP + j + tl.arange(0, 1)
+        expert = tl.load(experts + pair)
+        valid = (expert >= 0) & (expert < X)
+        weight = tl.load(weights + pair, mask=valid, other=0.0)
+        part = tl.load(results + pair * E + at, mask=inside & valid, other=0.0)
+        total += weight * part.to(tl.float32)
+    tl.store(y + token * E + at, total.to(y.dtype.element_ty), mask=inside)
+
+
+def expert_linear(
     x: torch.Tensor,
     matrix: DeviceMatrix,
-    bias: torch.Tensor | None,
     pairs: Pairs,
-    blocks: Blocks | None,
-    out: torch.Tensor,
-    gate: Activation | None,
-) -> None:
-    """Compute out [T * k, N] by one launch.
-
-    Args:
-        x: [T, K] if `gate` names an activation, otherwise the result of the previous call.
-        blocks: None for few pairs. Otherwise `out` has a row for each place if `gate` names an activation, and a row
-            for each pair if not.
-    """
-    assert bias is None or (bias.is_contiguous() and bias.device == x.device)
+    bias: torch.Tensor | None,
+    activation: Activation | None,
+    invariant: bool,
+) -> torch.Tensor:
+    """See the contract in the package. Results have a row for each pair, or, for many pairs with an activation, for
+    each place."""
     stored, device = matrix.stored, x.device
+    assert x.dtype in (torch.bfloat16, torch.float16)
+    assert x.stride(1) == 1 or x.shape[1] == 1, "the elements of a row must be contiguous"
+    assert pairs.experts.is_contiguous()
+    assert pairs.experts.device == device
+    assert bias is None or (bias.is_contiguous() and bias.device == device)
     assert stored != "codes", "experts with integer codes are stored as GGUF blocks"
-    tiles = _tiles(stored, matrix.kind, capability(device))
-    tile = tile_for(pairs.tokens, tiles.few) if blocks is None else tile_for(blocks.most, tiles.many)
-    operand, rows = matrix.operand(tile.columns), out.shape[1]
+    gated = is_gated(activation)
+    rows = matrix.rows // pairs.count // (2 if gated else 1)
+    out = torch.empty((pairs.number, rows), dtype=x.dtype, device=device)
+    if not pairs.tokens:
+        return out
+    tiles, few = _tiles(stored, matrix.kind, capability(device)), pairs.number <= FEW and not invariant
+    if not few and pairs.blocks is None:
+        # A block has about the average number of pairs of an expert. Not measured yet.
+        pairs.blocks = sort_pairs(pairs, tile_for(pairs.number // pairs.count, PLAIN.many).tokens)
+    blocks = pairs.blocks
+    tile = tile_for(pairs.tokens, tiles.few) if few else tile_for(blocks.most, tiles.many)
+    operand = matrix.operand(tile.columns)
     assert operand.planes[0].device == device
     assert operand.planes[0].is_contiguous()
     assert stored != "plain" or operand.planes[0].dtype == x.dtype
-    row_tiles = cdiv(rows, tile.rows // 2 if is_gated(gate) else tile.rows)
-    if blocks is None:
+    row_tiles = cdiv(rows, tile.rows // 2 if gated else tile.rows)
+    if few:
         launch, where, counted = few_kernel[(row_tiles, pairs.number)], (pairs.experts,), pairs.tokens
         extra = {"SLOTS": next_power_of_2(pairs.top_k)}
     else:
@@ -264,16 +301,25 @@ def product(
         x.stride(0),
         operand.steps,
         **extra,
-        **_constants(operand, _arithmetic(stored, few=blocks is None), tile, pairs.top_k, gate),
+        **_constants(operand, _arithmetic(stored, few=few), tile, pairs.top_k, activation),
         num_warps=tile.warps,
         num_stages=stages(tile.stages),
         **OPTIONS,
     )
+    return out
 
 
-def block_tokens(pairs: Pairs) -> int:
-    """Return the tokens of a tile for many pairs: about the average number of pairs of an expert. Not measured yet."""
-    return tile_for(pairs.number // pairs.count, PLAIN.many).tokens
+def combine(results: torch.Tensor, pairs: Pairs) -> torch.Tensor:
+    """See the contract in the package."""
+    weights, experts, width = pairs.weights, pairs.experts, results.shape[1]
+    assert weights.is_contiguous()
+    assert weights.device == results.device
+    y = torch.empty((pairs.tokens, width), dtype=results.dtype, device=results.device)
+    if pairs.tokens:
+        constants = {"TOP": pairs.top_k, "BLOCK": _PART}
+        grid = (pairs.tokens, cdiv(width, _PART))
+        sum_kernel[grid](results, weights, experts, y, pairs.count, width, **constants, num_warps=4, **OPTIONS)
+    return y
 
 
 def _tiles(stored: Stored, kind: str, capability: int) -> Tiles:

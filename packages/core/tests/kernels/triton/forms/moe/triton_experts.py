@@ -11,6 +11,7 @@ from candle_vllm.core.kernels.linear.triton_products import plain_operand
 from candle_vllm.core.kernels.matrices import Stored
 from candle_vllm.core.kernels.moe.arguments import Activation
 from candle_vllm.core.kernels.moe.triton_experts import (
+    _PART,
     _SERVERS,
     TOGETHER,
     _arithmetic,
@@ -18,6 +19,7 @@ from candle_vllm.core.kernels.moe.triton_experts import (
     _tiles,
     few_kernel,
     many_kernel,
+    sum_kernel,
 )
 from candle_vllm.core.kernels.packed_linear.layout import PackedKind
 from packages.core.tests.kernels.triton.building import WITH_TENSOR_CORES, Build
@@ -70,6 +72,11 @@ def _build(
     )
 
 
+def _sum(dtype: str, top_k: int) -> Build:
+    types = {"results": f"*{dtype}", "weights": "*fp32", "experts": "*i32", "y": f"*{dtype}", "X": "i32", "E": "i32"}
+    return Build(sum_kernel, types, {"TOP": top_k, "BLOCK": _PART}, aligned=("E",), label=f"{dtype}-{top_k}")
+
+
 _HOPPER, _TURING, _OTHERS = (90,), (75,), (120,)
 
 _TOKENS = {few_kernel: (8, 16, 32, 64), many_kernel: (16, 32, 64, 128)}
@@ -77,6 +84,8 @@ _TOKENS = {few_kernel: (8, 16, 32, 64), many_kernel: (16, 32, 64, 128)}
 _BOTH = tuple(_TOKENS.items())
 
 FORMS = (
+    _sum("bf16", 8),
+    _sum("fp16", 2),
     *(_build(few_kernel, "plain", gate, tokens, _SERVERS) for gate in ("silu", None) for tokens in (8, 16, 64)),
     *(_build(many_kernel, "plain", gate, tokens, _SERVERS) for gate in ("silu", None) for tokens in (16, 32, 64, 128)),
     _build(few_kernel, "plain", "gelu_tanh", 32, _SERVERS, dtype="fp16", columns=1440),
