@@ -13,14 +13,7 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from candle_vllm.core.quantization.ggml_types import (
-    CONTENTS,
-    E2M1_VALUES,
-    BlockContents,
-    Fields,
-    Float,
-    GGMLQuantizationType,
-)
+from candle_vllm.core.quantization.ggml_types import CONTENTS, BlockContents, Fields, Float, GGMLQuantizationType
 
 Array = TypeVar("Array")  # numpy's or torch's
 
@@ -182,12 +175,13 @@ def as_q5_0(raw: np.ndarray) -> np.ndarray | None:
     Returns:
         Blocks of Q5_0, uint8; None if a scale exceeds the range of float16.
     """
-    blocks = raw.reshape(-1, GGMLQuantizationType.MXFP4.block[1])
+    contents = CONTENTS[GGMLQuantizationType.MXFP4]
+    blocks = raw.reshape(-1, contents.block[1])
     exponents, codes = blocks[:, 0].astype(np.int32), blocks[:, 1:]
     empty = ~np.any(codes & 0x77, axis=1)  # blocks of zeros may have any scale
     if not np.all(empty | (exponents >= _SMALLEST) & (exponents <= _LARGEST)):
         return None
-    fives = np.array(E2M1_VALUES, np.int8).view(np.uint8)[np.concatenate([codes & 15, codes >> 4], axis=1)]
+    fives = np.array(contents.values, np.int8).view(np.uint8)[np.concatenate([codes & 15, codes >> 4], axis=1)]
     scales = np.where(empty, 0.0, np.exp2(exponents.clip(_SMALLEST, _LARGEST) - 128.0)).astype(np.float16)
     parts = BlockParts(fives, scales[:, None].view(np.uint8))
     return put_together(parts, CONTENTS[GGMLQuantizationType.Q5_0]).reshape(-1)

@@ -35,10 +35,9 @@ def fold(e: Emitter, vectors: list[Any], combine: Callable[[Any, Any], Any]) -> 
 
     def both(x: Any, y: Any, step: int) -> Any:
         """In each 4 lanes of x, and of y, combine lanes i and i + 2; with step 1 results of x and y alternate."""
-        quarters = [[4 * part + lane + 16 * side for lane in range(4)] for part in range(4) for side in (0, 1)]
-        low = [lane for x, y in zip(quarters[::2], quarters[1::2]) for lane in _turns(x[:2], y[:2], step)]
-        high = [lane for x, y in zip(quarters[::2], quarters[1::2]) for lane in _turns(x[2:], y[2:], step)]
-        return combine(pick(x, y, low), pick(x, y, high))
+        turns = (0, 16, 1, 17) if step == 1 else (0, 1, 16, 17)
+        low = [4 * part + lane for part in range(4) for lane in turns]
+        return combine(pick(x, y, low), pick(x, y, [lane + 2 for lane in low]))
 
     if len(vectors) == 1:
         vectors = vectors * 4
@@ -46,10 +45,6 @@ def fold(e: Emitter, vectors: list[Any], combine: Callable[[Any, Any], Any]) -> 
     folded = both(both(x, y, 1), both(z, w, 1), 2)
     folded = combine(pick(folded, folded, list(range(8))), pick(folded, folded, list(range(8, 16))))
     return combine(pick(folded, folded, list(range(4))), pick(folded, folded, list(range(4, 8))))
-
-
-def _turns(x: list[int], y: list[int], step: int) -> list[int]:
-    return [x[0], y[0], x[1], y[1]] if step == 1 else [*x, *y]
 
 
 def emit_scales(e: Emitter, groups: list[list[Any]], most: float) -> tuple[Any, Any]:

@@ -40,6 +40,4 @@ def linear(
         from candle_vllm.core.kernels.linear import triton
 
         return triton.linear(x, weight, bias, out=out, invariant=invariant)
-    if invariant:
-        return reference.linear_row_by_row(x, weight, bias, out)
-    return reference.linear(x, weight, bias, out)
+    return reference.linear(x, weight, bias, out, invariant=invariant)

@@ -7,20 +7,20 @@ import torch
 
 
 def linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, out: torch.Tensor | None = None
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    *,
+    invariant: bool = False,
 ) -> torch.Tensor:
-    """See the contract in the package; `invariant` is not supported."""
+    """See the contract in the package."""
+    if invariant:
+        rows = [torch.nn.functional.linear(row[None].clone(), weight, bias) for row in x]  # clones: equal alignment
+        result = torch.cat([x.new_empty(0, len(weight)), *rows])
+        return result if out is None else out.copy_(result)
     if out is None:
         return torch.nn.functional.linear(x, weight, bias)
     if bias is None:
         return torch.mm(x, weight.t(), out=out)
     return torch.addmm(bias, x, weight.t(), out=out)
-
-
-def linear_row_by_row(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, out: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Compute each row by a separate product, so that no row's bits depend on the other rows."""
-    rows = [torch.nn.functional.linear(row[None].clone(), weight, bias) for row in x]  # clones: equal alignment
-    result = torch.cat([x.new_empty(0, len(weight)), *rows])
-    return result if out is None else out.copy_(result)

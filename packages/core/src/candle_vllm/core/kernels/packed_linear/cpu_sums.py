@@ -191,7 +191,8 @@ def _emit_products(
             totals = _in_turn(e, isa, totals) if isa & Isa.DOTPROD else totals
         return totals
     largest, signed, centred = largest_code(layout), takes_signed(isa, layout), are_centred(isa, layout)
-    room = len(quads) if centred else _room(isa, largest)
+    of_quad = 1 if isa & Isa.NEON else 2  # products that a quad adds to a sum
+    room = len(quads) if centred else ((1 << 15) - 1) // (of_quad * largest * _ACTIVATION)
     totals = [e.zeros(I32) for _ in rows] if centred else totals
     for first in range(0, len(quads), room):
         narrow: list[list[Any]] = [[] for _ in rows]
@@ -234,12 +235,6 @@ def _dot(e: Emitter, isa: Isa, total: Any, code: Any, x: Any) -> Any:
 
 
 # ---- in 16 bits ------------------------------------------------------------------------------------------------------
-
-
-def _room(isa: Isa, largest: int) -> int:
-    """Return how many quads may be summed in 16 bits; a quad adds two products to each sum, with NEON one."""
-    products = 1 if isa & Isa.NEON else 2
-    return ((1 << 15) - 1) // (products * largest * _ACTIVATION)
 
 
 def _products(e: Emitter, isa: Isa, code: Any, x: Any, *, signed: bool) -> list[Any]:

@@ -14,6 +14,7 @@ import numpy as np
 from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.kernels.cpu_runtime.weight_memory import WeightMemory, pack_tiles
 from candle_vllm.core.kernels.plain_linear.layout import MAX_COLUMNS, ROWS, PlainKind, PlainMatrix
+from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType
 from candle_vllm.core.quantization.plain import ELEMENTS, read_plain
 from candle_vllm.core.threads import in_chunks
 
@@ -74,7 +75,7 @@ def pack_rows(raw: np.ndarray, rows: int, columns: int, memory: WeightMemory | N
 
     Returns None if a row has several scales, or more than `MAX_COLUMNS` weights.
     """
-    blocks = np.ascontiguousarray(raw).reshape(rows, -1, _BLOCK_BYTES)
+    blocks = np.ascontiguousarray(raw).reshape(rows, -1, GGMLQuantizationType.Q8_0.block[1])
     halves, kind = np.ascontiguousarray(blocks[:, :, :2]).view(np.uint16)[:, :, 0], PlainKind.W8A8
     if columns > MAX_COLUMNS or not (halves == halves[:, :1]).all():
         return None
@@ -94,9 +95,6 @@ def pack_rows(raw: np.ndarray, rows: int, columns: int, memory: WeightMemory | N
     in_chunks(job, tiles, 1)
     return PlainMatrix(rows, columns, kind, data)
 
-
-_BLOCK_BYTES = 34
-"""Bytes of a block of Q8_0: a float16 scale and 32 integers."""
 
 _LARGEST = MappingProxyType(
     {

@@ -263,13 +263,6 @@ def _add_span(
     emit_sums(e, PlainKind.BF16, isa, bases, block, panel, runs, write)
 
 
-@emitted
-def _clear(e: Emitter, vectors: int, address: Int) -> None:
-    """Set 16 * `vectors` floats to zero."""
-    for at in range(vectors):
-        e.store(address, e.zeros(F32), at * 4 * ROWS)
-
-
 @njit
 def _head(span: int, paired: int, span_bytes: int) -> int:
     """Return the offset of a span's scales in its tile, whose first `paired` spans form pairs."""
@@ -443,7 +436,7 @@ def make_linear(KIND: int, ISA: int) -> Any:
         step = 1 if 2 * wide_tile > MOST else max(TILE_BLOCK // wide_tile, 2) & -2
         panel = stack_bytes(8 * x_bytes + 1024 + 64 + step * wide_tile)
         sums = panel + 8 * x_bytes
-        addresses, scratch = int64_at(sums + 1024), sums + 1024 + 64
+        values, addresses, scratch = float32_at(sums), int64_at(sums + 1024), sums + 1024 + 64
         for begin in range(first, last, step):
             end = min(begin + step, last)
             for tile in range(begin, end):
@@ -463,7 +456,8 @@ def make_linear(KIND: int, ISA: int) -> Any:
                 tile = begin
                 while tile < end:
                     width = 2 if block == 8 and end - tile >= 2 else 1
-                    _clear(16, sums)
+                    for index in range(256):
+                        values[index] = 0.0
                     for span in range(spans):
                         wide = scratch + (tile - begin) * wide_tile + span * wide_span
                         head = weights + tile * tile_bytes + _head(span, paired, span_bytes)
