@@ -69,13 +69,8 @@ class CtScheme:
     block: tuple[int, int] | None
 
 
-def read_schemes(config: Fields) -> list[CtScheme]:
-    """Return the schemes of a `quantization_config`; the list is empty for a dense config.
-
-    Raises:
-        UnsupportedModelError: a format, sparsity, transform, type, strategy or number of bits is not implemented.
-        InvalidFileError: a value is missing, of the wrong type or out of range.
-    """
+def _schemes(config: Fields) -> list[CtScheme]:
+    """Return the schemes of a `quantization_config`; the list is empty for a dense config."""
     whole = config.get("format", str, DENSE)
     config.section("sparsity_config").choice("format", DENSE, DENSE)
     transforms = config.section("transform_config")
@@ -232,7 +227,7 @@ def _ints(parts: LayerTensors, stored: StoredTensor, shape: tuple[int, int], bit
 
 def layers(config: Fields, stored: StoredTensors) -> Found:
     """Read the quantised layers of a checkpoint; layers whose weight is stored unquantised are skipped."""
-    schemes = read_schemes(config)
+    schemes = _schemes(config)
     for parts in layers_with(stored, ".weight_packed", ".weight_scale"):
         if is_dense(stored, parts.layer):
             continue

@@ -132,14 +132,12 @@ def layers(config: Fields, stored: StoredTensors) -> Found:
     experts = config.choice("routed_experts_quant_method", "fp8", "fp8", "mxfp4")
     mixed = "mxfp4" in (experts, config.get("store_dtype", str, ""))
     for name, tensor in stored.tensors.items():
+        parts = LayerTensors(stored.tensors, name.removesuffix(".weight"), stored.path)
         if name.endswith(".weight") and tensor.type_name in NUMBERS:
-            parts = LayerTensors(stored.tensors, name.removesuffix(".weight"), stored.path)
             yield parts, fp8_tensor(parts, block)
         elif tensor.type_name in NUMBERS and name + "_scale_inv" in stored.tensors:
-            parts = LayerTensors(stored.tensors, name, stored.path)
             yield parts, _experts(parts, block)
         elif name.endswith(".weight") and tensor.type_name in ("I8", *["U8"] * mixed):
-            parts = LayerTensors(stored.tensors, name.removesuffix(".weight"), stored.path)
             ends = (end for end in (".weight_scale", ".weight_scale_inv") if parts.layer + end in stored.tensors)
             yield parts, mxfp4_tensor(parts, ".weight", next(ends, ".scale"))
 

@@ -103,14 +103,7 @@ def emit_gated(e: Emitter, prologue: Prologue, gate: Any, other: Any) -> Any:
 
 
 def prologue_halves(
-    e: Emitter,
-    prologue: Prologue,
-    x: Any,
-    other: Any = None,
-    scale: Any = None,
-    *,
-    mean: Any = None,
-    bias: Any = None,
+    e: Emitter, prologue: Prologue, x: Any, other: Any = None, scale: Any = None, *, mean: Any = None, bias: Any = None
 ) -> Callable[[Any], list[Any]]:
     """Return a function of a group's number, which emits y of the group: two vectors.
 

@@ -25,6 +25,7 @@ from candle_vllm.core.kernels.dispatch import on_gpu
 from candle_vllm.core.kernels.gguf_linear import reference
 from candle_vllm.core.kernels.gguf_linear.layout import GgufMatrix, stack
 from candle_vllm.core.kernels.gguf_linear.pack import pack
+from candle_vllm.core.kernels.linear import check_out
 from candle_vllm.core.kernels.triton_build import TENSOR_CORES, capability
 
 __all__ = ["SMALL", "GgufMatrix", "embedding", "linear", "pack", "stack"]
@@ -49,10 +50,7 @@ def linear(
     """Return x times the transpose of the matrix, plus bias; written to `out` if it is given."""
     assert x.dim() == 2
     assert x.shape[1] == matrix.columns
-    if out is not None:
-        assert out.shape == (len(x), matrix.rows)
-        assert out.dtype == x.dtype
-        assert out.stride(1) == 1 or matrix.rows == 1, "the elements of a row must be contiguous"
+    check_out(out, x, matrix.rows)
     if on_gpu(x):
         from candle_vllm.core.kernels.gguf_linear import triton
 

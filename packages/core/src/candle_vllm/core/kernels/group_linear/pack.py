@@ -20,11 +20,7 @@ MOST_SCALE = 2.0**119
 
 
 def pack(
-    codes: torch.Tensor,
-    scales: torch.Tensor,
-    zeros: torch.Tensor | None,
-    bits: int,
-    device: torch.device | str,
+    codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, bits: int, device: torch.device | str
 ) -> GroupMatrix:
     """Copy a quantised matrix to a device; codes, scales and zeros stay exact.
 

@@ -27,6 +27,7 @@ import torch
 import triton
 import triton.language as tl
 
+from candle_vllm.core.kernels.linear import check_out
 from candle_vllm.core.kernels.linear.triton_products import Operand, plain, plain_operand
 from candle_vllm.core.kernels.triton_build import OPTIONS, TENSOR_CORES, capability, cdiv, stages
 
@@ -277,11 +278,8 @@ def _check(x: torch.Tensor, operand: Operand, bias: torch.Tensor | None, out: to
         assert bias.shape == (operand.rows,)
         assert bias.is_contiguous()
         assert bias.device == device
-    if out is not None:
-        assert out.shape == (len(x), operand.rows)
-        assert out.dtype == x.dtype
-        assert out.stride(1) == 1 or operand.rows == 1, "the elements of a row must be contiguous"
-        assert out.device == device
+    check_out(out, x, operand.rows)
+    assert out is None or out.device == device
 
 
 def _constants(operand: Operand, product: Any, tile: Tile, split: bool, fold: bool, bias: bool) -> dict[str, Any]:

@@ -33,9 +33,6 @@ if TYPE_CHECKING:
 Record: TypeAlias = Callable[[Recorded, Recorded], Recorded]
 """Function (x [T, E], router logits [T, X]) -> weighted sums [T, E] that records a layer's experts."""
 
-Meanwhile: TypeAlias = Callable[[], torch.Tensor]
-Sums: TypeAlias = tuple[torch.Tensor, torch.Tensor | None]
-
 MOST_ROWS = 512
 """Maximum number of tokens that are computed at once: a longer step is divided."""
 
@@ -101,7 +98,9 @@ class HostExperts:
         """End the threads."""
         self._team.close()
 
-    def step(self, number: int, x: torch.Tensor, logits: torch.Tensor, meanwhile: Meanwhile | None) -> Sums:
+    def step(
+        self, number: int, x: torch.Tensor, logits: torch.Tensor, meanwhile: Callable[[], torch.Tensor] | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Compute layer `number`: return sums [T, E] in x's dtype, 0 for padding rows, and the result of `meanwhile`.
 
         Call as the stream's work.

@@ -245,10 +245,7 @@ def _pairs(e: Emitter, block: Any, group: Any, layout: TileLayout) -> tuple[Any,
 def _paired(e: Emitter, low: Any, high: Any) -> Any:
     """Combine two vectors of 16-bit integers in 32-bit lanes to one vector of pairs."""
     count = low.type.count
-    return e.b.or_(
-        e.b.and_(low, e.constant(I32, 0xFFFF, count)),
-        e.b.shl(high, e.constant(I32, 16, count)),
-    )
+    return e.b.or_(e.b.and_(low, e.constant(I32, 0xFFFF, count)), e.b.shl(high, e.constant(I32, 16, count)))
 
 
 def _block_of(e: Emitter, weights: Any, group: Any, layout: AnyLayout) -> tuple[Any, Any, Any]:

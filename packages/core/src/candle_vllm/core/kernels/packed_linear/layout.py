@@ -252,7 +252,6 @@ class PackedMatrix(Matrix):
 
     @property
     def input_form(self) -> Groups:
-        """See `Matrix`."""
         return Groups(None if self.order is None else self.order.tobytes())
 
 

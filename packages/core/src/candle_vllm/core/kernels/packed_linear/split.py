@@ -8,8 +8,6 @@ word n of all blocks and rows in contiguous memory, which is fast. Data that alr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -105,7 +103,8 @@ def _fill(vectors: np.ndarray, words: np.ndarray, fields: Fields) -> None:
         runs = words.reshape(-1, fields.width // GROUP, 8, *words.shape[1:])
         out = vectors.reshape(len(runs), len(fields.places), runs.shape[1], *vectors.shape[1:])
         for index, place in enumerate(fields.places):
-            out[:, index] = _VECTORS[fields.bits](runs, place)
+            nibbles = fields.bits == 4
+            out[:, index] = _nibble_vectors(runs, place) if nibbles else _dense_vectors(runs, place, fields.bits)
 
 
 def _fill_halves(vectors: np.ndarray, words: np.ndarray) -> None:
@@ -138,22 +137,11 @@ def _nibble_vectors(quads: np.ndarray, place: int) -> np.ndarray:
     return (first & _each(15)) | ((second & _each(15)) << 4)
 
 
-def _pair_vectors(quads: np.ndarray, place: int) -> np.ndarray:
-    """Return the pairs of bits from bit `place` on as 2 vectors."""
-    pairs = _taken(quads, place, 2)
-    pairs = pairs.reshape(*pairs.shape[:-3], 2, 4, *pairs.shape[-2:])
-    return pairs[..., 0, :, :] | pairs[..., 1, :, :] << 2 | pairs[..., 2, :, :] << 4 | pairs[..., 3, :, :] << 6
-
-
-def _bit_vector(quads: np.ndarray, place: int) -> np.ndarray:
-    """Return the bit `place` as a vector."""
-    bits = _taken(quads, place, 1) << np.arange(8, dtype=np.uint32)[:, None, None]
-    return np.bitwise_or.reduce(bits, axis=-3, keepdims=True)
-
-
-_VECTORS: Mapping[int, Callable[[np.ndarray, int], np.ndarray]] = MappingProxyType(
-    {1: _bit_vector, 2: _pair_vectors, 4: _nibble_vectors}
-)
+def _dense_vectors(quads: np.ndarray, place: int, bits: int) -> np.ndarray:
+    """Return one or two bits from bit `place` on as as many vectors, each of adjacent quads."""
+    taken = _taken(quads, place, bits)
+    taken = taken.reshape(*taken.shape[:-3], bits, 8 // bits, *taken.shape[-2:])
+    return np.bitwise_or.reduce(taken << np.arange(0, 8, bits, dtype=np.uint32)[:, None, None], axis=-3)
 
 
 def _bits_in_order(word: np.ndarray) -> np.ndarray:

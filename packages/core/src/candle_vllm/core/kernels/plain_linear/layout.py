@@ -79,10 +79,8 @@ class PlainMatrix(Matrix):
 
     @property
     def length(self) -> int:
-        """See `Matrix`."""
         return self.steps // RUN
 
     @property
     def input_form(self) -> RowForm:
-        """See `Matrix`."""
         return {PlainKind.BF16: RowForm.BF16, PlainKind.W8A8: RowForm.I8}.get(self.kind, RowForm.F32)

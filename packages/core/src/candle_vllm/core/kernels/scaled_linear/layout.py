@@ -85,7 +85,6 @@ class ScaledMatrix(Matrix):
 
     @property
     def span(self) -> int:
-        """See `Matrix`."""
         return self.span_turns
 
     @property
@@ -105,7 +104,6 @@ class ScaledMatrix(Matrix):
 
     @property
     def input_form(self) -> RowForm:
-        """See `Matrix`."""
         return RowForm.BF16
 
     @property

@@ -50,7 +50,6 @@ class WordMatrix(Matrix):
 
     @property
     def input_form(self) -> RowForm:
-        """See `Matrix`."""
         return RowForm.I16
 
 
