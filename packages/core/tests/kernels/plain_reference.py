@@ -32,13 +32,13 @@ def linear(weight: np.ndarray, x: np.ndarray, bias: np.ndarray | None = None) ->
 
 def unpack(matrix: PlainMatrix) -> np.ndarray:
     """Return the exact weights as float32 [N, K]."""
-    kind, tiles = matrix.kind, len(matrix.data)
+    kind, tiles, count = matrix.kind, len(matrix.data), matrix.kind.steps(matrix.columns)
     if kind is PlainKind.W8A8:
         codes, scales = matrix.data[:, : -4 * ROWS], np.ascontiguousarray(matrix.data[:, -4 * ROWS :]).view(np.float32)
-        rows = codes.reshape(tiles, matrix.steps, ROWS, 4).transpose(0, 2, 1, 3).reshape(tiles * ROWS, -1)
+        rows = codes.reshape(tiles, count, ROWS, 4).transpose(0, 2, 1, 3).reshape(tiles * ROWS, -1)
         weights = (rows.astype(np.float32) - 128) * scales.reshape(-1, 1)
         return np.ascontiguousarray(weights[: matrix.rows, : matrix.columns])
     numbers = matrix.data.reshape(-1).view(ELEMENTS[kind.name])
-    steps = numbers.reshape(tiles, matrix.steps, ROWS, kind.step_columns).transpose(0, 2, 1, 3)
+    steps = numbers.reshape(tiles, count, ROWS, kind.step_columns).transpose(0, 2, 1, 3)
     rows = np.ascontiguousarray(steps).reshape(tiles * ROWS, -1)[: matrix.rows, : matrix.columns]
     return read_plain(np.ascontiguousarray(rows).view(np.uint8), kind.name, rows.shape, "F32")

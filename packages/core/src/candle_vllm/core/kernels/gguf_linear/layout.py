@@ -183,12 +183,10 @@ def stack(matrices: Sequence[GgufMatrix]) -> GgufMatrix:
     first = matrices[0]
     assert all(matrix.kind == first.kind and matrix.columns == first.columns for matrix in matrices)
 
-    def joined(name: str, dim: int) -> torch.Tensor | None:
-        planes = [getattr(matrix, name) for matrix in matrices]
-        return None if planes[0] is None else torch.cat(planes, dim)
-
-    low, scales = joined("low", 1), joined("scales", 2)
-    assert low is not None
-    assert scales is not None
     rows = sum(matrix.rows for matrix in matrices)
-    return GgufMatrix(rows, first.columns, first.kind, low, joined("high", 1), scales, joined("supers", 1))
+    low = torch.cat([matrix.low for matrix in matrices], 1)
+    scales = torch.cat([matrix.scales for matrix in matrices], 2)
+    high = [matrix.high for matrix in matrices if matrix.high is not None]
+    supers = [matrix.supers for matrix in matrices if matrix.supers is not None]
+    upper, above = (torch.cat(planes, 1) if planes else None for planes in (high, supers))
+    return GgufMatrix(rows, first.columns, first.kind, low, upper, scales, above)

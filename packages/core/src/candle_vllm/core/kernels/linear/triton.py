@@ -309,15 +309,12 @@ def linear(
     assert weight.stride(1) == 1
     assert weight.dtype == x.dtype
     assert bias is None or bias.dtype == x.dtype
-    tile = _tile(len(x), x.dtype, capability(x.device), _aligned(x, weight))
+    # Whether every row begins at a multiple of 16 bytes, so that rows can be copied without registers.
+    aligned = all(each.data_ptr() % 16 == 0 and each.stride(0) * each.itemsize % 16 == 0 for each in (x, weight))
+    tile = _tile(len(x), x.dtype, capability(x.device), aligned)
     many = cdiv(len(weight), tile.rows) * cdiv(len(x), tile.tokens) >= CUT.enough
     operand = plain_operand(weight, *weight.shape, pitch=weight.stride(0), at_a_time=tile.columns)
     return launch(x, operand, bias, out, plain, tile, CUT if invariant or not many else None)
-
-
-def _aligned(*tensors: torch.Tensor) -> bool:
-    """Whether every row begins at a multiple of 16 bytes, so that rows can be copied without registers."""
-    return all(x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0 for x in tensors)
 
 
 def _tile(tokens: int, dtype: torch.dtype, capability: int, aligned: bool) -> Tile:

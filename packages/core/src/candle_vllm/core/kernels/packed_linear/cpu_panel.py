@@ -3,8 +3,7 @@
 
 A **panel** has 16, 8, 4 or 1 rows (tokens); if fewer are left, the last row is repeated, without further results. For
 each group of 32 columns it has a **record**: the rows' int8 codes, then their scales, then values derived from the sums
-of their codes. On CPUs with few registers a full panel has 4 rows, with AMX 16 if the group has one scale. In both
-cases, and if weights are costly to unpack, a tile of weights is unpacked once for up to 32 rows (`cpu.py`).
+of their codes. On CPUs with few registers a full panel has 4 rows, with AMX 16 if the group has one scale.
 """
 
 from __future__ import annotations

@@ -73,13 +73,8 @@ class PlainMatrix(Matrix):
     kind: PlainKind
 
     @property
-    def steps(self) -> int:
-        """Steps of a tile."""
-        return self.kind.steps(self.columns)
-
-    @property
     def length(self) -> int:
-        return self.steps // RUN
+        return self.kind.steps(self.columns) // RUN
 
     @property
     def input_form(self) -> RowForm:

@@ -58,10 +58,6 @@ class ScaledKind(enum.IntEnum):
         """Factor by which converted weights are too small: for E2M1 2^14 times 2^8 of the e4m3 scale, otherwise 1."""
         return 2.0**22 if self is ScaledKind.E2M1 else 1.0
 
-    def turns(self, columns: int) -> int:
-        """Return the number of turns of a tile."""
-        return -(-columns // self.turn_columns)
-
 
 @dataclass(frozen=True, eq=False)
 class ScaledMatrix(Matrix):
@@ -79,7 +75,7 @@ class ScaledMatrix(Matrix):
     @property
     def turns(self) -> int:
         """Number of turns of a tile."""
-        return self.kind.turns(self.columns)
+        return -(-self.columns // self.kind.turn_columns)
 
     length = turns
 
