@@ -55,10 +55,8 @@ def _shares_of_near(logits: torch.Tensor, experts: torch.Tensor, jitter: float) 
 def _best(values: torch.Tensor, candidate: torch.Tensor, count: int) -> torch.Tensor:
     """Return the indices [T, count] of the highest candidates, highest first, among equals the lowest index first."""
     order = values.sort(dim=1, descending=True, stable=True).indices
-    order = order.gather(
-        1, candidate.gather(1, order).to(torch.uint8).sort(dim=1, descending=True, stable=True).indices
-    )
-    return order[:, :count]
+    ranks = candidate.gather(1, order).to(torch.uint8).sort(dim=1, descending=True, stable=True).indices
+    return order.gather(1, ranks)[:, :count]
 
 
 def expert_linear(

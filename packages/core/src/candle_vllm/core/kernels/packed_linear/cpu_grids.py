@@ -231,9 +231,8 @@ class GridGroup:
         found = numbers(self.layout.name)
         codes = np.searchsorted(self._sizes, found).astype(np.uint8).reshape(len(found), 2, -1)
         bits = 8 // codes.shape[2]
-        return np.ascontiguousarray(
-            (codes << bits * np.arange(codes.shape[2], dtype=np.uint8)).sum(2, dtype=np.uint8).T
-        )
+        places = bits * np.arange(codes.shape[2], dtype=np.uint8)
+        return np.ascontiguousarray((codes << places).sum(2, dtype=np.uint8).T)
 
     @property
     def _table(self) -> np.ndarray:

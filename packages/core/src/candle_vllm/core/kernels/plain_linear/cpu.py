@@ -86,8 +86,7 @@ def _multiply(
     def write(tile: int, row: int, total: Any) -> None:
         e.store(out, total, place(tile, row))
 
-    before = begin if more else None
-    emit_sums(e, kind, isa, bases, block, panel, runs, write, before, panel_bytes)
+    emit_sums(e, kind, isa, bases, block, panel, runs, write, begin if more else None, panel_bytes)
 
 
 # ---- the operations --------------------------------------------------------------------------------------------------

@@ -61,11 +61,6 @@ def _moved(e: Emitter, word: Any, up: int, down: int, mask: int) -> Any:
     return e.b.and_(word, e.constant(I16, mask - (1 << 16), lanes))
 
 
-def _halves(e: Emitter, bits: Any) -> Any:
-    """Convert the bits of 16 float16 to float32."""
-    return e.half_to_float(e.b.bitcast(bits, vector(F16)))
-
-
 def _joined(e: Emitter, first: Any, second: Any) -> Any:
     """Return two vectors of floats, exact in bfloat16, as pairs of bfloat16, <16 x i32>."""
     low = e.b.lshr(e.b.bitcast(first, vector(I32)), e.constant(I32, 16))
@@ -79,11 +74,12 @@ def _steps(e: Emitter, kind: ScaledKind, address: Any) -> Iterator[tuple[Any, An
     """
     if kind is ScaledKind.E2M1:
         scale = e.b.zext(e.load(address, vector(I8)), vector(I16))
-        scale = _halves(e, _moved(e, scale, 8, 1, 0xBF80))
+        scale = e.half_to_float(e.b.bitcast(_moved(e, scale, 8, 1, 0xBF80), vector(F16)))
         for at in range(4):
             word = e.load(address, vector(I16), ROWS + 2 * ROWS * at)
             for up in (12, 4):
-                first, second = (_halves(e, _moved(e, word, up - by, 3, 0x8E00)) for by in (0, 4))
+                halves = (e.b.bitcast(_moved(e, word, up - by, 3, 0x8E00), vector(F16)) for by in (0, 4))
+                first, second = map(e.half_to_float, halves)
                 yield e.b.fmul(first, scale), e.b.fmul(second, scale)
         return
     down, mask, bias = (4, 0x87F0, 120) if kind is ScaledKind.E4M3 else (3, 0x8FE0, 112)

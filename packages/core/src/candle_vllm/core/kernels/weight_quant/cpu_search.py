@@ -227,9 +227,8 @@ def fit_table(e: Emitter, x: Int, weights: Int, count: Int, scales: Int) -> None
 
     def attempt(index: Any, state: list[Any]) -> list[Any]:
         low = b.icmp_signed("<", index, e.int64(searches.TABLE_STEPS))
-        start, other = (
-            e.int64(first) for first in (searches.TABLE_STARTS[0], searches.TABLE_STARTS[1] - searches.TABLE_STEPS)
-        )
+        first, second = searches.TABLE_STARTS
+        start, other = e.int64(first), e.int64(second - searches.TABLE_STEPS)
         wanted = b.sitofp(b.add(index, b.select(low, start, other)), F32)
         inverse = b.fdiv(e.splat(wanted), extreme)
 
