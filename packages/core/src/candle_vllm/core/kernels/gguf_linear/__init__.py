@@ -25,7 +25,7 @@ from candle_vllm.core.kernels.dispatch import on_gpu
 from candle_vllm.core.kernels.gguf_linear import reference
 from candle_vllm.core.kernels.gguf_linear.layout import GgufMatrix, stack
 from candle_vllm.core.kernels.gguf_linear.pack import pack
-from candle_vllm.core.kernels.linear import check_out
+from candle_vllm.core.kernels.linear.reference import check_out
 from candle_vllm.core.kernels.triton_build import TENSOR_CORES, capability
 
 __all__ = ["SMALL", "GgufMatrix", "embedding", "linear", "pack", "stack"]

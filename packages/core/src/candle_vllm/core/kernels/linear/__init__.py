@@ -22,14 +22,6 @@ OWN_ROWS = 0
 """Maximum number of rows for the Triton kernel without `invariant`. 0 until it is measured against cuBLAS."""
 
 
-def check_out(out: torch.Tensor | None, x: torch.Tensor, rows: int) -> None:
-    """Check that products of x with a matrix of `rows` rows can be written to `out`."""
-    if out is not None:
-        assert out.shape == (len(x), rows)
-        assert out.dtype == x.dtype
-        assert out.stride(1) == 1 or rows == 1, "the elements of a row must be contiguous"
-
-
 def linear(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -40,7 +32,7 @@ def linear(
 ) -> torch.Tensor:
     """Return x times the transpose of weight, plus bias; written to `out` if it is given."""
     assert x.shape[-1] == weight.shape[1]
-    check_out(out, x, len(weight))
+    reference.check_out(out, x, len(weight))
     if on_gpu(x) and (invariant or len(x) <= OWN_ROWS):
         from candle_vllm.core.kernels.linear import triton
 

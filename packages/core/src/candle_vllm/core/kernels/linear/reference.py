@@ -6,6 +6,14 @@ from __future__ import annotations
 import torch
 
 
+def check_out(out: torch.Tensor | None, x: torch.Tensor, rows: int) -> None:
+    """Check that products of x with a matrix of `rows` rows can be written to `out`."""
+    if out is not None:
+        assert out.shape == (len(x), rows)
+        assert out.dtype == x.dtype
+        assert out.stride(1) == 1 or rows == 1, "the elements of a row must be contiguous"
+
+
 def linear(
     x: torch.Tensor,
     weight: torch.Tensor,

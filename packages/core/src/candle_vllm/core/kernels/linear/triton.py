@@ -27,7 +27,7 @@ import torch
 import triton
 import triton.language as tl
 
-from candle_vllm.core.kernels.linear import check_out
+from candle_vllm.core.kernels.linear.reference import check_out
 from candle_vllm.core.kernels.linear.triton_products import Operand, plain, plain_operand
 from candle_vllm.core.kernels.triton_build import OPTIONS, TENSOR_CORES, capability, cdiv, stages
 
