@@ -30,18 +30,16 @@ _PORTS = {"http": 80, "https": 443}
 
 _NAME = re.compile(r"(?:(?!-)[a-z0-9-]{1,63}(?<!-)\.)*(?!-)[a-z0-9-]{1,63}(?<!-)", re.ASCII)
 _Network = ipaddress.IPv4Network | ipaddress.IPv6Network
-_PRIVATE: Sequence[_Network] = tuple(
-    map(
-        ipaddress.ip_network,
-        ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "127.0.0.0/8", "::1/128", "fc00::/7"),
-    )
-)
+
+
+def _networks(*texts: str) -> Sequence[_Network]:
+    return tuple(map(ipaddress.ip_network, texts))
+
+
+_PRIVATE = _networks("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "127.0.0.0/8", "::1/128", "fc00::/7")
 # Networks that `is_global` accepts but that are not public, or that relay to other addresses; and cloud metadata.
-_NEVER: Sequence[_Network] = tuple(
-    map(
-        ipaddress.ip_network,
-        ("192.0.0.0/24", "192.88.99.0/24", "168.63.129.16/32", "2001::/23", "2002::/16", "3fff::/20", "fd00:ec2::/32"),
-    )
+_NEVER = _networks(
+    "192.0.0.0/24", "192.88.99.0/24", "168.63.129.16/32", "2001::/23", "2002::/16", "3fff::/20", "fd00:ec2::/32"
 )
 _PUBLIC_V6 = ipaddress.ip_network("2000::/3")  # leaves out mapped IPv4 addresses and NAT64
 

@@ -38,7 +38,7 @@ from candle_vllm.core.fields import Fields, read_json
 from candle_vllm.core.layers.parameters import SHAPES, Placement
 from candle_vllm.core.loading.source import ModelFiles
 from candle_vllm.core.loading.tensors import Checkpoint
-from candle_vllm.core.loading.weights import WeightName, check_weights, expand
+from candle_vllm.core.loading.weights import WeightName, check_weights, stored_lines
 from candle_vllm.core.models.family import DraftHead
 from candle_vllm.core.models.stack import DecoderStack
 from candle_vllm.core.text.tokenizer import Tokenizer
@@ -248,9 +248,8 @@ def _whole_tables(config: EngineConfig, target: LoadedModel, found: DescribedHea
             setattr(whole, name, None)
         names = {
             name
-            for line in expand(family.weights, model, checkpoint.format)
-            if line.names and line.target.partition(":")[0] in {*lacking, "norm", "rotary"}
-            if (name := line.find(stored.tensors)) is not None
+            for line, name in stored_lines(family.weights, model, stored)
+            if line.target.partition(":")[0] in {*lacking, "norm", "rotary"}
         }
         part = stored.with_tensors({name: stored.tensors[name] for name in names})
         with room_for_weights(f"the tables that {found.name} shares with {target.name}", target.placement, part):

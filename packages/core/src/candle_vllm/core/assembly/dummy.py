@@ -43,11 +43,7 @@ _NAMES = MappingProxyType({"float32": "F32", "bfloat16": "BF16", "float16": "F16
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DummyTensor(FileTensor):
-    """A tensor that is in no file; `file` is the config, and `dtype` is always set.
-
-    Attributes:
-        device: the device on which the elements are generated.
-    """
+    """A tensor that is in no file: elements are generated on `device`. `file` is the config; `dtype` is always set."""
 
     device: Device
 
@@ -82,14 +78,10 @@ class DummyTensor(FileTensor):
 
 
 def open_dummy(config: Path, device: Device, impl: ModelImpl = "auto") -> Checkpoint:
-    """Return the tensors that a model of this config would have, with Hugging Face's names.
+    """Return the tensors that a model of this `config.json` would have on a device, with Hugging Face's names.
 
     Parts of one stored tensor (the experts of a fused tensor) are separate tensors, named by their target in the model.
-
-    Args:
-        config: a `config.json`.
-        device: the device on which the tensors will be used.
-        impl: see `family_from_hf`.
+    For `impl` see `family_from_hf`.
 
     Raises:
         ModelLoadError: the config cannot be read or its model is not implemented, as with real weights; the weights

@@ -83,8 +83,6 @@ class Loaded:
         name: the model's name as its source gives it.
         placement: device and types of the weights, and whether steps are recorded.
         dtype: types in which matrices are multiplied, the most frequent first.
-        config: its configuration.
-        tokenizer: the tokenizer.
         template: the chat template; None without one.
         eos_token_ids: tokens that end a sequence: config, generation config and tokenizer together.
         default_sampling: the model's sampling defaults; the maximum length of an answer is "max_tokens".
@@ -213,8 +211,7 @@ def load_model(
     """Resolve `config.model` as a decoder, download it if needed, and load it.
 
     Args:
-        config: the engine's settings.
-        device: the device to load it to.
+        config, device: the engine's settings, and the device to load it to.
         progress: called with the loaded bytes and the total.
         opened: the model from `open_model`, if that was called already; it is closed.
         ranks: the ranks among which the model is divided; None for a whole model.

@@ -11,23 +11,19 @@ import logging
 from collections.abc import Mapping, Set
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from candle_vllm.core.assembly.placement import DTYPES, matrix_obstacle, memory_of
+from candle_vllm.core.assembly.placement import matrix_obstacle, memory_of, on_cpu
 from candle_vllm.core.config import EngineConfig
-from candle_vllm.core.devices import CPU, Device, gpu_memory
+from candle_vllm.core.devices import Device, gpu_memory
 from candle_vllm.core.errors import ConfigError
-from candle_vllm.core.kernels.cpu_runtime.numa import plan_ranks
-from candle_vllm.core.kernels.cpu_runtime.weight_memory import new_memory
-from candle_vllm.core.kernels.plain_linear import plain_kind
 from candle_vllm.core.layers.adapters import linears_in
 from candle_vllm.core.layers.linear import Linear
 from candle_vllm.core.layers.moe import mixtures_of
 from candle_vllm.core.layers.parameters import SHAPES, Placement
 from candle_vllm.core.loading.config import ModelConfig
 from candle_vllm.core.loading.tensors import Checkpoint
-from candle_vllm.core.loading.weights import expand, layer_at
+from candle_vllm.core.loading.weights import layer_at, stored_lines
 from candle_vllm.core.memory import MIB, cache_bytes, device_element_bytes
 from candle_vllm.core.quantization.plain import ELEMENTS
-from candle_vllm.core.threads import default_threads
 
 if TYPE_CHECKING:
     from candle_vllm.core.kernels.offloading import HostWeights
@@ -131,7 +127,7 @@ def plan_split(
             raise ConfigError(f"{name} is not implemented for several ranks: leave it out, or use one GPU", name)
     host, bus, size, over_bus, told = None, None, 0, 0, list[str]()
     if gone:
-        host = _host(config)
+        host = on_cpu(config)
         obstacle, size = matrix_obstacle(_among(stored, gone)), memory_of(host, _among(stored, gone))
         if obstacle is not None:
             raise ConfigError(
@@ -161,23 +157,13 @@ def plan_split(
     )
 
 
-def _host(config: EngineConfig) -> Placement:
-    return Placement(
-        CPU,
-        "F32",
-        new_memory(lambda: plan_ranks(config.cpu_ranks, config.threads or default_threads())),
-        plain_kind(config.dtype.upper()) if config.dtype in DTYPES else None,
-    )
-
-
 def _layers(family: Family, model: ModelConfig, stored: Checkpoint) -> _Layers:
     experts: dict[int, set[str]] = {}
     rest: dict[int, set[str]] = {}
     shapes = family.build(model, SHAPES, stored)
-    for line in expand(family.weights, model, stored.format):
+    for line, name in stored_lines(family.weights, model, stored):
         path, _, part = line.target.partition(":")
-        name = line.find(stored.tensors) if part and path.startswith("layers.") and line.names else None
-        if name is None:
+        if not path.startswith("layers."):
             continue
         number = int(path.split(".")[1])
         if path.endswith(".mlp.experts"):

@@ -30,7 +30,7 @@ from candle_vllm.core.layers.moe import ExpertMLPs, SparseMLP, mixtures_of
 from candle_vllm.core.layers.parameters import SHAPES
 from candle_vllm.core.loading.config import ModelConfig
 from candle_vllm.core.loading.tensors import Checkpoint
-from candle_vllm.core.loading.weights import expand, layer_at, parameters_of
+from candle_vllm.core.loading.weights import layer_at, parameters_of, stored_lines
 from candle_vllm.core.models.family import Decoder, Family
 from candle_vllm.core.quantization.tensors import StoredTensor
 
@@ -101,11 +101,7 @@ class Shard:
         return checkpoint.with_tensors({name: checkpoint.tensors[name] for name in self.tensors})
 
     def cut(self, target: str, stored: StoredTensor) -> StoredTensor:
-        """Return this rank's part of a tensor.
-
-        Raises:
-            WeightsError: the part would begin or end within a quantisation block.
-        """
+        """Return this rank's part of a tensor; raise WeightsError if it is not a part of whole quantisation blocks."""
         cut = self.cuts.get(target)
         if cut is None:
             return stored
@@ -200,9 +196,7 @@ def shard_of(
     """Return a rank's part of a model.
 
     Args:
-        name: the model's name, for messages.
-        family, config: family and config of the whole model.
-        checkpoint: its tensors.
+        name, family, config, checkpoint: name, family, config and tensors of the whole model.
         collective: collective operations of the ranks.
         apart: whether each rank has whole experts (expert parallelism), instead of a part of every expert.
         exchanges: how tokens are sent to whole experts; with "all_to_all", each rank has the whole shared expert.
@@ -245,9 +239,8 @@ def shard_of(
     stage = None if collective.stages is None else stage_of(name, family, config, checkpoint, collective.stages)
     stored = {
         stored
-        for line in expand(family.weights, config, checkpoint.format)
-        if line.names and line.target in mine and (stage is None or stage.has(line.target.partition(":")[0]))
-        if (stored := line.find(checkpoint.tensors)) is not None
+        for line, stored in stored_lines(family.weights, config, checkpoint)
+        if line.target in mine and (stage is None or stage.has(line.target.partition(":")[0]))
     }
     how: All2AllBackend = exchanges if apart else "allgather_reducescatter"
     return Shard(configs[collective.rank], cuts, collective, config, stage, frozenset(absent), how, frozenset(stored))
@@ -299,11 +292,7 @@ class _Units(NamedTuple):
     @classmethod
     def of(cls, family: Family, config: ModelConfig, checkpoint: Checkpoint) -> _Units:
         """Return the units in which the stored tensors can be divided."""
-        stored = {
-            line.target: (line, name)
-            for line in expand(family.weights, config, checkpoint.format)
-            if line.names and (name := line.find(checkpoint.tensors)) is not None
-        }
+        stored = {line.target: (line, name) for line, name in stored_lines(family.weights, config, checkpoint)}
         whole = _shapes(family, config, checkpoint)
 
         def unit(count: int, narrow: Callable[[], ModelConfig]) -> int:

@@ -42,14 +42,7 @@ _PROCESSORS = "processor_config.json"  # newer models have the same settings und
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoadedTower:
-    """A vision tower with its weights.
-
-    Attributes:
-        tower: the model.
-        placement: device and types of its weights.
-        vision: how images are preprocessed and become tokens of a prompt.
-        weight_bytes: stored bytes.
-    """
+    """A vision tower with its weights; `vision` is how images are preprocessed and become tokens of a prompt."""
 
     tower: Tower
     placement: Placement
@@ -60,18 +53,12 @@ class LoadedTower:
 def load_tower(
     config: EngineConfig, opened: Opened, tokenizer: Tokenizer, text_size: int, text: Placement
 ) -> LoadedTower | None:
-    """Load the vision tower of a model; return None for a text-only model.
+    """Load the vision tower of a model; return None for a text-only model. Errors: see `_opened`.
 
     Args:
-        config: the engine's settings.
-        opened: the model's files.
-        tokenizer: the model's tokenizer.
+        config, opened, tokenizer: the engine's settings, the model's files and its tokenizer.
         text_size: hidden size of its text model.
         text: placement of the text model; the tower runs recorded steps only if that does, and shares its threads.
-
-    Raises:
-        ConfigError: see `_opened`.
-        ModelLoadError: its files cannot be used.
     """
     with _opened(config, opened, text_size) as found:
         return None if found is None else _loaded(config, text, opened.files.name, tokenizer, *found)

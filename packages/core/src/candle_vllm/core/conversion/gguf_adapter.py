@@ -53,9 +53,7 @@ def write_gguf_adapter(
     Args:
         config: names the model, a GGUF file or a folder; `dtype` is the tensors' type, "auto" the stored one.
         adapter: a PEFT folder.
-        out: the path of the file, which ends in .gguf.
-        overwrite: an existing file may be replaced.
-        progress: called with the written bytes and all bytes.
+        out, overwrite, progress: see `write_gguf`.
 
     Raises:
         ConfigError: the file cannot be written at this path, or `isq` is set.
@@ -116,13 +114,9 @@ def write_gguf_adapter(
 def _targets(stored: StoredAdapter, fitted: FittedAdapter) -> Iterator[tuple[str, Delta]]:
     for path, deltas in fitted.deltas.items():
         for prefix, delta in deltas.items():
-            for part, what in (
-                ("bias", "a bias"),
-                ("column_scale", "DoRA"),
-                ("full", "a whole matrix"),
-                ("rows", "rows"),
-            ):
-                if getattr(delta, part) is not None:
+            parts = {"a bias": delta.bias, "DoRA": delta.column_scale, "a whole matrix": delta.full, "rows": delta.rows}
+            for what, part in parts.items():
+                if part is not None:
                     raise AdapterError(
                         f"{stored.path}: it has {what} for {path}, which GGUF adapters cannot store: {_MERGE}"
                     )

@@ -71,7 +71,6 @@ def write_file(
 
     Args:
         path: the file's path; an existing file is replaced.
-        plans: the tensors, in order.
         metadata: keys and values: strings, booleans, integers (uint32; in two arrays int32), other numbers (float32),
             lists of one of these types, bytes; empty lists are left out. `general.architecture` is required.
         types: types of copied metadata, see `GgufFile.types`.

@@ -64,9 +64,6 @@ class StoredAdapter:
         kind: digest of the header and of the configuration's keys with an effect, without the weights: adapters of the
             same kind are fitted and packed in the same way. None for a GGUF file or a header of impossible length.
         limits: limits that it was opened with.
-        alora: invocation tokens: the adapter is active from their last occurrence on; None for the whole sequence.
-        base: name of the base model in the files.
-        notes: remarks for the operator, such as unknown keys.
         header: reads names and offsets of the tensors.
     """
 
@@ -76,9 +73,6 @@ class StoredAdapter:
     digest: bytes
     kind: bytes | None = None
     limits: AdapterLimits
-    alora: tuple[int, ...] | None = None
-    base: str | None = None
-    notes: tuple[str, ...] = ()
     file: MappedFile
     header: Callable[[], Mapping[str, StoredTensor]]
 
@@ -105,11 +99,7 @@ class StoredAdapter:
 
 
 def read_adapter(path: Path | str, limits: AdapterLimits = AdapterLimits()) -> StoredAdapter:
-    """Open an adapter.
-
-    Args:
-        path: a folder that PEFT wrote, a folder with one such folder (PEFT names it as the adapter), or a GGUF file.
-        limits: limits of the adapter.
+    """Open an adapter: a folder that PEFT wrote, a folder with one such folder (as PEFT names it), or a GGUF file.
 
     Raises:
         ModelNotFoundError: the path does not exist, or a file of the adapter is missing.
@@ -146,7 +136,7 @@ def _read_peft(path: Path, limits: AdapterLimits) -> StoredAdapter:
     folder = _folder_of(path)
     config_path, weights = folder / CONFIG_FILE, folder / WEIGHTS_FILE
     data = _config_bytes(config_path)
-    read = parse_config(data, config_path, limits.max_rank)
+    config = parse_config(data, config_path, limits.max_rank)
     if not weights.is_file():
         pickles = [name for name in _PICKLES if (folder / name).exists()]
         if pickles:
@@ -168,13 +158,10 @@ def _read_peft(path: Path, limits: AdapterLimits) -> StoredAdapter:
     return StoredAdapter(
         path=path,
         format="peft",
-        config=read.config,
+        config=config,
         digest=digest.digest(),
-        kind=_kind(read.effect, file),
+        kind=_kind(config.effect, file),
         limits=limits,
-        alora=read.alora,
-        base=read.base,
-        notes=read.notes,
         file=file,
         header=header,
     )
@@ -251,10 +238,13 @@ def _read_gguf(path: Path, limits: AdapterLimits) -> StoredAdapter:
                 raise AdapterError(f"{path}: {key} is {value!r:.80}; an adapter needs {wanted!r}")
         alpha = keys.get("adapter.lora.alpha", float, 0.0)
         config = AdapterConfig(
-            rank=lambda _: None, alpha=lambda _: alpha, architecture=keys.get("general.architecture", str)
+            rank=lambda _: None,
+            alpha=lambda _: alpha,
+            alora=_invocation_tokens(checkpoint.metadata, path),
+            base=keys.get("general.base_model.0.name", str, None),
+            architecture=keys.get("general.architecture", str),
+            notes=() if alpha else ("adapter.lora.alpha is missing or 0: the scale is 1",),
         )
-        alora = _invocation_tokens(checkpoint.metadata, path)
-        base = keys.get("general.base_model.0.name", str, None)
         digest = hashlib.sha256(first.file.view(0, first.file.size).data)
     except InvalidFileError as error:
         checkpoint.close()
@@ -268,9 +258,6 @@ def _read_gguf(path: Path, limits: AdapterLimits) -> StoredAdapter:
         config=config,
         digest=digest.digest(),
         limits=limits,
-        alora=alora,
-        base=base,
-        notes=() if alpha else ("adapter.lora.alpha is missing or 0: the scale is 1",),
         file=first.file,
         header=lambda: checkpoint.tensors,
     )
@@ -278,11 +265,8 @@ def _read_gguf(path: Path, limits: AdapterLimits) -> StoredAdapter:
 
 def _invocation_tokens(metadata: Mapping[str, Any], path: Path) -> tuple[int, ...] | None:
     key = "adapter.alora.invocation_tokens"
-    value = metadata.get(key)
-    if value is None:
-        return None
-    values = value if isinstance(value, list) else value.tolist() if hasattr(value, "tolist") else [value]
-    return invocation_of(Fields({key: values}, path), key) or None
+    value: Any = metadata.get(key)
+    return invocation_of(Fields({key: value.tolist() if hasattr(value, "tolist") else value}, path), key)
 
 
 # ---- both ------------------------------------------------------------------------------------------------------------

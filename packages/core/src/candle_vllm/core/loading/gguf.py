@@ -200,12 +200,9 @@ class GgufFile:
 
     @classmethod
     def open(cls, path: Path | str, *, copied: bool = False, max_header: int | None = None) -> GgufFile:
-        """Map a file and read its header.
+        """Map a file, or copy it into memory (see `MappedFile`), and read its header.
 
-        Args:
-            path: path of the file.
-            copied: read the file into memory instead; see `MappedFile`.
-            max_header: maximum number of bytes of the header; None is `MAX_HEADER_BYTES`.
+        The header has at most `max_header` bytes; None is `MAX_HEADER_BYTES`.
 
         Raises:
             ModelNotFoundError: the file does not exist.

@@ -242,12 +242,11 @@ def _bits(number: int) -> Iterator[int]:
         number ^= low
 
 
-def first_match(keys: Mapping[str, float], what: Callable[[str], str]) -> Callable[[str], float | None]:
-    """Return a function that gives the value of the first key that matches a name, or None.
+def first_match(keys: Mapping[str, float], default: float) -> Callable[[str], float]:
+    """Return a function that gives the value of the first pattern in `keys` that matches a name, or `default`.
 
-    Args:
-        keys: patterns and values, in order.
-        what: formats the error of an invalid key, which is raised as a `ValueError`.
+    Raises:
+        ValueError: a pattern is invalid; the message names it.
     """
     literal, others = dict[str, tuple[int, float]](), list[tuple[int, NamePattern, float]]()
     positions = 0
@@ -255,18 +254,18 @@ def first_match(keys: Mapping[str, float], what: Callable[[str], str]) -> Callab
         try:
             pattern = NamePattern(key)
         except ValueError as error:
-            raise ValueError(what(f"key {key!r:.80}: {error}")) from error
+            raise ValueError(f"key {key!r:.80}: {error}") from error
         if pattern.literal is not None:
             literal.setdefault(pattern.literal, (order, value))
             continue
         others.append((order, pattern, value))
         if len(others) > _MOST_PATTERNS:
-            raise ValueError(what(f"there are more than {_MOST_PATTERNS} regular expressions"))
+            raise ValueError(f"there are more than {_MOST_PATTERNS} regular expressions")
         positions += pattern.size
         if positions > 4 * MAX_POSITIONS:
-            raise ValueError(what(f"the regular expressions together have more than {4 * MAX_POSITIONS} letters"))
+            raise ValueError(f"the regular expressions together have more than {4 * MAX_POSITIONS} letters")
 
-    def find(name: str) -> float | None:
+    def find(name: str) -> float:
         found = [literal[name]] if name in literal else []
         at = name.find(".")
         while at >= 0:
@@ -274,6 +273,6 @@ def first_match(keys: Mapping[str, float], what: Callable[[str], str]) -> Callab
                 found.append(literal[name[at + 1 :]])
             at = name.find(".", at + 1)
         found += [(order, value) for order, pattern, value in others if pattern.matches(name)]
-        return min(found)[1] if found else None
+        return min(found)[1] if found else default
 
     return find

@@ -51,12 +51,9 @@ def collected(names: str) -> Mapping[str, Any]:
 
 
 def read_quantised(checkpoint: Checkpoint, config: Mapping[str, Any], path: Path) -> Checkpoint:
-    """Combine the parts of quantised layers; an unquantised checkpoint is returned as is.
+    """Combine the parts of quantised layers of safetensors files; an unquantised checkpoint is returned as is.
 
-    Args:
-        checkpoint: checkpoint in safetensors files.
-        config: contents of `config.json`.
-        path: path of `config.json`; one of `FILES` may be in the same folder.
+    `config` is the content of `config.json`, at `path`; one of `FILES` may be in the same folder.
 
     Raises:
         UnsupportedModelError: a method, format or bit count is not implemented; the message lists the implemented ones.

@@ -122,7 +122,6 @@ class FileTensor(StoredTensor):
         return self.file.path
 
     def raw(self) -> np.ndarray:
-        """See `StoredTensor.raw`: a read-only view into the mapped file."""
         data = self.file.view(self.start, self.nbytes)
         rows = math.prod(self.shape[:-1])
         return data.reshape(rows, self.nbytes // rows if rows else 0)
@@ -133,7 +132,6 @@ class FileTensor(StoredTensor):
         return self.start + ELEMENTS[self.dtype].itemsize * np.arange(self.numel).reshape(self.shape)
 
     def rows(self, first: int, last: int) -> StoredTensor:
-        """See `StoredTensor.rows`: a part of the file."""
         self._check_cut("rows", first, last, self.shape[:1])
         each, shape = self.nbytes // self.shape[0], (last - first, *self.shape[1:])
         start, nbytes = self.start + each * first, each * (last - first)

@@ -110,10 +110,8 @@ def half_split(heads: str) -> View:
     """Reorder query or key rows [H * D, ...] to half-split rotary order, if the config says that they are interleaved.
 
     The pairs of the first `config.rope.dim` rows of every head are rows 2i and 2i + 1 in the file; the kernels rotate
-    rows i and i + dim / 2. Source: the inverse of the permutation in llama.cpp's converter for Llama.
-
-    Args:
-        heads: the config's attribute that counts the heads.
+    rows i and i + dim / 2. `heads` is the config's attribute that counts the heads.
+    Source: the inverse of the permutation in llama.cpp's converter for Llama.
     """
 
     def view(stored: StoredTensor, config: Any) -> StoredTensor:
@@ -150,11 +148,7 @@ class _InColumnOrder(Viewed):
 
 
 class ColumnOrder:
-    """View of a matrix [R, C] whose stored column i is multiplied by element `order[i]` of an input.
-
-    Args:
-        order: computes the order from a config, int64 [C].
-    """
+    """View of a matrix [R, C] whose stored column i is multiplied by element `order(config)[i]` of an input."""
 
     def __init__(self, order: Callable[[Any], np.ndarray]) -> None:
         self._order = order
@@ -200,13 +194,10 @@ def computed(
     compute: Callable[[np.ndarray], np.ndarray],
     type_name: str | None = None,
 ) -> Viewed:
-    """Make a tensor whose elements `compute` derives from the elements of a stored one.
+    """Make a tensor of `shape` whose elements `compute` derives from the elements of a stored one.
 
-    Args:
-        stored: the stored tensor; a quantised one is decoded.
-        shape: shape of the result.
-        compute: computes the elements; it gets and returns an array of the result's element type.
-        type_name: element type; None keeps the stored type, F32 for a quantised tensor.
+    `compute` gets and returns an array of the element type `type_name`; None keeps the stored type. A quantised tensor
+    is decoded, by default to F32.
     """
     name = type_name or stored.dtype or "F32"
     return _Computed(stored.name, shape, name, math.prod(shape) * ELEMENTS[name].itemsize, stored, compute)
@@ -223,7 +214,7 @@ class Made(StoredTensor):
         return self.source
 
     def release(self) -> None:
-        """See `StoredTensor.release`."""
+        pass
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)

@@ -26,15 +26,10 @@ SUPPRESSED = "tokenizer.ggml.suppress_tokens"  # key of GGUF metadata for `suppr
 
 
 def fit_tokenizer(tokenizer: Tokenizer, rows: int, source: Path) -> Tokenizer:
-    """Return a tokenizer that has exactly the ids below `rows`.
+    """Return a tokenizer that has exactly the ids below `rows`, the rows of the embedding table.
 
-    Args:
-        tokenizer: the tokenizer as its files describe it; it may be changed.
-        rows: number of rows of the model's embedding table.
-        source: the file or folder of the tokenizer, for messages.
-
-    Raises:
-        InvalidFileError: a required token has no row.
+    The given one, from the file or folder `source`, may be changed. Raises InvalidFileError if a required token has no
+    row.
     """
     if tokenizer.vocab_size > rows:
         tokenizer = _without_extra_tokens(tokenizer, tokenizer.vocab_size, rows, source)

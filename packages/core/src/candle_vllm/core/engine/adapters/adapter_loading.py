@@ -145,7 +145,7 @@ class AdapterLoader:
         with task_adapter(path, self._limits) or open_adapter(path, self._limits) as stored:
             copied = self._copied(stored)
             packed, notes = self._packed(stored) if copied is None else (copied, ())
-            return LoadedAdapter(packed, stored.base, (*stored.notes, *notes))
+            return LoadedAdapter(packed, stored.config.base, (*stored.config.notes, *notes))
 
     def _copied(self, stored: StoredAdapter) -> PackedAdapter | None:
         """Pack an adapter of a known kind; return None for an unknown kind, or if its elements are not valid."""
