@@ -744,8 +744,7 @@ class EngineSettings(TypedDict, total=False):
 def config_of(model: str | Path | EngineConfig, settings: EngineSettings) -> EngineConfig:
     """Return the config of an engine's arguments: `model` is a config, or a model's name with settings.
 
-    Raises:
-        ConfigError: there are settings beside a config, or a setting is invalid.
+    Raises ConfigError for settings beside a config, or an invalid setting.
     """
     if not isinstance(model, EngineConfig):
         return EngineConfig(model=cast("str", model), **settings)
@@ -755,11 +754,7 @@ def config_of(model: str | Path | EngineConfig, settings: EngineSettings) -> Eng
 
 
 def require_one(config: EngineConfig) -> None:
-    """Refuse a config of several replicas: the caller makes a single engine.
-
-    Raises:
-        ConfigError: `data_parallel_size` is above 1.
-    """
+    """Raise ConfigError for a config of several replicas: the caller makes a single engine."""
     if config.data_parallel_size > 1:
         raise ConfigError(
             f"data_parallel_size={config.data_parallel_size} needs ReplicatedEngine: use that class, or leave it out",

@@ -20,8 +20,7 @@ class CandleVllmError(Exception):
 class ConfigError(CandleVllmError):
     """A setting that cannot work: the message names a value that works.
 
-    Attributes:
-        setting: name of the setting that is to blame, or None if no single one is.
+    `setting` is the name of the setting that is to blame, or None if no single one is.
     """
 
     def __init__(self, message: str, setting: str | None = None) -> None:
@@ -73,11 +72,7 @@ class AdapterError(ModelLoadError):
 
 
 class RequestError(CandleVllmError):
-    """One request is wrong; other requests are not affected.
-
-    Attributes:
-        param: name of the wrong field, in the caller's spelling, or None.
-    """
+    """One request is wrong; other requests are not affected. `param` is the wrong field in the caller's spelling."""
 
     def __init__(self, message: str, param: str | None = None) -> None:
         super().__init__(message)

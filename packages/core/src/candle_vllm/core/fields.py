@@ -21,12 +21,7 @@ _REQUIRED: Any = object()
 
 
 class Fields:
-    """Typed access to a mapping from a file.
-
-    Args:
-        path: the file, for error messages.
-        prefix: prefix of every key (GGUF keys begin with the architecture).
-    """
+    """Typed access to a mapping from a file; every key has the prefix (GGUF keys begin with the architecture)."""
 
     def __init__(self, values: Mapping[str, Any], path: Path, prefix: str = "") -> None:
         self.values = values

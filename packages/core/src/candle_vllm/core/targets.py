@@ -116,8 +116,7 @@ def check_pattern(pattern: str) -> None:
 async def resolve(target: Target, threads: Executor) -> Sequence[str]:
     """Return the addresses to connect to, in order; all are checked unless the target is the operator's own.
 
-    Args:
-        threads: threads for name resolution, so that a lookup that hangs delays only other lookups.
+    Names are resolved in `threads`, so that a lookup that hangs delays only other lookups.
 
     Raises:
         ForbiddenTarget: one of the addresses may not be reached.

@@ -133,16 +133,7 @@ def open_draft(config: EngineConfig, method: str, device: Device) -> Opened:
         raise InvalidFileError(
             f"{files.folder}: a draft head must be a folder with config.json and safetensors files, or a GGUF file"
         )
-    from candle_vllm.core.loading.quantised import read_quantised
-    from candle_vllm.core.loading.safetensors import open_safetensors
-
-    with naming(files.config):
-        stored = open_safetensors(files.folder)
-        try:
-            return Opened(files, read_quantised(stored, read_json(files.config), files.config), {})
-        except BaseException:
-            stored.close()
-            raise
+    return open_model(files, device, is_draft_head=True)
 
 
 def _is_for_head(config: EngineConfig) -> bool:
@@ -310,7 +301,6 @@ def _check_fit(target: Described | LoadedModel, name: str, config: Eagle3Config,
 
 
 def _tokenizer_of(opened: Opened) -> Tokenizer | None:
-    """Return a head's own tokenizer; None if its files do not have one."""
     if "tokenizer.ggml.tokens" in opened.metadata:
         return Tokenizer.from_gguf(opened.metadata)
     if opened.files.format == "safetensors" and (opened.files.folder / "tokenizer.json").is_file():

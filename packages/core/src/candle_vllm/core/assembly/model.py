@@ -257,11 +257,8 @@ def load_model(
         tower = None
         if shard is None or shard.is_first:
             tower = load_tower(config, opened, model.tokenizer, model.config.hidden_size, placement)
-        if tower is not None and tower.vision.parts.turned and not model.config.rope.axes:
-            keys = "(mrope_section, in GGUF files rope.dimension_sections), which the positions of image tokens need"
-            raise InvalidFileError(f"{config_file(files)}: the sections of rotary positions are missing {keys}")
         if tower is not None:
-            _check_depth(tower.tower.config.vectors - 1, model.config, config_file(files))
+            _check_tower(tower, model.config, config_file(files))
     said = {field.name: getattr(model, field.name) for field in dataclasses.fields(Loaded)}
     said["files"] = files_read(config, files)
     if tower is not None:
@@ -294,9 +291,12 @@ def files_read(config: EngineConfig, files: ModelFiles) -> tuple[Path, ...]:
     return (*files.weights, *(path for path in beside if path is not None)) if files.weights else ()
 
 
-def _check_depth(deep: int, model: ModelConfig, described: Path) -> None:
-    """Raise InvalidFileError if the text model has fewer layers than a tower adds to, or names another number."""
-    said = getattr(model, "deep", 0)
+def _check_tower(tower: LoadedTower, model: ModelConfig, described: Path) -> None:
+    """Raise InvalidFileError if a tower and its text model do not fit: rotary sections, or layers that it adds to."""
+    if tower.vision.parts.turned and not model.rope.axes:
+        keys = "(mrope_section, in GGUF files rope.dimension_sections), which the positions of image tokens need"
+        raise InvalidFileError(f"{described}: the sections of rotary positions are missing {keys}")
+    said, deep = getattr(model, "deep", 0), tower.tower.config.vectors - 1
     if deep > model.num_layers:
         raise InvalidFileError(
             f"{described}: the vision tower adds to {deep} layers, but the text model has {model.num_layers}"

@@ -247,7 +247,6 @@ def shard_of(
 
 
 def _shapes(family: Family, config: ModelConfig, checkpoint: Checkpoint) -> dict[str, _Shape]:
-    """Return the shape of every parameter of a model, by target."""
     found = parameters_of(family.build(config, SHAPES, checkpoint), family.weights, config, checkpoint.format)
     return {target: _Shape(tuple(each.shape), each.sections) for target, each in found.items()}
 
@@ -327,7 +326,6 @@ class _Units(NamedTuple):
         )
 
     def _heads(self, config: ModelConfig, size: int) -> int:
-        """Return the unit of query heads for `size` ranks."""
         if config.latent is not None or size > config.num_kv_heads:
             return self.heads
         return math.lcm(self.heads, config.num_heads // config.num_kv_heads)
@@ -390,7 +388,6 @@ class _Units(NamedTuple):
 
 
 def _channels(config: ModelConfig) -> int:
-    """Return the number of channels of short convolutions; 0 without convolutions."""
     return getattr(config, "channels", 0)
 
 

@@ -110,7 +110,6 @@ def _opened(config: EngineConfig, opened: Opened, text_size: int) -> Iterator[_F
 
 
 def _placed(config: EngineConfig, text: Placement, stored: Checkpoint) -> Placement:
-    """Return the placement of a tower's weights, given the text model's placement."""
     return encoder_placement(config, text.device, stored) if text.recorded else text
 
 
@@ -217,7 +216,6 @@ def vision_input_of(parts: VisionDescription, tokenizer: Tokenizer, config: Engi
 
 
 def _breaks(tokenizer: Tokenizer) -> dict[int, int]:
-    """See `VisionInput.breaks`."""
     found: dict[int, int] = {}
     for count in range(1, _MOST_BREAKS + 1):
         ids = tokenizer.encode("\n" * count, add_special_tokens=False)

@@ -137,10 +137,7 @@ _ROUGH = ("embedding_scale", "input_scale")  # some models round these to their 
 
 
 def check_description(config: ModelConfig, written: Checkpoint) -> None:
-    """Read the planned metadata and tensors: they must give `config`, which `Architecture.stored` has returned.
-
-    Raises UnsupportedModelError if they describe another model; the message names the settings.
-    """
+    """Raise UnsupportedModelError if planned metadata and tensors do not give `config`, from `Architecture.stored`."""
     name = written.metadata["general.architecture"]
     try:
         _, found = family_from_gguf(written.metadata, written)

@@ -242,7 +242,7 @@ def _plan_of_gguf(
     if config.chat_template is not None:
         metadata = {key: value for key, value in metadata.items() if not key.startswith(_TEMPLATE)}
         changed[_TEMPLATE] = config.chat_template
-    source = GgufFile.open(checkpoint.path)
+    source = GgufFile(checkpoint.path)
     source.close()
     return plans, metadata | changed, {key: kind for key, kind in source.types.items() if key not in changed}
 

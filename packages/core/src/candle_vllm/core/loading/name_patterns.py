@@ -26,15 +26,13 @@ _ALL = frozenset(_LETTERS)
 _ESCAPES = {
     "w": _WORD, "W": _ALL - _WORD, "d": _DIGITS, "D": _ALL - _DIGITS, "s": frozenset({32}), "S": _ALL - {32},
 }  # fmt: skip
+_QUANTIFIERS: Mapping[str, tuple[int, int | None]] = {"*": (0, None), "+": (1, None), "?": (0, 1)}
 _SPECIAL = frozenset("\\[](){}*+?|^$")
 _Part = tuple[bool, int, int]  # whether it may be empty; its first positions, and its last positions, as bits
 
 
 class NamePattern:
-    """One pattern of module names.
-
-    Args:
-        text: a regular expression, or a plain name, in which "." is the only special character and means itself.
+    """A regular expression, or a plain name, in which "." is the only special character and means itself.
 
     Raises:
         ValueError: the pattern is too long, invalid, or has an unsupported feature.
@@ -141,16 +139,11 @@ class NamePattern:
         self._at = end
 
     def _counts(self) -> tuple[int, int | None]:
-        found: tuple[int, int | None] = (1, 1)
-        for sign, counts in (("*", (0, None)), ("+", (1, None)), ("?", (0, 1))):
-            if self._take(sign):
-                found = counts
-                break
-        else:
-            if self._take("{"):
-                found = self._numbers()
-            else:
-                return found
+        sign = self._text[self._at : self._at + 1]
+        if sign not in ("*", "+", "?", "{"):
+            return 1, 1
+        self._at += 1
+        found = self._numbers() if sign == "{" else _QUANTIFIERS[sign]
         self._take("?")  # a lazy quantifier: only whether there is a match matters
         if self._text[self._at : self._at + 1] in ("*", "+", "{"):
             raise ValueError(f"a quantifier follows another one at character {self._at}")

@@ -71,7 +71,9 @@ def read_quantised(checkpoint: Checkpoint, config: Mapping[str, Any], path: Path
             raise InvalidFileError(f"{tensor.path}: tensor {tensor.name} is stored both quantised and unquantised")
         taken |= _names(parts)
         logical[tensor.name] = tensor
-    if _quantises_activations(fields):
+    groups = fields.section("config_groups")
+    of_groups = any("input_activations" in groups.section(name) for name in groups.values)
+    if of_groups or "activation_scheme" in fields:  # static or dynamic scales
         logger.info("%s asks for quantised activations; activations have at least that precision here", path)
     if not logical:
         logger.warning("%s names the method %s, but no weight is quantised", path, method)
@@ -88,12 +90,6 @@ def read_quantised(checkpoint: Checkpoint, config: Mapping[str, Any], path: Path
     biases = {f"{name.removesuffix('.weight')}.bias" for name in logical} & kept.keys()
     idle_biases = {name: spare(kept[name]) for name in biases if not kept[name].load().any()}
     return checkpoint.with_tensors(kept | idle_biases | logical)
-
-
-def _quantises_activations(fields: Fields) -> bool:
-    """Whether a config quantises activations, with static or dynamic scales."""
-    groups = fields.section("config_groups")
-    return "activation_scheme" in fields or any("input_activations" in groups.section(name) for name in groups.values)
 
 
 def _check_plain(tensors: Mapping[str, StoredTensor]) -> None:

@@ -13,11 +13,12 @@ import errno
 import math
 import mmap
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import BinaryIO, Literal
+from typing import BinaryIO, Literal, Protocol
 
 import numpy as np
 
@@ -106,13 +107,26 @@ def _copy(stream: BinaryIO, size: int) -> mmap.mmap:
     return memory
 
 
+class Closable(Protocol):
+    """A file, or an object that owns files."""
+
+    def close(self) -> None: ...
+
+
+@contextmanager
+def closed_on_error(files: Iterable[Closable]) -> Iterator[None]:
+    """Close the files if an error leaves the context; files may be added to a list within it."""
+    try:
+        yield
+    except BaseException:
+        for file in files:
+            file.close()
+        raise
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class FileTensor(StoredTensor):
-    """A tensor that is stored contiguously in a mapped file.
-
-    Attributes:
-        start: offset of the data in the file.
-    """
+    """A tensor that is stored contiguously in a mapped file, from the offset `start` on."""
 
     file: MappedFile
     start: int
