@@ -19,12 +19,12 @@ from gguf import GGMLQuantizationType, GGUFWriter, quants
 from candle_vllm.core import AdapterError, EngineConfig, ModelNotFoundError
 from candle_vllm.core.assembly.adapter_base import AdapterBase, adapter_base
 from candle_vllm.core.assembly.adapters import fit_adapter
-from candle_vllm.core.assembly.opening import model_files
 from candle_vllm.core.kernels.lora import FittedAdapter
 from candle_vllm.core.loading import adapters
 from candle_vllm.core.loading.adapter_config import parse_config
 from candle_vllm.core.loading.adapters import AdapterLimits, StoredAdapter, read_adapter
 from candle_vllm.core.loading.name_patterns import NamePattern, first_match
+from candle_vllm.core.loading.source import model_files
 from packages.core.tests.toy_adapter import ATTENTION, linear_shapes, write_adapter
 from packages.core.tests.toy_gguf import write_toy_gguf
 

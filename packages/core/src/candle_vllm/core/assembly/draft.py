@@ -23,7 +23,7 @@ from candle_vllm.core.assembly.model import (
     fill,
     load_model,
 )
-from candle_vllm.core.assembly.opening import Opened, config_file, model_files, naming, open_model
+from candle_vllm.core.assembly.opening import Opened, config_file, naming, open_model
 from candle_vllm.core.assembly.placement import choose_placement, room_for_weights
 from candle_vllm.core.config import WEIGHTS, EngineConfig, draft_error, draft_settings
 from candle_vllm.core.devices import Device
@@ -36,7 +36,7 @@ from candle_vllm.core.errors import (
 )
 from candle_vllm.core.fields import Fields, read_json
 from candle_vllm.core.layers.parameters import SHAPES, Placement
-from candle_vllm.core.loading.source import ModelFiles
+from candle_vllm.core.loading.source import ModelFiles, model_files
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.weights import WeightName, check_weights, stored_lines
 from candle_vllm.core.models.family import DraftHead

@@ -14,7 +14,6 @@ from candle_vllm.core.assembly.model import Loaded, LoadedModel, files_read, fil
 from candle_vllm.core.assembly.opening import (
     Opened,
     config_file,
-    model_files,
     naming,
     open_model,
     open_tokenizer,
@@ -32,7 +31,7 @@ from candle_vllm.core.layers.parameters import SHAPES
 from candle_vllm.core.loading.config import EncoderConfig
 from candle_vllm.core.loading.gguf import open_gguf
 from candle_vllm.core.loading.pooling import longest_text
-from candle_vllm.core.loading.source import ModelFiles
+from candle_vllm.core.loading.source import ModelFiles, model_files
 from candle_vllm.core.loading.weights import check_weights
 from candle_vllm.core.models.family import Encoder, EncoderFamily
 from candle_vllm.core.models.registry import encoder_from_gguf, encoder_from_hf

@@ -21,7 +21,6 @@ from candle_vllm.core.assembly.offload import Split, plan_split
 from candle_vllm.core.assembly.opening import (
     Opened,
     config_file,
-    model_files,
     naming,
     open_model,
     open_tokenizer,
@@ -48,7 +47,7 @@ from candle_vllm.core.layers.parameters import SHAPES, Placement
 from candle_vllm.core.layers.rotary import Rotary
 from candle_vllm.core.loading.config import EncoderConfig, ModelConfig, stretched
 from candle_vllm.core.loading.imatrix import read_imatrix
-from candle_vllm.core.loading.source import ModelFiles
+from candle_vllm.core.loading.source import ModelFiles, model_files
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.vocabulary import SUPPRESSED, end_tokens
 from candle_vllm.core.loading.weights import Cut, WeightName, check_weights, load_weights, places
@@ -365,33 +364,33 @@ def fit_settings(config: EngineConfig, model: ModelConfig | EncoderConfig) -> En
         ConfigError: the settings divide a model of transformers, or enable drafts or LoRA for one with its own cache;
             they enable drafts for a model with an `answer_window`; a block would divide a group of pooled index keys.
     """
-    if isinstance(model, ModelConfig) and config.block_size % model.index_pool:
-        raise ConfigError(
-            f"{model.model_type} pools the index keys of {model.index_pool} tokens, which must be in one block: set "
-            f"block_size to {model.index_pool} or more",
-            "block_size",
-        )
-    if isinstance(model, ModelConfig) and model.index_block % config.block_size:
-        way = f"which block_size must divide: set block_size to {model.index_block} or less"
-        raise ConfigError(f"{model.model_type} chooses blocks of {model.index_block} tokens, {way}", "block_size")
-    if isinstance(model, ModelConfig) and model.compresses and config.block_size < LEAST_BLOCK:
-        least = f"attention to compressed entries or chosen blocks needs blocks of {LEAST_BLOCK} tokens or more"
-        raise ConfigError(f"block_size={config.block_size}: {least}", "block_size")
-    if isinstance(model, ModelConfig) and model.answer_window is not None:
+    if not isinstance(model, ModelConfig):
+        return config
+    refuse_settings(
+        ("block_size", config.block_size % model.index_pool,
+         f"{model.model_type} pools the index keys of {model.index_pool} tokens, which must be in one block: set "
+         f"block_size to {model.index_pool} or more"),
+        ("block_size", model.index_block % config.block_size,
+         f"{model.model_type} chooses blocks of {model.index_block} tokens, which block_size must divide: set "
+         f"block_size to {model.index_block} or less"),
+        ("block_size", model.compresses and config.block_size < LEAST_BLOCK,
+         f"block_size={config.block_size}: attention to compressed entries or chosen blocks needs blocks of "
+         f"{LEAST_BLOCK} tokens or more"),
+    )  # fmt: skip
+    if model.answer_window is not None:
         if draft_settings(config.speculative_config) is not None:
             raise draft_error(
                 f"{model.model_type} reads its answer through a window, whose cache a rejected draft token would "
                 'overwrite: leave speculative_config out, or set "method": "none"'
             )
         return dataclasses.replace(config, speculative_config={"method": "none"})
-    if not isinstance(model, ModelConfig) or model.implementation == "native":
+    if model.implementation == "native":
         return config
-    if config.ranks > 1:
-        raise ConfigError(
-            f"{model.model_type} runs on transformers, which cannot divide it among ranks: leave tensor_parallel_size "
-            "and pipeline_parallel_size out, or set model_impl='native'",
-            "tensor_parallel_size",
-        )
+    refuse_settings(
+        ("tensor_parallel_size", config.ranks > 1,
+         f"{model.model_type} runs on transformers, which cannot divide it among ranks: leave tensor_parallel_size "
+         "and pipeline_parallel_size out, or set model_impl='native'"),
+    )  # fmt: skip
     config = dataclasses.replace(config, cuda_graphs=False)
     if not model.one_at_a_time:
         return config

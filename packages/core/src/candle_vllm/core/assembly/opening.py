@@ -16,7 +16,7 @@ from candle_vllm.core.devices import Device
 from candle_vllm.core.errors import ModelLoadError
 from candle_vllm.core.fields import read_json
 from candle_vllm.core.loading.gguf import check_kind, open_gguf
-from candle_vllm.core.loading.source import ModelFiles, resolve
+from candle_vllm.core.loading.source import ModelFiles
 from candle_vllm.core.loading.tensors import Checkpoint, closed_on_error
 from candle_vllm.core.loading.vocabulary import fit_tokenizer
 from candle_vllm.core.memory import room_for
@@ -44,19 +44,6 @@ class Opened:
     metadata: Mapping[str, Any]
     cache_scales: Mapping[str, StoredTensor] = dataclasses.field(default_factory=dict)
     tower: Checkpoint | None = None
-
-
-def model_files(config: EngineConfig) -> ModelFiles:
-    """Return the files of `config.model`, downloaded if needed; raises like `load_model`."""
-    return resolve(
-        config.model,
-        weight_file=config.weight_file,
-        revision=config.revision,
-        token=config.hf_token,
-        cache_dir=config.download_dir,
-        offline=config.offline,
-        load_format=config.load_format,
-    )
 
 
 _TOKENIZER_BYTES, _TOKEN_BYTES = 16 << 20, 1 << 10  # estimated memory of a tokenizer, and of each of its tokens

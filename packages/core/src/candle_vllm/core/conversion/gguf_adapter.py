@@ -19,7 +19,7 @@ import numpy as np
 from candle_vllm.core.assembly.adapter_base import adapter_base
 from candle_vllm.core.assembly.adapters import fit_adapter
 from candle_vllm.core.assembly.model import describe_family
-from candle_vllm.core.assembly.opening import config_file, model_files, naming, open_model
+from candle_vllm.core.assembly.opening import config_file, naming, open_model
 from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.conversion.adapters import ANY_SIZE
 from candle_vllm.core.conversion.gguf_file import PlannedTensor, Progress
@@ -31,6 +31,7 @@ from candle_vllm.core.errors import AdapterError, ConfigError
 from candle_vllm.core.kernels.lora import Delta, FittedAdapter
 from candle_vllm.core.loading.adapters import StoredAdapter, read_adapter
 from candle_vllm.core.loading.config import EncoderConfig
+from candle_vllm.core.loading.source import model_files
 from candle_vllm.core.loading.views import ColumnOrder, computed, constant
 from candle_vllm.core.loading.weights import Line, expand
 from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType

@@ -17,7 +17,7 @@ from gguf import LlamaFileType
 
 from candle_vllm.core.assembly.isq import check_plain, check_used, chosen_type, in_situ, stays_plain
 from candle_vllm.core.assembly.model import GGUF_SAMPLING, sampling_defaults
-from candle_vllm.core.assembly.opening import config_file, model_files, naming, open_model, open_tokenizer
+from candle_vllm.core.assembly.opening import config_file, naming, open_model, open_tokenizer
 from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.conversion.adapters import AdapterFactors, merge
 from candle_vllm.core.conversion.gguf_file import PlannedTensor, Progress, write_file
@@ -40,7 +40,7 @@ from candle_vllm.core.layers.parameters import SHAPES
 from candle_vllm.core.loading.config import EncoderConfig, ModelConfig, stretched
 from candle_vllm.core.loading.gguf import GgufFile, split_names
 from candle_vllm.core.loading.imatrix import read_imatrix
-from candle_vllm.core.loading.source import ModelFiles
+from candle_vllm.core.loading.source import ModelFiles, model_files
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.views import computed, constant
 from candle_vllm.core.loading.vocabulary import SUPPRESSED, end_tokens

@@ -57,8 +57,7 @@ def entry(stored: StoredTensor, index: int) -> StoredTensor:
 def row_part(index: int, count: int) -> View:
     """Select the index-th of `count` equal parts of the rows: gate or up of a fused tensor."""
 
-    def view(stored: StoredTensor, config: Any) -> StoredTensor:
-        del config
+    def view(stored: StoredTensor, _config: Any) -> StoredTensor:
         size = stored.shape[0] // count if stored.shape else 0
         if stored.shape and stored.shape[0] % count:
             raise WeightsError(
@@ -99,8 +98,7 @@ def qkv_rows(part: str, *, grouped: bool = False) -> View:
 def every_other(first: int) -> View:
     """Select rows first, first + 2, ...: gate or up of a fused tensor whose gate and up rows alternate."""
 
-    def view(stored: StoredTensor, config: Any) -> StoredTensor:
-        del config
+    def view(stored: StoredTensor, _config: Any) -> StoredTensor:
         return stored.select(np.arange(first, stored.shape[0] if stored.shape else 0, 2))
 
     return view
@@ -265,15 +263,13 @@ class _Given(Viewed):
         return rows_of_bytes(self.entries()[self.index], self.shape)
 
 
-def plus_one(stored: StoredTensor, config: Any) -> StoredTensor:
+def plus_one(stored: StoredTensor, _config: Any) -> StoredTensor:
     """Add 1 in fp32, for norms that Hugging Face stores as the difference from 1 (Gemma)."""
-    del config
     return computed(stored, stored.shape, lambda values: values + np.float32(1), "F32")
 
 
-def transposed(stored: StoredTensor, config: Any) -> StoredTensor:
+def transposed(stored: StoredTensor, _config: Any) -> StoredTensor:
     """Transpose an unquantised matrix [R, C] to [C, R], or each matrix of [X, R, C]."""
-    del config
     if len(stored.shape) < 2:
         return stored  # the loader reports a wrong shape
     if stored.dtype is None:
@@ -282,17 +278,15 @@ def transposed(stored: StoredTensor, config: Any) -> StoredTensor:
     return computed(stored, shape, lambda values: values.swapaxes(-1, -2))
 
 
-def flattened(stored: StoredTensor, config: Any) -> StoredTensor:
+def flattened(stored: StoredTensor, _config: Any) -> StoredTensor:
     """Reshape depthwise kernels [C, 1, taps] to [C, taps], the shape in GGUF files."""
-    del config
     if len(stored.shape) != 3 or stored.shape[1] != 1:
         return stored  # the loader reports a wrong shape
     return dataclasses.replace(stored, shape=(stored.shape[0], stored.shape[2]))
 
 
-def as_row(stored: StoredTensor, config: Any) -> StoredTensor:
+def as_row(stored: StoredTensor, _config: Any) -> StoredTensor:
     """Reshape a vector [C] to a matrix [1, C] (GGUF's gate of a shared expert)."""
-    del config
     if len(stored.shape) != 1:
         return stored
     return computed(stored, (1, *stored.shape), lambda values: values[None])
