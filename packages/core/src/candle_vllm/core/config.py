@@ -237,8 +237,7 @@ MOST_LAYERS = 1024
 def draft_settings(given: Mapping[str, Any] | None) -> SpeculativeConfig | None:
     """Parse `speculative_config`; return None without speculation.
 
-    Raises:
-        ConfigError: an unknown name, an invalid value, a missing model, or a setting of another method.
+    Raises ConfigError for an unknown name, an invalid value, a missing model, or a setting of another method.
     """
     if given is None:
         return None
@@ -637,12 +636,7 @@ class EngineConfig(ExplainedSettings):
 
 
 class Setting(NamedTuple):
-    """A field of `EngineConfig`.
-
-    Attributes:
-        help: description, also for the command line.
-        more: further sentences for users of the library.
-    """
+    """A field of `EngineConfig`; `help` is also for the command line, `more` for users of the library."""
 
     name: str
     type: Any

@@ -263,12 +263,7 @@ def agreed_plan(make: Callable[[int | None], CachePlan], ranks: Collective | Non
 
 
 def _plan_windows(
-    config: EngineConfig,
-    rooms: Sequence[WindowRoom],
-    block: int,
-    sequences: int,
-    budget: int,
-    per_sequence: int,
+    config: EngineConfig, rooms: Sequence[WindowRoom], block: int, sequences: int, budget: int, per_sequence: int
 ) -> tuple[WindowRoom, ...]:
     """Compute the pages of each pool within `budget` bytes; no pool if a page for each block takes no more memory.
 

@@ -78,8 +78,7 @@ def start_logging(
     warnings: HTTP connections write targets and headers, and the MCP SDK session ids, arguments and outputs of tools.
 
     Args:
-        level: level of the root logger.
-        style: a name of `LOG_STYLES`.
+        level, style: level of the root logger, and a name of `LOG_STYLES`.
         process: name of a child process, which its lines contain.
         handlers: handlers of the root logger; by default one that writes to standard error.
     """

@@ -53,7 +53,6 @@ class Target:
     """A parsed URL.
 
     Attributes:
-        url: httpx's URL object.
         host: name in lower case, or an address without brackets.
         port: the URL's port, or the scheme's default.
         trusted: the operator named the target, so that its address is not checked.

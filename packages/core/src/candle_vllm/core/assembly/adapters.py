@@ -370,8 +370,7 @@ class _Fit:
         count = self._base.config.num_experts
         if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1] or a.shape[0] % count:
             self._refuse(
-                a.name,
-                f"its shape {list(a.shape)} and {list(b.shape)} of {b.name!r:.200} do not fit {count} experts",
+                a.name, f"its shape {list(a.shape)} and {list(b.shape)} of {b.name!r:.200} do not fit {count} experts"
             )
         rank, columns = a.shape[0] // count, spots[0].shape[1]
         of_a = [a.rows(expert * rank, (expert + 1) * rank) for expert in range(count)]

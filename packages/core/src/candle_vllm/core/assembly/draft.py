@@ -164,7 +164,6 @@ class DescribedHead(HeadFacts):
     """A draft head before its weights are read.
 
     Attributes:
-        stored: its stored tensors.
         weights, ignored: its table of weight names, and patterns of names that are not loaded.
         build: builds the head, for a placement and a target model.
     """

@@ -11,14 +11,7 @@ from collections.abc import Callable, Sequence
 from candle_vllm.core.assembly.draft import find_draft, load_draft
 from candle_vllm.core.assembly.heads import check_pooling, pooling_of
 from candle_vllm.core.assembly.model import Loaded, LoadedModel, files_read, fill, load_model, read_template
-from candle_vllm.core.assembly.opening import (
-    Opened,
-    config_file,
-    naming,
-    open_model,
-    open_tokenizer,
-    stored_types,
-)
+from candle_vllm.core.assembly.opening import Opened, config_file, naming, open_model, open_tokenizer, stored_types
 from candle_vllm.core.assembly.packed_cache import packed_weights
 from candle_vllm.core.assembly.placement import computing_dtype, encoder_placement, room_for_weights
 from candle_vllm.core.config import EngineConfig
@@ -63,11 +56,9 @@ def load_any_model(
     again: Sequence[WeightMemory] = (),
     ranks: Collective | None = None,
 ) -> LoadedModel | LoadedEncoder:
-    """Load `config.model`, a decoder or an encoder; errors as `load_model`.
+    """Load `config.model`, a decoder or an encoder; other arguments and errors as for `load_model`.
 
-    Args:
-        config, device, progress, ranks: see `load_model`.
-        again: weight memories of the same model, into which its matrices are loaded again.
+    Matrices are loaded again into the weight memories of the same model, `again`.
     """
     with loading(again) as memories:
         files, first = model_files(config), ranks is None or is_first(ranks)

@@ -38,7 +38,6 @@ class InSitu(Viewed):
     """A plain matrix that is quantised when its bytes are read.
 
     Attributes:
-        kind: the type of its blocks.
         importance: importance of its columns, see `weight_quant.rows.quantise`.
         by_row: whether all blocks of a row have the same scale, see `weight_quant.rows.quantise_rows`.
     """

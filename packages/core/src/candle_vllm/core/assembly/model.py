@@ -18,14 +18,7 @@ from numpy.typing import NDArray
 
 from candle_vllm.core.assembly.heads import pooling_of
 from candle_vllm.core.assembly.offload import Split, plan_split
-from candle_vllm.core.assembly.opening import (
-    Opened,
-    config_file,
-    naming,
-    open_model,
-    open_tokenizer,
-    stored_types,
-)
+from candle_vllm.core.assembly.opening import Opened, config_file, naming, open_model, open_tokenizer, stored_types
 from candle_vllm.core.assembly.packed_cache import packed_weights
 from candle_vllm.core.assembly.placement import choose_placement, computing_dtype, room_for_weights
 from candle_vllm.core.assembly.shards import Shard, shard_of
@@ -128,7 +121,6 @@ class HeadFacts:
     """A draft head: layers that predict draft tokens from a model's hidden states.
 
     Attributes:
-        name: name of its files.
         placement: device and types of its weights.
         config: its config, as if the head were a model of its own.
         vocab_size: size of its output vocabulary.

@@ -90,8 +90,7 @@ def plan_split(
 ) -> Split | None:
     """Plan which weights are in main memory; return None if the whole model is in one place.
 
-    Raises:
-        ConfigError: the settings cannot be applied to this model, or the CPU has no kernel for its experts.
+    Raises ConfigError if the settings cannot be applied to this model, or the CPU has no kernel for its experts.
     """
     if device.type == "cpu":
         for name in _SETTINGS:

@@ -30,7 +30,6 @@ class StagePart(NamedTuple):
     """A stage's part of a model.
 
     Attributes:
-        line: the pipeline stages.
         layers: numbers of the stage's layers.
         tables: attribute names of the embedding tables and the head, which only the first stage has.
     """
@@ -68,8 +67,7 @@ class StagePart(NamedTuple):
 def stage_of(name: str, family: Family, config: ModelConfig, checkpoint: Checkpoint, line: Stages) -> StagePart:
     """Return a stage's part of a whole model, such that the bytes of the largest stage are minimal.
 
-    Raises:
-        ConfigError: the model has fewer layers than stages, or its layers cannot be divided.
+    Raises ConfigError if the model has fewer layers than stages, or its layers cannot be divided.
     """
     obstacle = None
     if line.size > config.num_layers:

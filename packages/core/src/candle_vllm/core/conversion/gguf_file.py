@@ -32,7 +32,6 @@ class PlannedTensor:
     """A tensor of a file to be written.
 
     Attributes:
-        name: name in the file.
         stored: plain elements, blocks of the type `kind`, or MXFP4 as it is stored in safetensors files.
         kind: type in the file.
         importance: importance of the columns, see `weight_quant.rows.quantise`.

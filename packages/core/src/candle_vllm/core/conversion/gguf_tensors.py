@@ -68,8 +68,7 @@ def gguf_tensors(
     """Yield name, first target in the model, and tensor (plain or MXFP4) of all GGUF tensors, in table order.
 
     Args:
-        checkpoint: checkpoint in safetensors files.
-        config: the model's config from its config.json.
+        checkpoint, config: tensors of safetensors files, and the model's config from its config.json.
         gguf_config: the same config as GGUF metadata will describe it.
         has_place: whether the model has a line's target.
         preferred: parts of names that choose among a line's alternatives; otherwise the first is used.

@@ -38,8 +38,6 @@ class Spot:
         path: path of the layer, such as "layers.0.attention.qkv".
         prefix: prefix of the parameter's name in the layer: "", "q.", or "gate.3." for expert 3.
         kind: last part of that name, such as "weight", "bias" or "taps".
-        shape: shape in the model.
-        view: view of the stored tensor.
         expert: the expert's number, if the stored tensor holds all experts.
     """
 
@@ -128,8 +126,7 @@ class AdapterPlaces:
     def rows(self, spot: Spot, total: int, format: Format) -> np.ndarray:
         """Return the numbers of the rows of B that a spot uses, in the spot's order, int64; B has `total` rows.
 
-        Raises:
-            WeightsError: the spot's view does not select rows of a matrix with `total` rows.
+        Raises WeightsError if the spot's view does not select rows of a matrix with `total` rows.
         """
         key = (spot.view, format, total, spot.shape[0])  # layers with different heads share a view
         order = self._orders.get(key)

@@ -64,7 +64,6 @@ class StoredAdapter:
         digest: SHA-256 of the bytes of configuration and weights.
         kind: digest of the header and of the configuration's keys with an effect, without the weights: adapters of the
             same kind are fitted and packed in the same way. None for a GGUF file or a header of impossible length.
-        limits: limits that it was opened with.
         header: reads names and offsets of the tensors.
     """
 

@@ -238,8 +238,7 @@ def _bits(number: int) -> Iterator[int]:
 def first_match(keys: Mapping[str, float], default: float) -> Callable[[str], float]:
     """Return a function that gives the value of the first pattern in `keys` that matches a name, or `default`.
 
-    Raises:
-        ValueError: a pattern is invalid; the message names it.
+    Raises ValueError if a pattern is invalid; the message names it.
     """
     literal, others = dict[str, tuple[int, float]](), list[tuple[int, NamePattern, float]]()
     positions = 0

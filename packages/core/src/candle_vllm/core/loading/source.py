@@ -65,9 +65,7 @@ class ModelFiles(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         name: default name under which the model is served: its id, its folder's name or its file's stem.
-        folder: folder of the files.
         weights: the weight files; all parts or shards, in order. Empty for a dummy.
-        format: format of the weights.
         config, generation_config: `config.json` and `generation_config.json` of the folder, if they exist; None for a
             GGUF file that was named by its path. `config` exists for safetensors and dummies.
         tokenizer_folder: the folder, if it holds a tokenizer; None for a GGUF file that was named by its path.
@@ -243,9 +241,8 @@ def choose_weights(
     """Choose the weights among a folder's files: the parts of one GGUF model, or () for its safetensors.
 
     Args:
-        names: paths inside the folder, with forward slashes.
+        names: paths inside the folder or repository `where`, with forward slashes.
         weight_file: as for `model_files`, whose errors are raised.
-        where: the folder or repository, for messages.
         folder: folder of the files; None if only their names are known.
         usual: choose the model of type `USUAL` among several.
     """

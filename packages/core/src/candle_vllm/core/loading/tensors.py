@@ -160,7 +160,6 @@ class Checkpoint:
 
     Attributes:
         path: the opened file (the first of several) or folder.
-        format: "gguf" or "safetensors".
         tensors: tensors by name, in file order.
         metadata: the file's metadata about the model; only strings for safetensors.
     """

@@ -42,21 +42,13 @@ def end_tokens(config: ModelConfig, generation: Fields, tokenizer: Tokenizer, so
 
     An id without a row can never be sampled: it is left out, and logged. `source` is the file of `config`, for logs.
     """
-    found: list[int] = []
-    for path, ids in (
-        (generation.path, generation.token_ids("eos_token_id", lowest=-1)),
-        (source, config.eos_token_ids),
-    ):
-        for index in ids:
-            if 0 <= index < config.vocab_size:
-                found.append(index)
-            else:
-                logger.warning(
-                    "%s: eos_token_id %d is ignored: the model has the tokens 0 to %d",
-                    path,
-                    index,
-                    config.vocab_size - 1,
-                )
+    named = [(generation.path, index) for index in generation.token_ids("eos_token_id", lowest=-1)]
+    named += [(source, index) for index in config.eos_token_ids]
+    last = config.vocab_size - 1
+    for path, index in named:
+        if not 0 <= index <= last:
+            logger.warning("%s: eos_token_id %d is ignored: the model has the tokens 0 to %d", path, index, last)
+    found = (index for _, index in named if 0 <= index <= last)
     return tuple(dict.fromkeys((*found, *tokenizer.eos_token_ids)))
 
 
