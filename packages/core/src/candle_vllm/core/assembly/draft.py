@@ -20,7 +20,6 @@ from candle_vllm.core.assembly.model import (
     as_loaded,
     describe_family,
     describe_model,
-    fill,
     load_model,
 )
 from candle_vllm.core.assembly.opening import Opened, config_file, naming, open_model
@@ -38,7 +37,7 @@ from candle_vllm.core.fields import Fields, read_json
 from candle_vllm.core.layers.parameters import SHAPES, Placement
 from candle_vllm.core.loading.source import ModelFiles, model_files
 from candle_vllm.core.loading.tensors import Checkpoint
-from candle_vllm.core.loading.weights import WeightName, check_weights, stored_lines
+from candle_vllm.core.loading.weights import WeightName, check_weights, load_weights, stored_lines
 from candle_vllm.core.models.family import DraftHead
 from candle_vllm.core.models.stack import DecoderStack
 from candle_vllm.core.text.tokenizer import Tokenizer
@@ -215,7 +214,7 @@ def load_head(
     tables = None if target.shard is None else _whole_tables(whole, target, found, device)
     with naming(config_file(opened.files), stored.path), room_for_weights(found.name, found.placement, stored):
         head = found.build(found.placement, tables or target.decoder)
-        fill(head, found.weights, found.ignored, found.config, stored, progress)
+        load_weights(head, found.weights, stored, found.config, ignored=found.ignored, progress=progress)
     facts = {field.name: getattr(found, field.name) for field in dataclasses.fields(HeadFacts)}
     return LoadedHead(**facts, head=head, weight_bytes=sum(tensor.nbytes for tensor in stored.tensors.values()))
 
@@ -243,7 +242,7 @@ def _whole_tables(config: EngineConfig, target: LoadedModel, found: DescribedHea
         }
         part = stored.with_tensors({name: stored.tensors[name] for name in names})
         with room_for_weights(f"the tables that {found.name} shares with {target.name}", target.placement, part):
-            fill(whole, family.weights, family.ignored(model), model, part, lambda *_: None)
+            load_weights(whole, family.weights, part, model, ignored=family.ignored(model))
     return whole
 
 

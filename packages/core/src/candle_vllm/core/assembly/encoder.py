@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 from candle_vllm.core.assembly.draft import find_draft, load_draft
 from candle_vllm.core.assembly.heads import check_pooling, pooling_of
-from candle_vllm.core.assembly.model import Loaded, LoadedModel, files_read, fill, load_model, read_template
+from candle_vllm.core.assembly.model import Loaded, LoadedModel, files_read, load_model, read_template
 from candle_vllm.core.assembly.opening import Opened, config_file, naming, open_model, open_tokenizer, stored_types
 from candle_vllm.core.assembly.packed_cache import packed_weights
 from candle_vllm.core.assembly.placement import computing_dtype, encoder_placement, room_for_weights
@@ -25,7 +25,7 @@ from candle_vllm.core.loading.config import EncoderConfig
 from candle_vllm.core.loading.gguf import open_gguf
 from candle_vllm.core.loading.pooling import longest_text
 from candle_vllm.core.loading.source import ModelFiles, model_files
-from candle_vllm.core.loading.weights import check_weights
+from candle_vllm.core.loading.weights import check_weights, load_weights
 from candle_vllm.core.models.family import Encoder, EncoderFamily
 from candle_vllm.core.models.registry import encoder_from_gguf, encoder_from_hf
 from candle_vllm.core.models.token_heads import with_token_heads
@@ -142,7 +142,7 @@ def _load_encoder(
         with room_for_weights(files.name, placement, checkpoint):
             encoder = family.build(model, placement)
             with packed_weights(config, paths if placement.recorded else (), checkpoint, family.build):
-                fill(encoder, table, ignored, model, checkpoint, progress)
+                load_weights(encoder, table, checkpoint, model, ignored=ignored, progress=progress)
     logger.info("loaded %s: %.1f MB in %.2f s", files.name, weight_bytes / 1e6, time.perf_counter() - started)
     return LoadedEncoder(
         name=files.name,

@@ -8,7 +8,7 @@ import functools
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -43,9 +43,9 @@ from candle_vllm.core.loading.imatrix import read_imatrix
 from candle_vllm.core.loading.source import ModelFiles, model_files
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.vocabulary import SUPPRESSED, end_tokens
-from candle_vllm.core.loading.weights import Cut, WeightName, check_weights, load_weights, places
+from candle_vllm.core.loading.weights import check_weights, load_weights, places
 from candle_vllm.core.memory import refuse_longer
-from candle_vllm.core.models.family import Decoder, DraftHead, Encoder, Family
+from candle_vllm.core.models.family import Decoder, DraftHead, Family
 from candle_vllm.core.models.registry import check_causal, family_from_gguf, family_from_hf, tower_family_named
 from candle_vllm.core.models.stack import DecoderStack
 from candle_vllm.core.pooled_head import PooledHead
@@ -238,7 +238,8 @@ def load_model(
                 part = [ranks.rank, ranks.size, shard.layers.start, shard.layers.stop, config.enable_expert_parallel]
             on_cpu = placement.recorded or (split is not None and split.host is not None)
             with packed_weights(config, files_read(config, files) if on_cpu else (), stored, family.build, *part):
-                fill(decoder, family.weights, family.ignored(full), full, stored, progress, cut)
+                ignored = family.ignored(full)
+                load_weights(decoder, family.weights, stored, full, ignored=ignored, progress=progress, cut=cut)
             if shard is not None:
                 shard.join(decoder)
             if (cache := CACHE_TYPES[config.kv_cache_dtype]).element and not cache.row_scales:
@@ -417,26 +418,6 @@ def as_loaded(config: EngineConfig, family: Family, model: ModelConfig, checkpoi
     shapes = family.build(model, SHAPES, checkpoint)
     imatrix = None if config.imatrix is None else read_imatrix(config.imatrix)
     return quantised_in_situ(config.isq, family.weights, checkpoint, model, places(shapes), imatrix)
-
-
-def fill(
-    model: Decoder | Encoder | DraftHead,
-    table: Sequence[WeightName],
-    ignored: Sequence[str],
-    config: ModelConfig | EncoderConfig,
-    checkpoint: Checkpoint,
-    progress: Callable[[int, int], object],
-    cut: Cut | None = None,
-) -> None:
-    """Load a model's weights, cut to a shard by `cut`; `progress` is called with the loaded bytes and the total."""
-    done, total = 0, sum(tensor.nbytes for tensor in checkpoint.tensors.values())
-
-    def report(count: int) -> None:
-        nonlocal done
-        done += count
-        progress(done, total)
-
-    load_weights(model, table, checkpoint, config, ignored=ignored, progress=report, cut=cut)
 
 
 def read_template(config: EngineConfig, tokenizer: Tokenizer, described: Path) -> ChatTemplate | None:

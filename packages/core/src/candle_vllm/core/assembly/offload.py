@@ -183,6 +183,10 @@ def _how_many(
 
     Without settings, one rank offloads only weights that do not fit: experts first, since a token needs few of them.
     """
+
+    def size(names: Set[str]) -> int:
+        return memory_of(placement, _among(stored, names))
+
     last = model.num_layers
     experts, layers, chosen = min(config.cpu_experts or 0, last), last, False
     if config.gpu_layers is not None:
@@ -191,7 +195,7 @@ def _how_many(
         left = config.cpu_offload_gb * (1 << 30)
         while left > 0 and layers:
             layers -= 1
-            left -= _size(placement, stored, found, layers, experts)
+            left -= size(found.of(layers, experts=layers >= experts))
     free_experts, free_layers = config.cpu_experts is None, config.cpu_offload_gb is None and config.gpu_layers is None
     if not (free_experts or free_layers) or config.ranks > 1:
         return experts, layers, "as the settings say"
@@ -203,22 +207,17 @@ def _how_many(
     cache = config.kv_cache_memory or cache_bytes(model.cache_specs, tokens, element_bytes)
     weights = memory_of(placement, stored)
     over = weights - (free - _STEPS - cache)
-    over -= sum(memory_of(placement, _among(stored, found.experts[n])) for n in found.experts if n < experts)
-    over -= sum(_size(placement, stored, found, n, experts) for n in range(layers, last))
+    over -= sum(size(found.experts[n]) for n in found.experts if n < experts)
+    over -= sum(size(found.of(n, experts=n >= experts)) for n in range(layers, last))
     for n in sorted(found.experts) if free_experts else ():
         if over > 0 and n < layers:
-            over -= memory_of(placement, _among(stored, found.experts[n]))
+            over -= size(found.experts[n])
             experts, chosen = n + 1, True
     while free_layers and over > 0 and layers:
         layers, chosen = layers - 1, True
-        over -= _size(placement, stored, found, layers, experts)
+        over -= size(found.of(layers, experts=layers >= experts))
     why = (
         f"the weights take {weights // MIB} MiB; of {free // MIB} MiB that are free on {device}, {_STEPS // MIB} MiB "
         f"are reserved for activations and {cache // MIB} MiB for a KV cache"
     )
     return experts, layers, why if chosen else "as the settings say"
-
-
-def _size(placement: Placement, stored: Checkpoint, found: _Layers, number: int, experts: int) -> int:
-    """Return the bytes of a layer's matrices, without its experts if the CPU computes them."""
-    return memory_of(placement, _among(stored, found.of(number, experts=number >= experts)))

@@ -73,7 +73,8 @@ def tower_memory(config: EngineConfig, opened: Opened, text_size: int, text: Pla
         if found is None:
             return 0
         _, model, stored, _ = found
-        return model.step_bytes(threads) + memory_of(_placed(config, text, stored), stored)
+        placement = encoder_placement(config, text.device, stored) if text.recorded else text
+        return model.step_bytes(threads) + memory_of(placement, stored)
 
 
 @contextlib.contextmanager
@@ -107,10 +108,6 @@ def _opened(config: EngineConfig, opened: Opened, text_size: int) -> Iterator[_F
         return
     with open_gguf(config.mmproj) as stored:
         yield _from_gguf(stored, text_size, config.mm_processor_kwargs)
-
-
-def _placed(config: EngineConfig, text: Placement, stored: Checkpoint) -> Placement:
-    return encoder_placement(config, text.device, stored) if text.recorded else text
 
 
 def _from_folder(opened: Opened, text_size: int, said: Mapping[str, Any] | None) -> _Found | None:
@@ -186,7 +183,7 @@ def _loaded(
     described: Path,
 ) -> LoadedTower:
     started, family = time.perf_counter(), family.known_to(tokenizer.encode)
-    placement = _placed(config, text, stored)
+    placement = encoder_placement(config, text.device, stored) if text.recorded else text
     with naming(described, stored.path):
         check_weights(lambda: family.build(model, SHAPES), family.weights, stored, model)
         with room_for_weights(f"the tower of {name}", placement, stored):

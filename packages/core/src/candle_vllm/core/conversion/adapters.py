@@ -76,7 +76,10 @@ def merge(
     for target, deltas in changes.items():
         own = weights(target)
         assert own is not None
-        merged[stored_target(target, model)] = _merged(own, deltas, exact) if deltas else own
+        name = "F32" if exact or own.dtype is None else own.dtype
+        nbytes = own.numel * ELEMENTS[name].itemsize
+        made = _Merged(own.name, own.shape, name, nbytes, own, deltas) if deltas else own
+        merged[stored_target(target, model)] = made
     return model, checkpoint.with_tensors(_unchanged(family, model, checkpoint, merged) | merged)
 
 
@@ -111,11 +114,6 @@ class _Merged(Viewed):
         if self.type_name != "F32":
             values = read_plain(values.view(np.uint8), "F32", values.shape, self.type_name)
         return rows_of_bytes(values, self.shape)
-
-
-def _merged(own: StoredTensor, changes: _Changes, exact: bool) -> StoredTensor:
-    name = "F32" if exact or own.dtype is None else own.dtype
-    return _Merged(own.name, own.shape, name, own.numel * ELEMENTS[name].itemsize, own, changes)
 
 
 def merged_weight(own: StoredTensor, changes: Sequence[tuple[Delta, float]]) -> NDArray[np.float32]:

@@ -121,7 +121,9 @@ def write_gguf(
             )  # fmt: skip
             plans, metadata, types = _plan_of_gguf(config, files, checkpoint)
         else:
-            _check_plain(config, checkpoint)
+            # MXFP4, the type of gpt-oss, is a type of GGUF too and stays unchanged.
+            plain = {name: each for name, each in checkpoint.tensors.items() if each.type_name != "MXFP4"}
+            check_plain(config.isq, checkpoint.with_tensors(plain))
             plans, metadata = _plan(config, files, checkpoint, adapters, opened)
         if config.isq == BY_ROW:
             plans = [_by_row(plan) for plan in plans]
@@ -135,12 +137,6 @@ def _by_row(plan: PlannedTensor) -> PlannedTensor:
     if plan.kind != GGMLQuantizationType.Q8_0 or plan.stored.dtype is None or plan.name.startswith(_TABLES):
         return plan
     return dataclasses.replace(plan, stored=in_situ(plan.stored, plan.kind, by_row=True))
-
-
-def _check_plain(config: EngineConfig, checkpoint: Checkpoint) -> None:
-    """Refuse weights other than plain or MXFP4, the type of gpt-oss, which GGUF has too and which stays unchanged."""
-    plain = {name: tensor for name, tensor in checkpoint.tensors.items() if tensor.type_name != "MXFP4"}
-    check_plain(config.isq, checkpoint.with_tensors(plain))
 
 
 def check_target(out: Path, overwrite: bool) -> None:

@@ -200,14 +200,14 @@ def load_weights(
     config: Counted,
     *,
     ignored: Sequence[str] = (),
-    progress: Callable[[int], object] = lambda _: None,
+    progress: Callable[[int, int], object] = lambda *_: None,
     cut: Cut | None = None,
 ) -> None:
     """Load every tensor of `checkpoint` into `model`, by the family's `table` of names; views get the `config`.
 
     Args:
         ignored: patterns of stored names that are not used (buffers in old checkpoints).
-        progress: called with the bytes of each loaded tensor.
+        progress: called with the loaded bytes and the total.
         cut: returns a rank's part of the tensor for a target; None loads whole tensors.
 
     Raises:
@@ -222,6 +222,7 @@ def load_weights(
         stored.release()
         return why
 
+    done, total = 0, sum(tensor.nbytes for tensor in checkpoint.tensors.values())
     decoded: dict[str, list[StoredTensor]] = {}
     left = Counter(path for _, _, path in jobs)
     context = copy_context()
@@ -229,7 +230,8 @@ def load_weights(
     with ThreadPoolExecutor(2) as pool:  # one thread dequantises while the other copies
         whys = pool.map(lambda job, number: context.copy().run(run, job, number), jobs, range(len(jobs)))
         for (stored, _, path), why in zip(jobs, whys):
-            progress(stored.nbytes)
+            done += stored.nbytes
+            progress(done, total)
             if why is not None:
                 decoded.setdefault(why, []).append(stored)
             left[path] -= 1
