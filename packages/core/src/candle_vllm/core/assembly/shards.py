@@ -316,8 +316,9 @@ class _Units(NamedTuple):
             unit(config.num_heads, lambda: dataclasses.replace(config, num_heads=1, num_kv_heads=1)),
             unit(config.intermediate_size, lambda: dataclasses.replace(config, intermediate_size=1)),
         )
-        if channels := _channels(config):
-            found = found._replace(channels=unit(channels, lambda: _with_channels(config, 1)))
+        if channels := getattr(config, "channels", 0):
+            one: Any = {"channels": 1}
+            found = found._replace(channels=unit(channels, lambda: dataclasses.replace(config, **one)))
         if mixture is None:
             return found
         return found._replace(
@@ -345,7 +346,7 @@ class _Units(NamedTuple):
             ("inner elements of feed-forward layers", config.intermediate_size, self.inner),
             ("tokens of the vocabulary", config.vocab_size, -(-config.vocab_size // size)),
         ]
-        if channels := _channels(config):
+        if channels := getattr(config, "channels", 0):
             parts.append(("channels of convolutions", channels, self.channels))
         if mixture is not None:
             whole = ("experts", mixture.experts, 1)
@@ -381,18 +382,9 @@ class _Units(NamedTuple):
             else:
                 part = {"inner_size": _share(mixture.inner_size, self.experts, rank, size)}
             sizes["mixture"] = dataclasses.replace(mixture, shared_size=shared, **part)
-        narrow = dataclasses.replace(config, **sizes)
-        if channels := _channels(config):
-            narrow = _with_channels(narrow, _share(channels, self.channels, rank, size))
-        return narrow
-
-
-def _channels(config: ModelConfig) -> int:
-    return getattr(config, "channels", 0)
-
-
-def _with_channels(config: ModelConfig, channels: int) -> ModelConfig:
-    return dataclasses.replace(config, channels=channels)  # type: ignore[call-arg]
+        if channels := getattr(config, "channels", 0):
+            sizes["channels"] = _share(channels, self.channels, rank, size)
+        return dataclasses.replace(config, **sizes)
 
 
 def _cut_delta(delta: Delta, cut: _Cut, rank: int) -> Delta | None:

@@ -115,9 +115,6 @@ class _Keys(Fields):
     def refuse(self, key: str, why: str) -> None:
         raise AdapterError(f"{self.path}: {key} is {self.values[key]!r:.80}: {why}")
 
-    def flag(self, key: str) -> bool:
-        return self.get(key, bool, False)
-
     def pattern(self, key: str, default: float, most: int | None = None) -> Callable[[str], float]:
         """Return the function that gives a name's number by a section of patterns, or `default`.
 
@@ -150,18 +147,23 @@ def _read(keys: _Keys, max_rank: int) -> AdapterConfig:
     alphas = keys.pattern("alpha_pattern", alpha)
     if not alpha or not all(keys.section("alpha_pattern").values.values()):
         keys.refuse("alpha_pattern" if alpha else "lora_alpha", "the adapter would do nothing; it must not be 0")
+    bias, targets = keys.get("bias", str, "none"), keys.get("target_parameters", list, [])
+    if bias not in ("none", "all", "lora_only"):
+        keys.refuse("bias", "it must be one of none, all, lora_only")
+    if not all(isinstance(name, str) for name in targets):
+        keys.refuse("target_parameters", "it must be a list of names")
     for key in ("lora_bias", "fan_in_fan_out"):  # only validated: tensors show lora_bias; the other matters in merging
-        keys.flag(key)
+        keys.get(key, bool, False)
     base = keys.get(_BASE, str, None)
     return AdapterConfig(
         rank=lambda name: int(ranks(name)),
         alpha=alphas,
-        rslora=keys.flag("use_rslora"),
-        bias=_choice(keys, "bias", "none", "none", "all", "lora_only"),
-        dora=keys.flag("use_dora"),
-        tied=keys.flag("ensure_weight_tying"),
+        rslora=keys.get("use_rslora", bool, False),
+        bias=bias,
+        dora=keys.get("use_dora", bool, False),
+        tied=keys.get("ensure_weight_tying", bool, False),
         trained_tokens=_trained_tokens(keys),
-        targets=_texts(keys, "target_parameters"),
+        targets=tuple(targets),
         alora=invocation_of(keys, "alora_invocation_tokens"),
         base=base or None,
         notes=_notes(keys, base),
@@ -175,13 +177,6 @@ def invocation_of(keys: Fields, key: str) -> tuple[int, ...] | None:
     if len(tokens) > _MOST_INVOKING:
         raise AdapterError(f"{keys.path}: {key} has {len(tokens)} tokens; at most {_MOST_INVOKING} are allowed")
     return tokens or None
-
-
-def _choice(keys: _Keys, key: str, default: str, *allowed: str) -> str:
-    value = keys.get(key, str, default)
-    if value not in allowed:
-        keys.refuse(key, f"it must be one of {', '.join(allowed)}")
-    return value
 
 
 def _check_init(keys: _Keys) -> None:
@@ -206,13 +201,6 @@ def _trained_tokens(keys: _Keys) -> dict[str, tuple[int, ...]]:
         if len(set(ids)) < len(ids):
             keys.refuse("trainable_token_indices", f"{name or 'the list'} names a token twice")
     return {name: ids for name, ids in found.items() if ids}
-
-
-def _texts(keys: _Keys, key: str) -> tuple[str, ...]:
-    found = keys.get(key, list, [])
-    if not all(isinstance(item, str) for item in found):
-        keys.refuse(key, "it must be a list of names")
-    return tuple(found)
 
 
 def _notes(keys: _Keys, base: str | None) -> tuple[str, ...]:
