@@ -126,7 +126,7 @@ def write_folder(folder: Path, shape: str, vocabulary: Path) -> None:
     torch.manual_seed(0)
     family = getattr(importlib.import_module("transformers"), name)
     config = family.config_class(**fields)
-    tokenizer = Tokenizer.from_gguf(GgufFile.open(vocabulary).metadata)
+    tokenizer = Tokenizer.from_gguf(GgufFile(vocabulary).metadata)
     end = next(
         name
         for name in ("<|im_end|>", "<|eot_id|>", "<turn|>", "</s>")

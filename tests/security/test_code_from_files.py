@@ -21,9 +21,9 @@ import pytest
 import torch
 import zmq
 
-from candle_vllm.core import InferenceEngine, SamplingParams
+from candle_vllm.core import EngineConfig, InferenceEngine, SamplingParams
 from candle_vllm.core.errors import CandleVllmError, UnsupportedModelError
-from candle_vllm.core.loading.source import resolve
+from candle_vllm.core.loading.source import model_files
 from candle_vllm.core.remote import RemoteEngine
 from candle_vllm.core.remote.line import Start
 from candle_vllm.core.remote.wire import FromChild, Greeting, MalformedMessageError, Reader, ToChild
@@ -241,7 +241,7 @@ def test_deserialisation_of_weights(tmp_path: Path, never_run: Path, name: str) 
     torch.save({"x": Evil()}, folder / name)
     for given in (folder, folder / name):
         with pytest.raises(UnsupportedModelError, match="pickles"):
-            resolve(str(given))
+            model_files(EngineConfig(model=str(given)))
         with pytest.raises(UnsupportedModelError, match="pickles"):
             InferenceEngine(str(given), device="cpu")
 

@@ -193,7 +193,10 @@ def test_a_file_that_cannot_be_mapped_for_want_of_memory_says_so(
             "candle_vllm.core.engine.runners.recorded_runner.Recorder",
             r"a step of 512 tokens.*; set max_num_batched_tokens=128",
         ),
-        ("candle_vllm.core.assembly.model.fill", r"for the weights of toy.*; quantise it while it is loaded \(isq='"),
+        (
+            "candle_vllm.core.assembly.model.load_weights",
+            r"for the weights of toy.*; quantise it while it is loaded \(isq='",
+        ),
     ],
 )
 def test_each_allocation_names_its_flag(

@@ -848,7 +848,7 @@ def test_what_shows_without_weights_is_refused_before_they_are_read(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     filled: list[object] = []
-    monkeypatch.setattr("candle_vllm.core.assembly.model.fill", lambda *given: filled.append(given))
+    monkeypatch.setattr("candle_vllm.core.assembly.model.load_weights", lambda *given, **_: filled.append(given))
     model = ["--m", str(write_toy_model(tmp_path / "toy"))]
     assert main([*command, "--device", "cpu", *model, *arguments]) == 2
     assert message in capsys.readouterr().err.splitlines()[-1]

@@ -18,10 +18,9 @@ import httpx
 import pytest
 from huggingface_hub import scan_cache_dir, snapshot_download
 
-from candle_vllm.core.assembly.opening import model_files
 from candle_vllm.core.config import demo_model
 from candle_vllm.core.errors import ConfigError, InvalidFileError, ModelNotFoundError
-from candle_vllm.core.loading.source import tag_of
+from candle_vllm.core.loading.source import model_files, tag_of
 from candle_vllm.core.progress import Progress, heard_by
 from candle_vllm.core.testing.toy_model import write_toy_model
 from candle_vllm.server.cli import main

@@ -166,7 +166,7 @@ def test_tables_and_the_tokens_that_switch_on_go_into_gguf(tmp_path: Path) -> No
     write_gguf_adapter(EngineConfig(model=str(made.model), dtype="f16"), made.adapter, out)
     base = base_of(made.model)
     with read_adapter(made.adapter) as stored, read_adapter(out) as again:
-        assert again.alora == stored.alora == (5, 7)
+        assert again.config.alora == stored.config.alora == (5, 7)
         expected, found = (merged(base, fit_adapter(each, base)) for each in (stored, again))
     assert numbers(out)["token_embd.weight.lora_a"].shape == (272, 4)  # llama.cpp looks its rows up
     assert 1e-6 < furthest(found, expected) < 1e-3

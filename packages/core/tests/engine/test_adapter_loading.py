@@ -19,7 +19,6 @@ from candle_vllm.core import AdapterError, EngineConfig
 from candle_vllm.core.assembly.adapter_base import adapter_base
 from candle_vllm.core.assembly.adapters import fit_adapter
 from candle_vllm.core.assembly.model import load_model
-from candle_vllm.core.assembly.opening import model_files
 from candle_vllm.core.devices import CPU, Device
 from candle_vllm.core.engine.adapters import adapter_loading
 from candle_vllm.core.engine.adapters.adapter_loading import AdapterLoader
@@ -29,6 +28,7 @@ from candle_vllm.core.kernels.lora.repacking import repacking_of
 from candle_vllm.core.layers.adapters import number_places
 from candle_vllm.core.loading.adapters import AdapterLimits, read_adapter
 from candle_vllm.core.loading.safetensors import open_safetensors
+from candle_vllm.core.loading.source import model_files
 from candle_vllm.core.testing.toy_model import save_plain, toy_config, write_toy_model
 from packages.core.tests.kernels.lora_field import contents, fitted, low_rank
 from packages.core.tests.toy_adapter import ATTENTION, EVERY_LINEAR, write_adapter

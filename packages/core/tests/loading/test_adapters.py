@@ -19,12 +19,12 @@ from gguf import GGMLQuantizationType, GGUFWriter, quants
 from candle_vllm.core import AdapterError, EngineConfig, ModelNotFoundError
 from candle_vllm.core.assembly.adapter_base import AdapterBase, adapter_base
 from candle_vllm.core.assembly.adapters import fit_adapter
-from candle_vllm.core.assembly.opening import model_files
 from candle_vllm.core.kernels.lora import FittedAdapter
 from candle_vllm.core.loading import adapters
 from candle_vllm.core.loading.adapter_config import parse_config
 from candle_vllm.core.loading.adapters import AdapterLimits, StoredAdapter, read_adapter
 from candle_vllm.core.loading.name_patterns import NamePattern, first_match
+from candle_vllm.core.loading.source import model_files
 from packages.core.tests.toy_adapter import ATTENTION, linear_shapes, write_adapter
 from packages.core.tests.toy_gguf import write_toy_gguf
 
@@ -105,8 +105,8 @@ def test_a_hostile_pattern_takes_linear_time(pattern: str) -> None:
 
 
 def test_the_first_key_that_matches_wins() -> None:
-    find = first_match({"k_proj": 1, "layers.0.*": 2, "q_proj": 3, "layers.1.self_attn.q_proj": 4}, str)
-    assert [find(name) for name in (Q, Q.replace("0", "1"), "layers.0.k_proj", "v_proj")] == [2, 3, 1, None]
+    find = first_match({"k_proj": 1, "layers.0.*": 2, "q_proj": 3, "layers.1.self_attn.q_proj": 4}, 0)
+    assert [find(name) for name in (Q, Q.replace("0", "1"), "layers.0.k_proj", "v_proj")] == [2, 3, 1, 0]
 
 
 # ---- keys ------------------------------------------------------------------------------------------------------------
@@ -167,12 +167,13 @@ def test_the_default_rank_is_refused_like_a_given_one(tmp_path: Path) -> None:
 def test_keys_that_are_not_known_are_told(tmp_path: Path) -> None:
     folder = write_adapter(tmp_path / "a", SMALL, base_model_name_or_path=None, new_thing=3, newer=[], use_qalora=False)
     with read_adapter(folder) as stored:
-        assert ["new_thing" in stored.notes[0], "newer" in stored.notes[0], len(stored.notes)] == [True, False, 2]
-        assert "does not name the base" in stored.notes[1]
+        unknown, unnamed = stored.config.notes
+    assert ("new_thing" in unknown, "newer" in unknown) == (True, False)
+    assert "does not name the base" in unnamed
     strange: dict[str, Any] = {"x\r\nset-cookie: y": 1}
     with read_adapter(write_adapter(tmp_path / "b", SMALL, **strange)) as stored:
-        assert r"'x\r\nset-cookie: y'" in stored.notes[0]
-        assert stored.notes[0].isprintable()
+        assert r"'x\r\nset-cookie: y'" in stored.config.notes[0]
+        assert stored.config.notes[0].isprintable()
 
 
 def test_scales_follow_patterns(tmp_path: Path, base: AdapterBase) -> None:
@@ -471,7 +472,7 @@ def test_gguf_adapters_of_every_type(kind: str, tmp_path: Path, base: AdapterBas
 def test_a_gguf_adapter_without_alpha_has_the_scale_1(tmp_path: Path, base: AdapterBase) -> None:
     with read_adapter(write_gguf_lora(tmp_path / "a.gguf", alpha=0.0)) as stored:
         assert fit_adapter(stored, base).deltas["layers.0.attention.qkv"]["q."].scale == 1
-        assert stored.notes == ("adapter.lora.alpha is missing or 0: the scale is 1",)
+        assert stored.config.notes == ("adapter.lora.alpha is missing or 0: the scale is 1",)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from candle_vllm.core import (
 from candle_vllm.core.assembly.dummy import STD, open_dummy
 from candle_vllm.core.assembly.model import LoadedModel, load_model
 from candle_vllm.core.loading.safetensors import open_safetensors
-from candle_vllm.core.loading.source import resolve
+from candle_vllm.core.loading.source import model_files
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
 from packages.core.tests.models.any_configs import tiny_config
 from packages.core.tests.models.tiny import write_tiny
@@ -165,6 +165,6 @@ def test_no_weights_are_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         return str(tmp_path)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    files = resolve("some/model", load_format="dummy")
+    files = model_files(EngineConfig(model="some/model", load_format="dummy"))
     assert asked == ["config.json", "tokenizer.json", "tokenizer_config.json"]
     assert (files.name, files.format, files.weights) == ("some/model", "dummy", ())

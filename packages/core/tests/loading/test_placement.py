@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 from candle_vllm.core import ConfigError, EngineConfig, UnsupportedModelError
 from candle_vllm.core.assembly import model as loading
 from candle_vllm.core.assembly.encoder import open_model
-from candle_vllm.core.assembly.model import model_files
 from candle_vllm.core.assembly.placement import choose_placement, device_dtype
 from candle_vllm.core.devices import CPU, Device
 from candle_vllm.core.kernels import triton_build
 from candle_vllm.core.layers.parameters import MatrixParameter, Placement
+from candle_vllm.core.loading.source import model_files
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
 from packages.core.tests.toy_gguf import write_toy_gguf
 

@@ -23,9 +23,10 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.conversion.gguf_file import write_file
 from candle_vllm.core.errors import ConfigError, HubUnreachableError, ModelNotFoundError, UnsupportedModelError
-from candle_vllm.core.loading.source import choose_weights, gguf_models, resolve
+from candle_vllm.core.loading.source import ModelFiles, choose_weights, gguf_models, model_files
 from candle_vllm.core.progress import Progress, heard_by
 
 SAFETENSORS = ["config.json", "generation_config.json", "tokenizer.json", "model.safetensors"]
@@ -38,6 +39,10 @@ def fill(folder: Path, names: list[str]) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("x")
     return folder
+
+
+def resolve(model: str, **settings: Any) -> ModelFiles:
+    return model_files(EngineConfig(model=model, **settings))
 
 
 REAL_DOWNLOAD = huggingface_hub.snapshot_download
@@ -75,7 +80,7 @@ def test_a_cache_that_is_a_loop_of_links_has_no_model(tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     with pytest.raises(ModelNotFoundError, match="is not in the cache"):
-        resolve("Qwen/Qwen-4B", cache_dir=tmp_path, offline=True)
+        resolve("Qwen/Qwen-4B", download_dir=tmp_path, offline=True)
 
 
 def test_of_a_repository_that_is_not_there_the_caches_names_are_said(
@@ -84,11 +89,11 @@ def test_of_a_repository_that_is_not_there_the_caches_names_are_said(
     (tmp_path / "models--Qwen--Qwen3-4B").mkdir()
     fake = hub([])
     with pytest.raises(ModelNotFoundError, match=r"is not in the cache \(did you mean Qwen/Qwen3-4B\?\)"):
-        resolve("Qwen/Qwen-4B", cache_dir=tmp_path, offline=True)
+        resolve("Qwen/Qwen-4B", download_dir=tmp_path, offline=True)
     assert fake.calls[0][1]["local_files_only"]
     fake.listing_error = refusal(RepositoryNotFoundError, 404)
     with pytest.raises(ModelNotFoundError, match=r"Hugging Face has no model .* \(did you mean Qwen/Qwen3-4B\?\)"):
-        resolve("Qwen/Qwen-4B", cache_dir=tmp_path)
+        resolve("Qwen/Qwen-4B", download_dir=tmp_path)
 
 
 def test_the_demo_model_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -301,7 +306,7 @@ def test_files_of_other_formats(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     "model",
     [
-        "", "  ", "a\0b", "a/b.", "/absent/model", "./absent", "../absent", "~/absent", "~nobody-of-this-name/x",
+        "  ", "a\0b", "a/b.", "/absent/model", "./absent", "../absent", "~/absent", "~nobody-of-this-name/x",
         "absent.gguf", "org/absent.gguf", "models\\absent", "C:\\m", "name", "a/b/c", "-a/b", "a/-b", "a--b/c",
         "a/b..c", "a/.b", "a/b.git", "org/näme", "org/na me", "x" * 5000, "o/" + "x" * 97, "https://host/org/name",
         "org/name\n",
@@ -387,7 +392,7 @@ def test_an_id_fetches_safetensors_and_what_lies_beside(hub: Hub, tmp_path: Path
     templates = ["chat_template.jinja", "additional_chat_templates/tool_use.jinja"]
     fake = hub([*SAFETENSORS, *templates, "README.md", "modeling.py", "pytorch_model.bin", "onnx/m.onnx",
                 "original/model.safetensors", "onnx/config.json", "consolidated.safetensors"])  # fmt: skip
-    files = resolve("org/name", revision="v1", token="secret", cache_dir=tmp_path / "cache")
+    files = resolve("org/name", revision="v1", hf_token="secret", download_dir=tmp_path / "cache")
     assert fake.downloaded() == sorted([*SAFETENSORS, *templates])
     assert (files.name, files.format, files.folder) == ("org/name", "safetensors", fake.folder)
     assert files.tokenizer_folder == fake.folder
@@ -476,7 +481,7 @@ def test_the_hubs_refusals_say_what_to_do(hub: Hub, error: Exception, message: s
     fake = hub(SAFETENSORS)
     fake.listing_error = error
     with pytest.raises(ModelNotFoundError, match=message) as raised:
-        resolve("org/name", revision="v9", token="secret")
+        resolve("org/name", revision="v9", hf_token="secret")
     assert "secret" not in str(raised.value)
     assert raised.value.__cause__ is error
 

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM
 
 from candle_vllm.core import EngineConfig
 from candle_vllm.core.assembly.adapter_base import AdapterBase, adapter_base
-from candle_vllm.core.assembly.opening import model_files
 from candle_vllm.core.kernels.lora import FittedAdapter
+from candle_vllm.core.loading.source import model_files
 from packages.core.tests.models.families import ROWS
 from packages.core.tests.models.tiny import write_tiny
 

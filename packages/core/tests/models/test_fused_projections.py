@@ -14,7 +14,7 @@ from gguf import GGUFWriter
 from candle_vllm.core.assembly.adapter_base import adapter_base
 from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.loading.gguf import open_gguf
-from candle_vllm.core.loading.source import resolve
+from candle_vllm.core.loading.source import model_files
 from packages.core.tests.models.families import ROWS
 from packages.core.tests.models.gguf_export import CONVERTERS, Tensors, export_gguf
 from packages.core.tests.models.tiny import eager_logits, error, recorded_logits, some_tokens, spread, write_tiny
@@ -67,7 +67,8 @@ def test_adapters_of_one_matrix_have_the_heads_of_their_layer(
 ) -> None:
     folder = write_tiny(tmp_path / "source", ROWS[name].model_type, **ROWS[name].config)
     path = str(export_gguf(folder, tmp_path / "fused.gguf", fuse(name, monkeypatch)))
-    base = adapter_base(resolve(path), EngineConfig(model=path))
+    config = EngineConfig(model=path)
+    base = adapter_base(model_files(config), config)
     with open_gguf(path) as checkpoint:
         stored = {key: one.shape[0] for key, one in checkpoint.tensors.items() if key.endswith("attn_qkv.weight")}
     assert len(stored) > 1

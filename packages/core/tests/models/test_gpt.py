@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from candle_vllm.core import ConfigError, EngineConfig, InvalidFileError, UnsupportedModelError, WeightsError
 from candle_vllm.core.assembly.model import describe_model
-from candle_vllm.core.assembly.opening import model_files, open_model
+from candle_vllm.core.assembly.opening import open_model
 from candle_vllm.core.devices import CPU
+from candle_vllm.core.loading.source import model_files
 from candle_vllm.core.models.registry import family_from_hf
 from packages.core.tests.models.dense_models import edited
 from packages.core.tests.models.families import ROWS

@@ -24,7 +24,7 @@ from candle_vllm.core import (
 from candle_vllm.core.assembly.opening import open_model
 from candle_vllm.core.conversion import write
 from candle_vllm.core.devices import CPU
-from candle_vllm.core.loading.source import resolve
+from candle_vllm.core.loading.source import model_files
 from candle_vllm.core.memory import Room, plan_cache
 from candle_vllm.core.models import eagle3, qwen4_exp
 from candle_vllm.core.models.ngram_table import Parts
@@ -378,7 +378,7 @@ def test_the_texts_own_end_begins_n_grams() -> None:
 )
 def test_wrong_metadata_is_named(key: str, value: Any, message: str, tmp_path: Path) -> None:
     export_gguf(write_row(tmp_path / "m", NAMES[0]), tmp_path / "m.gguf", "qwen4exp")
-    with open_model(resolve(str(tmp_path / "m.gguf")), CPU).checkpoint as checkpoint:
+    with open_model(model_files(EngineConfig(model=str(tmp_path / "m.gguf"))), CPU).checkpoint as checkpoint:
         metadata = dict(checkpoint.metadata) | {f"qwen4exp.{key}": value}
         with pytest.raises((UnsupportedModelError, InvalidFileError), match=message):
             family_from_gguf(metadata, checkpoint)

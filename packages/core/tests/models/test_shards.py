@@ -288,14 +288,14 @@ def test_a_rank_reads_its_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     settings: dict[str, Any] = {"isq": "q4k", "tensor_parallel_size": 2}
     with pytest.raises(ConfigError, match="inner elements of experts can only be divided in units of 256"):
         logits_of(tmp_path, 2, [LENGTH], **settings)
-    counts, filled = list[int](), loading.fill
+    counts, loaded = list[int](), loading.load_weights
 
-    def fill(model: Any, *others: Any) -> None:
+    def load(model: Any, *others: Any, **more: Any) -> None:
         counts.append(sum(len(layer.mlp.experts.down._places) for layer in model.layers))
-        filled(model, *others)
+        loaded(model, *others, **more)
 
     whole = eager_logits(tmp_path, some_tokens(), [LENGTH], isq="q4k")
-    monkeypatch.setattr(loading, "fill", fill)
+    monkeypatch.setattr(loading, "load_weights", load)
     parts = logits_of(tmp_path, 2, [LENGTH], enable_expert_parallel=True, **settings)
     assert error(parts[1], whole) < 1e-5
     assert sorted(counts) == [6, 8]

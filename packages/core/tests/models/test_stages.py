@@ -117,13 +117,13 @@ def test_a_stage_reads_its_part_of_a_file(tmp_path: Path, monkeypatch: pytest.Mo
     path = export_gguf(folder, tmp_path / "model.gguf", "llama", quantization="Q8_0")
     whole = eager_logits(path, some_tokens(), [LENGTH])
     read: list[list[str]] = []
-    filled = loading.fill
+    loaded = loading.load_weights
 
-    def fill(model: Any, table: Any, ignored: Any, config: Any, checkpoint: Any, *rest: Any) -> None:
+    def load(model: Any, table: Any, checkpoint: Any, *rest: Any, **more: Any) -> None:
         read.append([*checkpoint.tensors])
-        filled(model, table, ignored, config, checkpoint, *rest)
+        loaded(model, table, checkpoint, *rest, **more)
 
-    monkeypatch.setattr(loading, "fill", fill)
+    monkeypatch.setattr(loading, "load_weights", load)
     (logits,) = logits_of(path, 1, 2, [LENGTH])
     assert error(logits, whole) < 1e-5
     first, last = sorted(read, key=lambda names: "token_embd.weight" not in names)

@@ -34,6 +34,7 @@ from candle_vllm.core.layers.parameters import MatrixParameter, Placement
 from candle_vllm.core.loading import quantised
 from candle_vllm.core.loading.quantised import read_quantised
 from candle_vllm.core.loading.safetensors import open_safetensors
+from candle_vllm.core.loading.source import model_files
 from candle_vllm.core.quantization.finding import Found, StoredTensors, layers_with
 from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType
 from candle_vllm.core.quantization.group_codes import GroupCodes
@@ -189,7 +190,7 @@ def test_memory_is_that_of_what_is_kept(folders: Folders) -> None:
     """Matrices take 16 bits where all are decoded, in torch."""
     for name in ("gptq", "fp8 blocks", "fp8 odd blocks", "nvfp4", "gptq act order"):
         config = EngineConfig(model=str(folders(name)[0]), block_size=BLOCK)
-        opened = loading.open_model(loading.model_files(config), CPU)
+        opened = loading.open_model(model_files(config), CPU)
         tensors = opened.checkpoint.tensors.values()
         plain = sum(tensor.nbytes for tensor in tensors if tensor.dtype is not None)
         codes = [tensor for tensor in tensors if tensor.dtype is None]
@@ -247,7 +248,7 @@ def test_a_format_without_a_kernel_is_one_module(
         assert spread(recorded_logits(folder, TOKENS, CHUNKS), wanted) < 1e-2
     assert "14 quantised tensors" in caplog.text
     assert "FRACTIONS has no kernel" in caplog.text
-    opened = loading.open_model(loading.model_files(EngineConfig(model=str(folder), block_size=BLOCK)), CPU)
+    opened = loading.open_model(model_files(EngineConfig(model=str(folder), block_size=BLOCK)), CPU)
     with opened.checkpoint as checkpoint:
         tensors = checkpoint.tensors.values()
         least = sum(2 * tensor.numel for tensor in tensors if tensor.dtype is None)
@@ -292,7 +293,7 @@ def test_another_shape_than_the_model_has_is_named(folders: Folders, tmp_path: P
 
 def test_quantised_weights_on_a_gpu_have_no_f32(folders: Folders) -> None:
     config = EngineConfig(model=str(folders("gptq")[0]), dtype="f32")
-    opened = loading.open_model(loading.model_files(config), CPU)
+    opened = loading.open_model(model_files(config), CPU)
     with opened.checkpoint, pytest.raises(ConfigError, match="dtype f32 is not supported with quantised weights"):
         choose_placement(config, torch.device("cuda"), opened.checkpoint, None)  # type: ignore[arg-type]
 

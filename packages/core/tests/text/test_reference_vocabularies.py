@@ -22,7 +22,7 @@ SEPARATOR = "\n__ggml_vocab_test__\n"
 
 
 def load(folder: Path, name: str) -> Tokenizer:
-    file = GgufFile.open(folder / f"ggml-vocab-{name}.gguf")
+    file = GgufFile(folder / f"ggml-vocab-{name}.gguf")
     try:
         return Tokenizer.from_gguf(file.metadata)
     finally:

@@ -251,7 +251,7 @@ VOCABULARIES = [
 
 
 def vocabulary(folder: Path, name: str) -> Tokenizer:
-    file = GgufFile.open(folder / f"ggml-vocab-{name}.gguf")
+    file = GgufFile(folder / f"ggml-vocab-{name}.gguf")
     try:
         return Tokenizer.from_gguf(file.metadata)
     finally:

@@ -52,13 +52,9 @@ def _harmless(owner: str) -> Mapping[str, Sequence[object]]:
 
 
 def unknown_name(owner: str, name: str, known: Iterable[str], within: Mapping[str, Iterable[str]] | None = None) -> str:
-    """Return the error text for an unknown argument of `owner`.
+    """Return the error text for an unknown argument of a class or method `owner`, which has the arguments `known`.
 
-    Args:
-        owner: a class or a method.
-        name: the unknown name.
-        known: arguments of `owner`.
-        within: fields of classes that `owner` accepts, by class, which may have the name.
+    `within` are fields of classes that `owner` accepts, by class, which may have the name.
     """
     known = list(known)
     head = f"{owner} has no argument {name[:60]!r}"
@@ -76,15 +72,10 @@ def unknown_name(owner: str, name: str, known: Iterable[str], within: Mapping[st
 
 
 def missing_name(module: str, name: str, known: Iterable[str]) -> Exception:
-    """Return the exception of a package's `__getattr__` for an unknown name.
+    """Return the exception of a package's `__getattr__` for an unknown name; `known` are the package's names.
 
     For `from module import name` Python discards the text of an `AttributeError`. So for this statement, which is
     recognised by the calling function of importlib, an ImportError is returned if there is a hint and no submodule.
-
-    Args:
-        module: the package.
-        name: the unknown name.
-        known: the package's names.
     """
     known = list(known)
     ours = next((row[2] for row in foreign_tables()["Imports"] if name in row[0].split()), None)
@@ -161,9 +152,7 @@ class ExplainedStruct(ShownStruct, metaclass=_ExplainingStruct, frozen=True):
 def explained(hint: str = "", /, **within: Iterable[str]) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Return a decorator that makes a method explain unknown arguments.
 
-    Args:
-        hint: what the error for missing or too many arguments adds, such as a right call.
-        within: fields of classes that the method accepts, by class.
+    `hint`, such as a right call, is added to the error for missing or too many arguments; `within`: see `unknown_name`.
     """
 
     def decorate(method: Callable[P, R]) -> Callable[P, R]:
@@ -179,9 +168,8 @@ def explained(hint: str = "", /, **within: Iterable[str]) -> Callable[[Callable[
             except TypeError as error:
                 if not _is_call_error(method, arguments, named):
                     raise
-                said = f"{method.__name__} takes {', '.join(known)}: {error}".replace(
-                    method.__qualname__, method.__name__
-                )
+                why = str(error).replace(method.__qualname__, method.__name__)
+                said = f"{method.__name__} takes {', '.join(known)}: {why}"
                 raise TypeError(f"{said}; {hint}" if hint else said) from None
 
         return call
@@ -201,7 +189,6 @@ def _names(method: Callable[..., Any]) -> list[str]:
 
 
 def _is_call_error(method: Callable[..., Any], arguments: tuple[Any, ...], named: Mapping[str, Any]) -> bool:
-    """Whether a method's signature does not accept these arguments."""
     try:
         inspect.signature(method).bind(*arguments, **named)
     except TypeError:
@@ -216,17 +203,12 @@ def refuse_lost(
     variables: Iterable[str],
     within: Mapping[str, Iterable[str]],
 ) -> None:
-    """Refuse chat template variables that the template does not read: they would have no effect.
+    """Raise TypeError for a chat template variable that the template does not read: it would have no effect.
 
     Args:
-        owner: the method that accepts them.
+        owner, known, within: the method and its arguments, as for `unknown_name`.
         given: names of the variables in a call.
-        known: arguments of the method.
         variables: variables that the template reads.
-        within: as for `unknown_name`.
-
-    Raises:
-        TypeError: the template does not read a variable.
     """
     taken = {*known, *variables}
     for name in given:

@@ -237,8 +237,7 @@ MOST_LAYERS = 1024
 def draft_settings(given: Mapping[str, Any] | None) -> SpeculativeConfig | None:
     """Parse `speculative_config`; return None without speculation.
 
-    Raises:
-        ConfigError: an unknown name, an invalid value, a missing model, or a setting of another method.
+    Raises ConfigError for an unknown name, an invalid value, a missing model, or a setting of another method.
     """
     if given is None:
         return None
@@ -637,12 +636,7 @@ class EngineConfig(ExplainedSettings):
 
 
 class Setting(NamedTuple):
-    """A field of `EngineConfig`.
-
-    Attributes:
-        help: description, also for the command line.
-        more: further sentences for users of the library.
-    """
+    """A field of `EngineConfig`; `help` is also for the command line, `more` for users of the library."""
 
     name: str
     type: Any
@@ -744,8 +738,7 @@ class EngineSettings(TypedDict, total=False):
 def config_of(model: str | Path | EngineConfig, settings: EngineSettings) -> EngineConfig:
     """Return the config of an engine's arguments: `model` is a config, or a model's name with settings.
 
-    Raises:
-        ConfigError: there are settings beside a config, or a setting is invalid.
+    Raises ConfigError for settings beside a config, or an invalid setting.
     """
     if not isinstance(model, EngineConfig):
         return EngineConfig(model=cast("str", model), **settings)
@@ -755,11 +748,7 @@ def config_of(model: str | Path | EngineConfig, settings: EngineSettings) -> Eng
 
 
 def require_one(config: EngineConfig) -> None:
-    """Refuse a config of several replicas: the caller makes a single engine.
-
-    Raises:
-        ConfigError: `data_parallel_size` is above 1.
-    """
+    """Raise ConfigError for a config of several replicas: the caller makes a single engine."""
     if config.data_parallel_size > 1:
         raise ConfigError(
             f"data_parallel_size={config.data_parallel_size} needs ReplicatedEngine: use that class, or leave it out",

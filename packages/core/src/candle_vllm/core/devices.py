@@ -101,14 +101,9 @@ def gpu_obstacle(index: int) -> str | None:
 
 
 def require_torch(reason: str, instead: str = "") -> None:
-    """Refuse to compute with torch's operations if torch is not installed.
+    """Raise ConfigError if torch is not installed; the message has the command that installs it.
 
-    Args:
-        reason: why torch is needed.
-        instead: what the user can do instead of installing torch, if there is something.
-
-    Raises:
-        ConfigError: torch is not installed; the message has the command that installs it.
+    `reason` is why torch is needed, `instead` what the user can do instead of installing it, if there is something.
     """
     if importlib.util.find_spec("torch") is None:
         missing = "so layers run op by op in torch, which is not installed"
@@ -153,15 +148,9 @@ def gpu_memory(device: Device) -> tuple[int, int]:
 
 @contextmanager
 def fitting(device: Device, what: str, size: int) -> Iterator[None]:
-    """Report the allocation that did not fit if a GPU's memory is exhausted within the context.
+    """Raise NoMemoryError instead of torch's OutOfMemoryError within the context.
 
-    Args:
-        device: device whose memory is allocated.
-        what: what is allocated, such as "the weights of NAME".
-        size: its size in bytes, as far as known.
-
-    Raises:
-        NoMemoryError: instead of torch's OutOfMemoryError.
+    `what` is allocated on the device, such as "the weights of NAME"; `size` are its bytes, as far as known.
     """
     if device.type == "cpu":
         yield

@@ -1,26 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The library's own exceptions, as one tree.
-
-    CandleVllmError
-    ├── ConfigError              an impossible setting: names the setting and a value that works
-    │   ├── NoMemoryError        the model, its cache or its steps do not fit into the available memory
-    │   └── NotReadyError        an address, server or resource is not available: try again later
-    ├── ModelNotFoundError       no such Hugging Face id, folder or file
-    │   └── HubUnreachableError  the hub did not answer, and the cache has no such model
-    ├── ModelLoadError           the files exist but cannot be used
-    │   ├── InvalidFileError     damaged or hostile: a value is missing, impossible or beyond the file
-    │   ├── UnsupportedModelError  an architecture, tensor type or tokenizer that is not implemented
-    │   ├── WeightsError         missing, unexpected or misshapen tensors
-    │   └── AdapterError         an adapter's files are damaged, hostile, or do not fit the model
-    ├── RequestError             one request is wrong; other requests are not affected
-    │   ├── InvalidParameterError  a field out of range or of the wrong type
-    │   │   └── UnsupportedParameterError  the request asks for something that is not implemented or allowed
-    │   ├── PromptTooLongError   the prompt, or prompt + max_tokens, exceeds the context or the cache
-    │   └── ChatTemplateError    the model's template refused, failed or ran out of time
-    ├── RequestAbortedError      the request was aborted before it finished
-    ├── EngineOverloadedError    the engine has no capacity for the request now: try again later
-    ├── EngineSleepingError      the engine has freed its memory and sleeps until it is woken
-    └── EngineDeadError          the engine has stopped and accepts no more requests
+"""The library's own exceptions.
 
 A message should have the given value, the allowed values, and what to do. `assert` is for internal invariants.
 """
@@ -39,10 +18,9 @@ class CandleVllmError(Exception):
 
 
 class ConfigError(CandleVllmError):
-    """A setting that cannot work.
+    """A setting that cannot work: the message names a value that works.
 
-    Attributes:
-        setting: name of the setting that is to blame, or None if no single one is.
+    `setting` is the name of the setting that is to blame, or None if no single one is.
     """
 
     def __init__(self, message: str, setting: str | None = None) -> None:
@@ -66,7 +44,7 @@ class NotReadyError(ConfigError):
 
 
 class ModelNotFoundError(CandleVllmError):
-    """The model source does not exist."""
+    """There is no such Hugging Face id, folder or file."""
 
 
 class HubUnreachableError(ModelNotFoundError):
@@ -82,7 +60,7 @@ class InvalidFileError(ModelLoadError):
 
 
 class UnsupportedModelError(ModelLoadError):
-    """The file is well formed but needs something that is not implemented."""
+    """The files need an architecture, tensor type or tokenizer that is not implemented."""
 
 
 class WeightsError(ModelLoadError):
@@ -94,11 +72,7 @@ class AdapterError(ModelLoadError):
 
 
 class RequestError(CandleVllmError):
-    """One request is wrong.
-
-    Attributes:
-        param: name of the wrong field, in the caller's spelling, or None.
-    """
+    """One request is wrong; other requests are not affected. `param` is the wrong field in the caller's spelling."""
 
     def __init__(self, message: str, param: str | None = None) -> None:
         super().__init__(message)

@@ -21,12 +21,7 @@ _REQUIRED: Any = object()
 
 
 class Fields:
-    """Typed access to a mapping from a file.
-
-    Args:
-        path: the file, for error messages.
-        prefix: prefix of every key (GGUF keys begin with the architecture).
-    """
+    """Typed access to a mapping from a file; every key has the prefix (GGUF keys begin with the architecture)."""
 
     def __init__(self, values: Mapping[str, Any], path: Path, prefix: str = "") -> None:
         self.values = values
@@ -63,17 +58,14 @@ class Fields:
         if kind is int and isinstance(value, float) and value.is_integer():
             return int(value)  # some exporters write a count as 512.0
         if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-            return self._finite(key, value)
+            try:
+                number = float(value)
+            except OverflowError:  # an integer above 1.8e308
+                number = math.inf
+            if not math.isfinite(number):
+                raise InvalidFileError(f"{self.path}: {self.prefix + key} is {value!r:.40}, not a finite number")
+            return number
         return value
-
-    def _finite(self, key: str, value: float) -> float:
-        try:
-            number = float(value)
-        except OverflowError:  # an integer above 1.8e308
-            number = math.inf
-        if not math.isfinite(number):
-            raise InvalidFileError(f"{self.path}: {self.prefix + key} is {value!r:.40}, not a finite number")
-        return number
 
     def count(self, key: str, default: Any = _REQUIRED, *, most: int = MAX_COUNT) -> int:
         """Return an integer from 1 to `most`; `default`, which is not checked, if the key is absent or null."""

@@ -45,7 +45,6 @@ _SHORT = 96 * MIB  # bytes that loading a library may need
 
 
 def _size(count: float) -> str:
-    """Format a number of bytes as MiB or KiB."""
     return f"{count / MIB:.0f} MiB" if count >= 10 * MIB else f"{count / 1024:.0f} KiB"
 
 
@@ -114,12 +113,9 @@ class Room:
 
 
 def main_room(threads: int, share: float, weights: int = 0) -> Room:
-    """Return the main memory for a KV cache.
+    """Return the main memory for a KV cache; `weights` are bytes that are taken later, for weights and steps.
 
-    Args:
-        threads: number of computing threads; limits of reserved memory count their stacks.
-        share: see `Room`.
-        weights: bytes that are taken later, for weights and steps.
+    Limits of reserved memory count the stacks of all computing threads.
     """
     limit = tightest_limit()
     limit = limit._replace(left=max(0, limit.left - weights))
@@ -161,11 +157,8 @@ def plan_cache(
     """Divide the memory for the KV cache into blocks.
 
     Args:
-        config: the engine's settings.
         model: the model, its context already reduced to `config.max_model_len` if that is set.
-        element_bytes: see `ElementBytes`.
         sequences: maximum number of sequences in a step; the cache is no larger than for this number of full length.
-        room: the available memory.
         beside: bytes of one token in a draft model's cache, which has the same number of blocks.
         layers: the numbers of this rank's layers; None for all.
         drafts: maximum number of draft tokens of a sequence in a step.
@@ -270,12 +263,7 @@ def agreed_plan(make: Callable[[int | None], CachePlan], ranks: Collective | Non
 
 
 def _plan_windows(
-    config: EngineConfig,
-    rooms: Sequence[WindowRoom],
-    block: int,
-    sequences: int,
-    budget: int,
-    per_sequence: int,
+    config: EngineConfig, rooms: Sequence[WindowRoom], block: int, sequences: int, budget: int, per_sequence: int
 ) -> tuple[WindowRoom, ...]:
     """Compute the pages of each pool within `budget` bytes; no pool if a page for each block takes no more memory.
 
@@ -532,7 +520,8 @@ def room_for(
     except MemoryError as error:
         raise _no_room(what, size, setting, way) from error
     except (OSError, ImportError) as error:  # libraries that cannot be mapped do not say why
-        if getattr(error, "errno", None) == errno.ENOMEM or _is_short():
+        now = tightest_limit()
+        if getattr(error, "errno", None) == errno.ENOMEM or (now.allowed and now.left < _SHORT):
             raise _no_room(what, size, setting, way) from error
         raise
     except RuntimeError as error:
@@ -541,11 +530,6 @@ def room_for(
         if loading_threads() > 1:
             setting, way = "threads", lambda _: "set threads=1"
         raise _no_room(f"one more thread for {what}", STACK_BYTES, setting, way) from error
-
-
-def _is_short() -> bool:
-    limit = tightest_limit()
-    return limit.allowed > 0 and limit.left < _SHORT
 
 
 def _no_room(what: str, size: int, setting: str | None, way: Callable[[int], str] | None) -> NoMemoryError:

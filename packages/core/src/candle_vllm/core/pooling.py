@@ -150,8 +150,7 @@ class ModelPooling:
     def plan(self, params: PoolingParams, head: Behind | None = None) -> PoolingPlan:
         """Resolve the pooling parameters of a request for this model and head.
 
-        Raises:
-            InvalidParameterError: the model cannot compute vectors of that length or kind.
+        Raises InvalidParameterError if the model cannot compute vectors of that length or kind.
         """
         kind = params.pooling or self.pooling
         method = POOLING_METHODS[kind]

@@ -61,8 +61,8 @@ class Kind(Protocol):
     """Type of a setting, which reads and checks values."""
 
     def from_text(self, text: str) -> Any:
-        """Parse a text; raises ValueError for an invalid text."""
-        ...
+        """Parse a text, by default one that is the value; raises ValueError for an invalid text."""
+        return self.check(text)
 
     def check(self, value: Any) -> Any:
         """Return the value in its usual form; raises ValueError if it is not allowed."""
@@ -86,7 +86,7 @@ class Located:
 
 
 @dataclass(frozen=True)
-class Text:
+class Text(Kind):
     """A text; from command lines and files not empty, and without control characters."""
 
     most: int = _MAX_TEXT
@@ -95,9 +95,6 @@ class Text:
         if not isinstance(value, str):
             raise ValueError(f"is not a string (got {type(value).__name__})")
         return value
-
-    def from_text(self, text: str) -> str:
-        return self.check(text)
 
     def check(self, value: Any) -> str:
         if not isinstance(value, str):
@@ -110,7 +107,7 @@ class Text:
 
 
 @dataclass(frozen=True)
-class Hosts:
+class Hosts(Kind):
     """Hosts, separated by commas, to which clients' URLs may lead; see `targets.check_pattern`."""
 
     most: int = 512
@@ -120,9 +117,6 @@ class Hosts:
         if not isinstance(given, (list, tuple)) or not all(isinstance(each, str) for each in given):
             raise ValueError("is neither a string nor a list of strings")
         return tuple(host.strip() for each in given for host in self.check(each).split(","))
-
-    def from_text(self, text: str) -> str:
-        return self.check(text)
 
     def check(self, value: Any) -> str:
         from candle_vllm.core.targets import check_pattern  # imported here: only programs with such hosts need it
@@ -161,14 +155,11 @@ class RedisUrl(Text):
 
 
 @dataclass(frozen=True)
-class FreeText:
+class FreeText(Kind):
     """Text of `least` to `most` characters for the model; it may have line breaks."""
 
     most: int = _MAX_FREE_TEXT
     least: int = 1
-
-    def from_text(self, text: str) -> str:
-        return self.check(text)
 
     def check(self, value: Any) -> str:
         if not isinstance(value, str):
@@ -183,11 +174,8 @@ class FreeText:
 
 
 @dataclass(frozen=True)
-class Secret:
+class Secret(Kind):
     """A key or token: printable ASCII without spaces. It is never repeated in a message."""
-
-    def from_text(self, text: str) -> str:
-        return self.check(text)
 
     def check(self, value: Any) -> str:
         plain = isinstance(value, str) and value.isascii() and value.isprintable() and " " not in value

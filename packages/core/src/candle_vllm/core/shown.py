@@ -52,11 +52,8 @@ def without_secrets(text: str, *, alone: bool = False) -> str:
     """Return `text` with its URLs reduced to scheme, host and path.
 
     User, password, query and fragment are left out. If the port is no number, as in a URL whose password is truncated
-    or contains a slash, only the scheme stays.
-
-    Args:
-        text: a message, or a value.
-        alone: whether the text is one value, in which a URL ends only at a quotation mark; otherwise also at a space.
+    or contains a slash, only the scheme stays. In a text that is one value (`alone`), a URL ends only at a quotation
+    mark; otherwise also at a space.
     """
     address, slashless = _ADDRESSES[alone]
     text = address.sub(_bare, text) if "/" in text or "\\" in text else text
@@ -81,8 +78,7 @@ def start_logging(
     warnings: HTTP connections write targets and headers, and the MCP SDK session ids, arguments and outputs of tools.
 
     Args:
-        level: level of the root logger.
-        style: a name of `LOG_STYLES`.
+        level, style: level of the root logger, and a name of `LOG_STYLES`.
         process: name of a child process, which its lines contain.
         handlers: handlers of the root logger; by default one that writes to standard error.
     """
@@ -106,9 +102,7 @@ def log_style() -> tuple[int, str]:
 class LogFormatter(logging.Formatter):
     """Formatter of log records in a style of `LOG_STYLES`.
 
-    Args:
-        style: name of the style.
-        process: name of a child process: a part of lines of text, the field `process` in other styles.
+    The name of a child process, if given, is a part of lines of text, and the field `process` in other styles.
     """
 
     def __init__(self, style: str, process: str | None = None) -> None:
@@ -117,7 +111,6 @@ class LogFormatter(logging.Formatter):
         self._process = process
 
     def format(self, record: logging.LogRecord) -> str:
-        """Format one record as a line; as text, a traceback may follow it."""
         write = LOG_STYLES[self.style].line
         if write is None:
             return super().format(record)
@@ -135,7 +128,6 @@ class LogFormatter(logging.Formatter):
         return write({name: without_secrets(text) if isinstance(text, str) else text for name, text in line.items()})
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        """Return the text of one record, without the traceback that may follow it."""
         if not hasattr(record, FIELDS):  # records with fields are escaped already
             record.message = escaped(cut(record.message))
         return super().formatMessage(record)
@@ -238,11 +230,7 @@ _SHORT = _Short()
 
 
 class ShownStruct(msgspec.Struct, frozen=True):
-    """Base of structs whose representation shows the fields that differ from the defaults, in a line or two.
-
-    Attributes:
-        unshown: fields that are never shown.
-    """
+    """Base of structs whose representation shows the fields that differ from the defaults, except `unshown` ones."""
 
     unshown: ClassVar[frozenset[str]] = frozenset()
 

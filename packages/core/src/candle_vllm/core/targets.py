@@ -30,18 +30,16 @@ _PORTS = {"http": 80, "https": 443}
 
 _NAME = re.compile(r"(?:(?!-)[a-z0-9-]{1,63}(?<!-)\.)*(?!-)[a-z0-9-]{1,63}(?<!-)", re.ASCII)
 _Network = ipaddress.IPv4Network | ipaddress.IPv6Network
-_PRIVATE: Sequence[_Network] = tuple(
-    map(
-        ipaddress.ip_network,
-        ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "127.0.0.0/8", "::1/128", "fc00::/7"),
-    )
-)
+
+
+def _networks(*texts: str) -> Sequence[_Network]:
+    return tuple(map(ipaddress.ip_network, texts))
+
+
+_PRIVATE = _networks("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "127.0.0.0/8", "::1/128", "fc00::/7")
 # Networks that `is_global` accepts but that are not public, or that relay to other addresses; and cloud metadata.
-_NEVER: Sequence[_Network] = tuple(
-    map(
-        ipaddress.ip_network,
-        ("192.0.0.0/24", "192.88.99.0/24", "168.63.129.16/32", "2001::/23", "2002::/16", "3fff::/20", "fd00:ec2::/32"),
-    )
+_NEVER = _networks(
+    "192.0.0.0/24", "192.88.99.0/24", "168.63.129.16/32", "2001::/23", "2002::/16", "3fff::/20", "fd00:ec2::/32"
 )
 _PUBLIC_V6 = ipaddress.ip_network("2000::/3")  # leaves out mapped IPv4 addresses and NAT64
 
@@ -55,7 +53,6 @@ class Target:
     """A parsed URL.
 
     Attributes:
-        url: httpx's URL object.
         host: name in lower case, or an address without brackets.
         port: the URL's port, or the scheme's default.
         trusted: the operator named the target, so that its address is not checked.
@@ -118,8 +115,7 @@ def check_pattern(pattern: str) -> None:
 async def resolve(target: Target, threads: Executor) -> Sequence[str]:
     """Return the addresses to connect to, in order; all are checked unless the target is the operator's own.
 
-    Args:
-        threads: threads for name resolution, so that a lookup that hangs delays only other lookups.
+    Names are resolved in `threads`, so that a lookup that hangs delays only other lookups.
 
     Raises:
         ForbiddenTarget: one of the addresses may not be reached.

@@ -146,11 +146,7 @@ def control_groups(controller: str, root: Path = Path("/")) -> Iterator[Path]:
     """Yield the folders of this process's control groups, of both versions, and of all their parents.
 
     In a container, a group's path may be the host's, which does not exist there; then the group at the mount point is
-    the container's.
-
-    Args:
-        controller: controller of version 1, such as "cpu" or "memory"; version 2 has one group for all controllers.
-        root: root of the file system.
+    the container's. A controller such as "cpu" or "memory" has groups in version 1; version 2 has one for all.
     """
     for line in read_or_nothing(root / "proc/self/cgroup").splitlines():
         _, controllers, path = (*line.split(":", 2), "", "")[:3]

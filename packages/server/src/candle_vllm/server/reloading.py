@@ -201,8 +201,9 @@ def warn_of_missing(catalogue: Catalogue) -> threading.Thread | None:
 
 def warn_of_unreadable(entries: Sequence[ModelEntry]) -> None:
     """Warn of models whose files have headers that cannot be read."""
-    from candle_vllm.core.assembly.opening import model_files, open_model
+    from candle_vllm.core.assembly.opening import open_model
     from candle_vllm.core.devices import CPU
+    from candle_vllm.core.loading.source import model_files
 
     for entry in entries:
         try:

@@ -39,7 +39,6 @@ class AdapterBase:
 
     Attributes:
         name: the model's name, for messages.
-        config: the model's config.
         places: maps tensors of adapters to sites of the model.
         shapes: shapes of all parameters by target, including the head even if it is tied to the embedding table.
         architectures: values of `general.architecture` that a GGUF adapter may have.
@@ -136,7 +135,7 @@ def stored_parts(table: Sequence[WeightName], model: ModelConfig | EncoderConfig
 
     def part(target: str) -> StoredTensor | None:
         line = lines.get(target)
-        name = line.find(stored.tensors) if line is not None and line.names else None
+        name = None if line is None else line.find(stored.tensors)
         if line is None or name is None:
             other = stored_target(target, model)
             return part(other) if other != target else None

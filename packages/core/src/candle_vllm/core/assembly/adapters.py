@@ -40,21 +40,16 @@ _SAMPLE = 64  # maximum number of rows of a copied weight that are compared with
 
 
 def fit_adapter(stored: StoredAdapter, base: AdapterBase, *, merging: bool = False) -> FittedAdapter:
-    """Find the sites of an adapter's tensors.
+    """Find the sites of an adapter's tensors; `stored` must stay open as long as the result is read.
 
-    Args:
-        stored: the adapter; it must stay open as long as the result is read.
-        base: the base model.
-        merging: the adapter will be merged (`conversion/adapters.py`), so it may replace any parameter.
+    An adapter that will be merged (`merging`; `conversion/adapters.py`) may replace any parameter.
 
     Raises:
         AdapterError: the adapter does not fit the base, has non-finite elements, or needs an unsupported feature.
     """
     with ExitStack() as opened:
         opened.callback(LOADING_THREADS.reset, LOADING_THREADS.set(loading_threads()))  # counts the cores only once
-        fit = _Fit(stored, base, opened, merging)
-        fit.run()
-        return fit.result()
+        return _Fit(stored, base, opened, merging).run()
 
 
 @dataclasses.dataclass
@@ -77,18 +72,18 @@ class _Fit:
         self._notes = list[str]()
         self._wrapped = Counter[str]()  # number of adapted parameters by module
 
-    def run(self) -> None:
+    def run(self) -> FittedAdapter:
         if self._stored.format == "gguf" and self._stored.config.architecture not in self._base.architectures:
             raise AdapterError(
                 f"{self._stored.path}: general.architecture is {self._stored.config.architecture!r:.80}; the base "
                 f"{self._base.name} is {' or '.join(self._base.architectures)}"
             )
-        if self._stored.alora is not None and isinstance(self._base.config, EncoderConfig):
+        if self._stored.config.alora is not None and isinstance(self._base.config, EncoderConfig):
             raise AdapterError(
                 f"{self._stored.path}: it is an activated LoRA (aLoRA), which the encoder {self._base.name} cannot "
                 "apply"
             )
-        for token in self._stored.alora or ():
+        for token in self._stored.config.alora or ():
             if token >= self._base.config.vocab_size:
                 raise AdapterError(f"{self._stored.path}: the invocation token {token} is beyond the base's vocabulary")
         modules = modules_of(self._stored)
@@ -101,14 +96,12 @@ class _Fit:
                 if change.magnitude is not None:
                     scale = self._column_scale(path, prefix, change.delta, change.magnitude)
                     change.delta = dataclasses.replace(change.delta, column_scale=scale)
-
-    def result(self) -> FittedAdapter:
         deltas = {path: {part: change.delta for part, change in each.items()} for path, each in self._changes.items()}
         if not deltas:
             raise AdapterError(f"{self._stored.path}: none of its tensors changes the model")
         return FittedAdapter(
             digest=self._stored.digest,
-            alora=self._stored.alora,
+            alora=self._stored.config.alora,
             deltas=deltas,
             rank=max(delta.rank for each in deltas.values() for delta in each.values()),
             nbytes=sum(tensor.nbytes for tensor in self._stored.tensors.values()),
@@ -200,9 +193,7 @@ class _Fit:
         self._check_rank(module, a, a.shape[0])
         return a, b
 
-    def _both(
-        self, module: str, parts: Parts, first: str = "a", second: str = "b"
-    ) -> tuple[StoredTensor, StoredTensor]:
+    def _both(self, module: str, parts: Parts, first: str, second: str) -> tuple[StoredTensor, StoredTensor]:
         if first not in parts or second not in parts:
             there = next(iter(parts.values()))
             self._refuse(there.name, f"one of the two LoRA matrices of {module!r:.200} is missing")
@@ -373,32 +364,32 @@ class _Fit:
         name = names[len(names) - 1 - depth]  # the first name is wrapped first, so it is innermost
         spots = self._base.places.find(name, "safetensors")
         pattern = plain + name.removeprefix(known)
-        self._stacked(pattern, *self._both(module, parts), spots)
+        self._stacked(pattern, *self._both(module, parts, "a", "b"), spots)
 
     def _stacked(self, name: str, a: StoredTensor, b: StoredTensor, spots: Sequence[Spot]) -> None:
         count = self._base.config.num_experts
         if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1] or a.shape[0] % count:
             self._refuse(
-                a.name,
-                f"its shape {list(a.shape)} and {list(b.shape)} of {b.name!r:.200} do not fit {count} experts",
+                a.name, f"its shape {list(a.shape)} and {list(b.shape)} of {b.name!r:.200} do not fit {count} experts"
             )
         rank, columns = a.shape[0] // count, spots[0].shape[1]
-        self._check_rank(name, a, rank)
         of_a = [a.rows(expert * rank, (expert + 1) * rank) for expert in range(count)]
         of_b = parts_of_experts(b, count)
         if a.shape[1] != columns and b.shape[0] == columns:  # older PEFT exchanged the rows and columns of experts
             of_a, of_b = [turned(part) for part in of_b], [turned(part) for part in of_a]
-        scale = self._scale(name, a, rank)
-        self._each_expert(a, of_a, of_b, spots, scale)
+        self._each_expert(name, a, rank, of_a, of_b, spots)
 
     def _each_expert(
         self,
+        name: str,
         tensor: StoredTensor,
+        rank: int,
         of_a: Sequence[StoredTensor],
         of_b: Sequence[StoredTensor],
         spots: Sequence[Spot],
-        scale: float,
     ) -> None:
+        self._check_rank(name, tensor, rank)
+        scale = self._scale(name, tensor, rank)
         by_expert: dict[int, list[Spot]] = {}
         for spot in spots:
             assert spot.expert is not None
@@ -418,7 +409,7 @@ class _Fit:
             self._refuse(first.name, "a GGUF adapter may contain only tensors that end in .lora_a or .lora_b")
         spots = self._base.places.find(name, "gguf")
         self._check_place(first, name, spots)
-        a, b = self._both(name, parts)
+        a, b = self._both(name, parts, "a", "b")
         if spots[0].path == "embed":
             self._table(name, {"table a": turned(a), "table b": b}, spots)
         elif spots[0].expert is None:
@@ -429,9 +420,8 @@ class _Fit:
                 self._refuse(a.name, f"its shape {list(a.shape)} does not fit {count} experts")
             if a.shape[1] != b.shape[2]:
                 self._refuse(a.name, f"its shape {list(a.shape)} does not fit {list(b.shape)} of {b.name!r:.200}")
-            self._check_rank(name, a, a.shape[1])
             of_a, of_b = ([entry(side, expert) for expert in range(count)] for side in (a, b))
-            self._each_expert(a, of_a, of_b, spots, self._scale(name, a, a.shape[1]))
+            self._each_expert(name, a, a.shape[1], of_a, of_b, spots)
 
     # ---- the model's own weights -------------------------------------------------------------------------------------
 

@@ -47,8 +47,7 @@ def give_cache_scales(
 ) -> None:
     """Set the stored scales in the layers of `decoder`; layers without stored scales use 1.
 
-    Raises:
-        InvalidFileError: a scale is not a single finite number above 0.
+    Raises InvalidFileError if a scale is not a single finite number above 0.
     """
     found: dict[int, dict[str, float]] = {}
     for layer, kind, value in _values(scales):

@@ -20,10 +20,9 @@ from candle_vllm.core.assembly.model import (
     as_loaded,
     describe_family,
     describe_model,
-    fill,
     load_model,
 )
-from candle_vllm.core.assembly.opening import Opened, config_file, model_files, naming, open_model
+from candle_vllm.core.assembly.opening import Opened, config_file, naming, open_model
 from candle_vllm.core.assembly.placement import choose_placement, room_for_weights
 from candle_vllm.core.config import WEIGHTS, EngineConfig, draft_error, draft_settings
 from candle_vllm.core.devices import Device
@@ -36,9 +35,9 @@ from candle_vllm.core.errors import (
 )
 from candle_vllm.core.fields import Fields, read_json
 from candle_vllm.core.layers.parameters import SHAPES, Placement
-from candle_vllm.core.loading.source import ModelFiles
+from candle_vllm.core.loading.source import ModelFiles, model_files
 from candle_vllm.core.loading.tensors import Checkpoint
-from candle_vllm.core.loading.weights import WeightName, check_weights, expand
+from candle_vllm.core.loading.weights import WeightName, check_weights, load_weights, stored_lines
 from candle_vllm.core.models.family import DraftHead
 from candle_vllm.core.models.stack import DecoderStack
 from candle_vllm.core.text.tokenizer import Tokenizer
@@ -133,16 +132,7 @@ def open_draft(config: EngineConfig, method: str, device: Device) -> Opened:
         raise InvalidFileError(
             f"{files.folder}: a draft head must be a folder with config.json and safetensors files, or a GGUF file"
         )
-    from candle_vllm.core.loading.quantised import read_quantised
-    from candle_vllm.core.loading.safetensors import open_safetensors
-
-    with naming(files.config):
-        stored = open_safetensors(files.folder)
-        try:
-            return Opened(files, read_quantised(stored, read_json(files.config), files.config), {})
-        except BaseException:
-            stored.close()
-            raise
+    return open_model(files, device, is_draft_head=True)
 
 
 def _is_for_head(config: EngineConfig) -> bool:
@@ -173,7 +163,6 @@ class DescribedHead(HeadFacts):
     """A draft head before its weights are read.
 
     Attributes:
-        stored: its stored tensors.
         weights, ignored: its table of weight names, and patterns of names that are not loaded.
         build: builds the head, for a placement and a target model.
     """
@@ -225,7 +214,7 @@ def load_head(
     tables = None if target.shard is None else _whole_tables(whole, target, found, device)
     with naming(config_file(opened.files), stored.path), room_for_weights(found.name, found.placement, stored):
         head = found.build(found.placement, tables or target.decoder)
-        fill(head, found.weights, found.ignored, found.config, stored, progress)
+        load_weights(head, found.weights, stored, found.config, ignored=found.ignored, progress=progress)
     facts = {field.name: getattr(found, field.name) for field in dataclasses.fields(HeadFacts)}
     return LoadedHead(**facts, head=head, weight_bytes=sum(tensor.nbytes for tensor in stored.tensors.values()))
 
@@ -248,13 +237,12 @@ def _whole_tables(config: EngineConfig, target: LoadedModel, found: DescribedHea
             setattr(whole, name, None)
         names = {
             name
-            for line in expand(family.weights, model, checkpoint.format)
-            if line.names and line.target.partition(":")[0] in {*lacking, "norm", "rotary"}
-            if (name := line.find(stored.tensors)) is not None
+            for line, name in stored_lines(family.weights, model, stored)
+            if line.target.partition(":")[0] in {*lacking, "norm", "rotary"}
         }
         part = stored.with_tensors({name: stored.tensors[name] for name in names})
         with room_for_weights(f"the tables that {found.name} shares with {target.name}", target.placement, part):
-            fill(whole, family.weights, family.ignored(model), model, part, lambda *_: None)
+            load_weights(whole, family.weights, part, model, ignored=family.ignored(model))
     return whole
 
 
@@ -311,7 +299,6 @@ def _check_fit(target: Described | LoadedModel, name: str, config: Eagle3Config,
 
 
 def _tokenizer_of(opened: Opened) -> Tokenizer | None:
-    """Return a head's own tokenizer; None if its files do not have one."""
     if "tokenizer.ggml.tokens" in opened.metadata:
         return Tokenizer.from_gguf(opened.metadata)
     if opened.files.format == "safetensors" and (opened.files.folder / "tokenizer.json").is_file():

@@ -25,7 +25,7 @@ from candle_vllm.core.devices import Device
 from candle_vllm.core.errors import ModelLoadError, UnsupportedModelError
 from candle_vllm.core.fields import Fields, read_json
 from candle_vllm.core.layers.parameters import SHAPES
-from candle_vllm.core.loading.tensors import Checkpoint, FileTensor, MappedFile
+from candle_vllm.core.loading.tensors import Checkpoint, FileTensor, MappedFile, closed_on_error
 from candle_vllm.core.loading.weights import expand, finder
 from candle_vllm.core.memory import free_memory
 from candle_vllm.core.models.registry import family_from_hf
@@ -43,11 +43,7 @@ _NAMES = MappingProxyType({"float32": "F32", "bfloat16": "BF16", "float16": "F16
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DummyTensor(FileTensor):
-    """A tensor that is in no file; `file` is the config, and `dtype` is always set.
-
-    Attributes:
-        device: the device on which the elements are generated.
-    """
+    """A tensor that is in no file: elements are generated on `device`. `file` is the config; `dtype` is always set."""
 
     device: Device
 
@@ -82,21 +78,18 @@ class DummyTensor(FileTensor):
 
 
 def open_dummy(config: Path, device: Device, impl: ModelImpl = "auto") -> Checkpoint:
-    """Return the tensors that a model of this config would have, with Hugging Face's names.
+    """Return the tensors that a model of this `config.json` would have on a device, with Hugging Face's names.
 
     Parts of one stored tensor (the experts of a fused tensor) are separate tensors, named by their target in the model.
-
-    Args:
-        config: a `config.json`.
-        device: the device on which the tensors will be used.
-        impl: see `family_from_hf`.
+    For `impl` see `family_from_hf`.
 
     Raises:
         ModelLoadError: the config cannot be read or its model is not implemented, as with real weights; the weights
             exceed the device's free memory; or the config requires quantised weights.
     """
     values = read_json(config)
-    type_name = _type_name(Fields(values, config))
+    fields = Fields(values, config)  # transformers 5 calls the weights' type dtype, older versions torch_dtype
+    type_name = _NAMES[fields.choice("dtype" if "dtype" in fields else "torch_dtype", "bfloat16", *_NAMES)]
     for key in ("quantization_config", "compression_config"):
         if values.get(key):
             raise UnsupportedModelError(
@@ -104,15 +97,17 @@ def open_dummy(config: Path, device: Device, impl: ModelImpl = "auto") -> Checkp
                 "the key to measure the unquantised model"
             )
     file = MappedFile(config)
-    try:
+    with closed_on_error([file]):
         tensors = {
             name: DummyTensor(name, shape, type_name, math.prod(shape) * ELEMENTS[type_name].itemsize, file, 0, device)
             for name, shape in _shapes(config, impl)
         }
-        _check_memory(config, sum(tensor.nbytes for tensor in tensors.values()), device)
-    except BaseException:
-        file.close()
-        raise
+        needed, free = sum(tensor.nbytes for tensor in tensors.values()), free_memory(device)
+        if needed > free:  # a config may claim any size
+            raise ModelLoadError(
+                f"{config}: the model's weights take {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free on "
+                f"{device}: lower num_hidden_layers, or use a device with more memory"
+            )
     return Checkpoint(config, "safetensors", [file], tensors, {})
 
 
@@ -128,19 +123,3 @@ def _shapes(path: Path, impl: ModelImpl) -> Iterator[tuple[str, tuple[int, ...]]
         place = find(line.target)
         if place is not None:
             yield line.first if uses[line.first] == 1 else line.target, place.shape
-
-
-def _type_name(fields: Fields) -> str:
-    """Return the type of the weights; configs of transformers 5 call it dtype, older ones torch_dtype."""
-    key = "dtype" if "dtype" in fields else "torch_dtype"
-    return _NAMES[fields.choice(key, "bfloat16", *_NAMES)]
-
-
-def _check_memory(config: Path, needed: int, device: Device) -> None:
-    """Raise ModelLoadError if the weights exceed the free memory, because a config may claim any size."""
-    free = free_memory(device)
-    if needed > free:
-        raise ModelLoadError(
-            f"{config}: the model's weights take {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free on {device}: "
-            "lower num_hidden_layers, or use a device with more memory"
-        )

@@ -10,21 +10,13 @@ from collections.abc import Callable, Sequence
 
 from candle_vllm.core.assembly.draft import find_draft, load_draft
 from candle_vllm.core.assembly.heads import check_pooling, pooling_of
-from candle_vllm.core.assembly.model import Loaded, LoadedModel, files_read, fill, load_model, read_template
-from candle_vllm.core.assembly.opening import (
-    Opened,
-    config_file,
-    model_files,
-    naming,
-    open_model,
-    open_tokenizer,
-    stored_types,
-)
+from candle_vllm.core.assembly.model import Loaded, LoadedModel, files_read, load_model, read_template
+from candle_vllm.core.assembly.opening import Opened, config_file, naming, open_model, open_tokenizer, stored_types
 from candle_vllm.core.assembly.packed_cache import packed_weights
 from candle_vllm.core.assembly.placement import computing_dtype, encoder_placement, room_for_weights
 from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.devices import Device
-from candle_vllm.core.errors import ConfigError
+from candle_vllm.core.errors import ConfigError, refuse_settings
 from candle_vllm.core.fields import read_json
 from candle_vllm.core.kernels.collectives import Collective, is_first
 from candle_vllm.core.kernels.cpu_runtime.weight_memory import WeightMemory, loading
@@ -32,8 +24,8 @@ from candle_vllm.core.layers.parameters import SHAPES
 from candle_vllm.core.loading.config import EncoderConfig
 from candle_vllm.core.loading.gguf import open_gguf
 from candle_vllm.core.loading.pooling import longest_text
-from candle_vllm.core.loading.source import ModelFiles
-from candle_vllm.core.loading.weights import check_weights
+from candle_vllm.core.loading.source import ModelFiles, model_files
+from candle_vllm.core.loading.weights import check_weights, load_weights
 from candle_vllm.core.models.family import Encoder, EncoderFamily
 from candle_vllm.core.models.registry import encoder_from_gguf, encoder_from_hf
 from candle_vllm.core.models.token_heads import with_token_heads
@@ -64,43 +56,29 @@ def load_any_model(
     again: Sequence[WeightMemory] = (),
     ranks: Collective | None = None,
 ) -> LoadedModel | LoadedEncoder:
-    """Load `config.model`, a decoder or an encoder; errors as `load_model`.
+    """Load `config.model`, a decoder or an encoder; other arguments and errors as for `load_model`.
 
-    Args:
-        config, device, progress, ranks: see `load_model`.
-        again: weight memories of the same model, into which its matrices are loaded again.
+    Matrices are loaded again into the weight memories of the same model, `again`.
     """
     with loading(again) as memories:
-        loaded = _load_any_model(config, device, progress, ranks)
+        files, first = model_files(config), ranks is None or is_first(ranks)
+        if first:
+            find_draft(config)
+        found = _of_config(files)
+        if found is not None and files.format == "dummy":
+            raise ConfigError("load_format 'dummy' supports decoders only: leave it out for an encoder", "load_format")
+        with collector_paused():
+            opened = open_model(files, device, config.model_impl)
+        found = found or describe_encoder(files, opened)
+        if found is None:
+            loaded = load_model(config, device, progress, opened, ranks)
+            if first:
+                loaded = dataclasses.replace(loaded, draft=load_draft(config, loaded, device, progress))
+        else:
+            with opened.checkpoint:
+                _check_settings(config, files, ranks)
+                loaded = _load_encoder(config, device, progress, opened, *found)
     return dataclasses.replace(loaded, memories=tuple(memories))
-
-
-def _load_any_model(
-    config: EngineConfig, device: Device, progress: Callable[[int, int], object], ranks: Collective | None
-) -> LoadedModel | LoadedEncoder:
-    files = model_files(config)
-    if ranks is None or is_first(ranks):
-        find_draft(config)
-    found = _of_config(files)
-    if found is not None and files.format == "dummy":
-        raise ConfigError("load_format 'dummy' supports decoders only: leave it out for an encoder", "load_format")
-    with collector_paused():
-        opened = open_model(files, device, config.model_impl)
-    found = found or describe_encoder(files, opened)
-    if found is None:
-        loaded = load_model(config, device, progress, opened, ranks)
-        if ranks is not None and not is_first(ranks):
-            return loaded
-        return dataclasses.replace(loaded, draft=load_draft(config, loaded, device, progress))
-    with opened.checkpoint:
-        _check_isq(config)
-        if ranks is not None:
-            raise ConfigError(
-                f"{files.name} is an encoder, which cannot be divided among ranks: leave tensor_parallel_size and "
-                "pipeline_parallel_size out",
-                "tensor_parallel_size",
-            )
-        return _load_encoder(config, device, progress, opened, *found)
 
 
 def describe_encoder(files: ModelFiles, opened: Opened) -> tuple[EncoderFamily, EncoderConfig] | None:
@@ -164,7 +142,7 @@ def _load_encoder(
         with room_for_weights(files.name, placement, checkpoint):
             encoder = family.build(model, placement)
             with packed_weights(config, paths if placement.recorded else (), checkpoint, family.build):
-                fill(encoder, table, ignored, model, checkpoint, progress)
+                load_weights(encoder, table, checkpoint, model, ignored=ignored, progress=progress)
     logger.info("loaded %s: %.1f MB in %.2f s", files.name, weight_bytes / 1e6, time.perf_counter() - started)
     return LoadedEncoder(
         name=files.name,
@@ -184,13 +162,15 @@ def _load_encoder(
     )
 
 
-def _check_isq(config: EngineConfig) -> None:
-    if config.isq is not None:
-        raise ConfigError(
-            f"isq {config.isq} is for models that generate text. Leave it out; --dtype bf16 halves the memory of an "
-            "fp32 encoder, and `candle-vllm quantize` writes one as a GGUF file",
-            "isq",
-        )
+def _check_settings(config: EngineConfig, files: ModelFiles, ranks: Collective | None) -> None:
+    refuse_settings(
+        ("isq", config.isq is not None,
+         f"isq {config.isq} is for models that generate text. Leave it out; --dtype bf16 halves the memory of an fp32 "
+         "encoder, and `candle-vllm quantize` writes one as a GGUF file"),
+        ("tensor_parallel_size", ranks is not None,
+         f"{files.name} is an encoder, which cannot be divided among ranks: leave tensor_parallel_size and "
+         "pipeline_parallel_size out"),
+    )  # fmt: skip
 
 
 def _longest(config: EngineConfig, files: ModelFiles, model: EncoderConfig) -> int:

@@ -62,8 +62,7 @@ def check_pooling(pooling: ModelPooling | None, chosen: PoolingKind | None) -> N
 def _token_head(fields: Fields, words: list[Any], checkpoint: Checkpoint, tokenizer: Tokenizer) -> PooledHead:
     """Return the head of a reranker that scores by logits of tokens, which vLLM's `classifier_from_token` lists.
 
-    With two tokens, such as "no" and "yes", the score is the probability of the second token: the sigmoid of its logit
-    minus the first one's. With one token it is the sigmoid of its logit.
+    The score is the sigmoid of one token's logit, or of the second one's minus the first one's, as for "no" and "yes".
     """
     ids = [tokenizer.backend.token_to_id(word) if isinstance(word, str) else None for word in words]
     table = next((checkpoint.tensors[name] for name in _TABLES if name in checkpoint.tensors), None)

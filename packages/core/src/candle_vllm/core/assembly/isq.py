@@ -13,7 +13,7 @@ import dataclasses
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -22,7 +22,7 @@ from candle_vllm.core.kernels.weight_quant.rows import BY_ROW, ISQ_TYPES, SOURCE
 from candle_vllm.core.kernels.weight_quant.searches import SIMPLE
 from candle_vllm.core.loading.imatrix import Imatrix
 from candle_vllm.core.loading.tensors import Checkpoint
-from candle_vllm.core.loading.weights import Counted, Line, WeightName, beside_gguf
+from candle_vllm.core.loading.weights import Counted, WeightName, beside_gguf
 from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType
 from candle_vllm.core.quantization.tensors import StoredTensor, Viewed
 
@@ -38,7 +38,6 @@ class InSitu(Viewed):
     """A plain matrix that is quantised when its bytes are read.
 
     Attributes:
-        kind: the type of its blocks.
         importance: importance of its columns, see `weight_quant.rows.quantise`.
         by_row: whether all blocks of a row have the same scale, see `weight_quant.rows.quantise_rows`.
     """
@@ -47,17 +46,16 @@ class InSitu(Viewed):
     importance: np.ndarray | None = None
     by_row: bool = False
 
+    # Rows are independent, so a part quantises only its own rows. With `by_row`, parts of a row have their own scales.
+
     def select(self, order: np.ndarray) -> StoredTensor:
-        """See `StoredTensor.select`; only these rows are read and quantised, because rows are independent."""
         return self._part(self.source.select(order)) if self._is_plain else Viewed.select(self, order)
 
     def rows(self, first: int, last: int) -> StoredTensor:
-        """See `StoredTensor.rows`, and `select`."""
         self._check_cut("rows", first, last, self.shape[:1])
         return self._part(self.source.rows(first, last)) if self._is_plain else Viewed.rows(self, first, last)
 
     def columns(self, first: int, last: int) -> StoredTensor:
-        """See `StoredTensor.columns`; only these columns are quantised, so with `by_row` the rows' scales differ."""
         self._check_columns(first, last)
         if not self._is_plain:
             return Viewed.columns(self, first, last)
@@ -74,11 +72,7 @@ class InSitu(Viewed):
         return in_situ(source, self.kind, importance, by_row=self.by_row)
 
     def raw(self) -> np.ndarray:
-        """See `StoredTensor.raw`; quantises at each call.
-
-        Raises:
-            WeightsError: an element cannot be quantised.
-        """
+        """See `StoredTensor.raw`; quantises at each call. Raises WeightsError if an element cannot be quantised."""
         assert self.source.dtype is not None
         try:
             if self.by_row:
@@ -105,7 +99,6 @@ def quantised_in_situ(
         table, config: the family's table of weight names, and the model's config.
         checkpoint: the unquantised weights; closing either checkpoint closes both.
         has_place: returns whether the model has a target: see `loading.weights.places`.
-        imatrix: importance of the columns of matrices.
 
     Raises:
         ConfigError: the checkpoint is a GGUF file or already quantised.
@@ -113,7 +106,11 @@ def quantised_in_situ(
     """
     check_plain(name, checkpoint)
     tensors, used, counts = dict[str, StoredTensor](), set[str](), Counter[str]()
-    for line, written, found, stored in _matched(table, checkpoint, config, has_place):
+    for line, written in beside_gguf(table, config):
+        found = line.find(checkpoint.tensors) if has_place(line.target) else None
+        if found is None:
+            continue
+        stored = line.look(checkpoint.tensors[found], found, config)
         used.add(found)
         if stored.stays_in_file:
             tensors[line.target] = stored
@@ -126,11 +123,12 @@ def quantised_in_situ(
             counts[f"quantised by importance ({imatrix.path.name})"] += importance is not None
         by_row = name == BY_ROW and not _is_table(line.target)
         tensors[line.target] = stored if chosen is None else in_situ(stored, chosen, importance, by_row=by_row)
-    _say(name, counts)
+    for group, count in counts.items():
+        if group:
+            logger.info("isq %s: %d matrices: %s", name, count, group)
+    matrices = [tensor for tensor in tensors.values() if isinstance(tensor, InSitu)]
     if imatrix is not None:
-        check_used(
-            imatrix, any(isinstance(tensor, InSitu) and tensor.importance is not None for tensor in tensors.values())
-        )
+        check_used(imatrix, any(matrix.importance is not None for matrix in matrices))
     rest = {name: tensor for name, tensor in checkpoint.tensors.items() if name not in used}
     return checkpoint.with_tensors(rest | tensors)
 
@@ -158,16 +156,6 @@ def check_plain(name: str | None, checkpoint: Checkpoint) -> None:
         f"unquantised weights: candle-vllm quantize --m MODEL --isq {name} --out FILE.gguf",
         "isq",
     )
-
-
-def _matched(
-    table: Sequence[WeightName], checkpoint: Checkpoint, config: Counted, has_place: Callable[[str], bool]
-) -> Iterator[tuple[Line, Line, str, StoredTensor]]:
-    """Yield each table line with a stored tensor: the line, its line for GGUF, the tensor's name, and its view."""
-    for line, written in beside_gguf(table, config):
-        found = line.find(checkpoint.tensors) if line.names and has_place(line.target) else None
-        if found is not None:
-            yield line, written, found, line.look(checkpoint.tensors[found], found, config)
 
 
 def chosen_type(kind: GGMLQuantizationType, target: str, stored: StoredTensor) -> GGMLQuantizationType | None:
@@ -206,9 +194,3 @@ def _group(wanted: GGMLQuantizationType, chosen: GGMLQuantizationType | None, ta
     if chosen != wanted and chosen in (GGMLQuantizationType.Q8_0, GGMLQuantizationType.IQ4_NL):
         return f"{chosen.name}, because their rows are no multiple of 256"
     return f"{chosen.name} (embedding and head)" if chosen != wanted else chosen.name
-
-
-def _say(name: str, counts: Counter[str]) -> None:
-    for group, count in counts.items():
-        if group:
-            logger.info("isq %s: %d matrices: %s", name, count, group)

@@ -8,7 +8,7 @@ import functools
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -18,15 +18,7 @@ from numpy.typing import NDArray
 
 from candle_vllm.core.assembly.heads import pooling_of
 from candle_vllm.core.assembly.offload import Split, plan_split
-from candle_vllm.core.assembly.opening import (
-    Opened,
-    config_file,
-    model_files,
-    naming,
-    open_model,
-    open_tokenizer,
-    stored_types,
-)
+from candle_vllm.core.assembly.opening import Opened, config_file, naming, open_model, open_tokenizer, stored_types
 from candle_vllm.core.assembly.packed_cache import packed_weights
 from candle_vllm.core.assembly.placement import choose_placement, computing_dtype, room_for_weights
 from candle_vllm.core.assembly.shards import Shard, shard_of
@@ -48,12 +40,12 @@ from candle_vllm.core.layers.parameters import SHAPES, Placement
 from candle_vllm.core.layers.rotary import Rotary
 from candle_vllm.core.loading.config import EncoderConfig, ModelConfig, stretched
 from candle_vllm.core.loading.imatrix import read_imatrix
-from candle_vllm.core.loading.source import ModelFiles
+from candle_vllm.core.loading.source import ModelFiles, model_files
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.vocabulary import SUPPRESSED, end_tokens
-from candle_vllm.core.loading.weights import Cut, WeightName, check_weights, load_weights, places
+from candle_vllm.core.loading.weights import check_weights, load_weights, places
 from candle_vllm.core.memory import refuse_longer
-from candle_vllm.core.models.family import Decoder, DraftHead, Encoder, Family
+from candle_vllm.core.models.family import Decoder, DraftHead, Family
 from candle_vllm.core.models.registry import check_causal, family_from_gguf, family_from_hf, tower_family_named
 from candle_vllm.core.models.stack import DecoderStack
 from candle_vllm.core.pooled_head import PooledHead
@@ -83,8 +75,6 @@ class Loaded:
         name: the model's name as its source gives it.
         placement: device and types of the weights, and whether steps are recorded.
         dtype: types in which matrices are multiplied, the most frequent first.
-        config: its configuration.
-        tokenizer: the tokenizer.
         template: the chat template; None without one.
         eos_token_ids: tokens that end a sequence: config, generation config and tokenizer together.
         default_sampling: the model's sampling defaults; the maximum length of an answer is "max_tokens".
@@ -131,7 +121,6 @@ class HeadFacts:
     """A draft head: layers that predict draft tokens from a model's hidden states.
 
     Attributes:
-        name: name of its files.
         placement: device and types of its weights.
         config: its config, as if the head were a model of its own.
         vocab_size: size of its output vocabulary.
@@ -213,8 +202,7 @@ def load_model(
     """Resolve `config.model` as a decoder, download it if needed, and load it.
 
     Args:
-        config: the engine's settings.
-        device: the device to load it to.
+        config, device: the engine's settings, and the device to load it to.
         progress: called with the loaded bytes and the total.
         opened: the model from `open_model`, if that was called already; it is closed.
         ranks: the ranks among which the model is divided; None for a whole model.
@@ -250,7 +238,8 @@ def load_model(
                 part = [ranks.rank, ranks.size, shard.layers.start, shard.layers.stop, config.enable_expert_parallel]
             on_cpu = placement.recorded or (split is not None and split.host is not None)
             with packed_weights(config, files_read(config, files) if on_cpu else (), stored, family.build, *part):
-                fill(decoder, family.weights, family.ignored(full), full, stored, progress, cut)
+                ignored = family.ignored(full)
+                load_weights(decoder, family.weights, stored, full, ignored=ignored, progress=progress, cut=cut)
             if shard is not None:
                 shard.join(decoder)
             if (cache := CACHE_TYPES[config.kv_cache_dtype]).element and not cache.row_scales:
@@ -260,11 +249,8 @@ def load_model(
         tower = None
         if shard is None or shard.is_first:
             tower = load_tower(config, opened, model.tokenizer, model.config.hidden_size, placement)
-        if tower is not None and tower.vision.parts.turned and not model.config.rope.axes:
-            keys = "(mrope_section, in GGUF files rope.dimension_sections), which the positions of image tokens need"
-            raise InvalidFileError(f"{config_file(files)}: the sections of rotary positions are missing {keys}")
         if tower is not None:
-            _check_depth(tower.tower.config.vectors - 1, model.config, config_file(files))
+            _check_tower(tower, model.config, config_file(files))
     said = {field.name: getattr(model, field.name) for field in dataclasses.fields(Loaded)}
     said["files"] = files_read(config, files)
     if tower is not None:
@@ -297,9 +283,12 @@ def files_read(config: EngineConfig, files: ModelFiles) -> tuple[Path, ...]:
     return (*files.weights, *(path for path in beside if path is not None)) if files.weights else ()
 
 
-def _check_depth(deep: int, model: ModelConfig, described: Path) -> None:
-    """Raise InvalidFileError if the text model has fewer layers than a tower adds to, or names another number."""
-    said = getattr(model, "deep", 0)
+def _check_tower(tower: LoadedTower, model: ModelConfig, described: Path) -> None:
+    """Raise InvalidFileError if a tower and its text model do not fit: rotary sections, or layers that it adds to."""
+    if tower.vision.parts.turned and not model.rope.axes:
+        keys = "(mrope_section, in GGUF files rope.dimension_sections), which the positions of image tokens need"
+        raise InvalidFileError(f"{described}: the sections of rotary positions are missing {keys}")
+    said, deep = getattr(model, "deep", 0), tower.tower.config.vectors - 1
     if deep > model.num_layers:
         raise InvalidFileError(
             f"{described}: the vision tower adds to {deep} layers, but the text model has {model.num_layers}"
@@ -368,33 +357,33 @@ def fit_settings(config: EngineConfig, model: ModelConfig | EncoderConfig) -> En
         ConfigError: the settings divide a model of transformers, or enable drafts or LoRA for one with its own cache;
             they enable drafts for a model with an `answer_window`; a block would divide a group of pooled index keys.
     """
-    if isinstance(model, ModelConfig) and config.block_size % model.index_pool:
-        raise ConfigError(
-            f"{model.model_type} pools the index keys of {model.index_pool} tokens, which must be in one block: set "
-            f"block_size to {model.index_pool} or more",
-            "block_size",
-        )
-    if isinstance(model, ModelConfig) and model.index_block % config.block_size:
-        way = f"which block_size must divide: set block_size to {model.index_block} or less"
-        raise ConfigError(f"{model.model_type} chooses blocks of {model.index_block} tokens, {way}", "block_size")
-    if isinstance(model, ModelConfig) and model.compresses and config.block_size < LEAST_BLOCK:
-        least = f"attention to compressed entries or chosen blocks needs blocks of {LEAST_BLOCK} tokens or more"
-        raise ConfigError(f"block_size={config.block_size}: {least}", "block_size")
-    if isinstance(model, ModelConfig) and model.answer_window is not None:
+    if not isinstance(model, ModelConfig):
+        return config
+    refuse_settings(
+        ("block_size", config.block_size % model.index_pool,
+         f"{model.model_type} pools the index keys of {model.index_pool} tokens, which must be in one block: set "
+         f"block_size to {model.index_pool} or more"),
+        ("block_size", model.index_block % config.block_size,
+         f"{model.model_type} chooses blocks of {model.index_block} tokens, which block_size must divide: set "
+         f"block_size to {model.index_block} or less"),
+        ("block_size", model.compresses and config.block_size < LEAST_BLOCK,
+         f"block_size={config.block_size}: attention to compressed entries or chosen blocks needs blocks of "
+         f"{LEAST_BLOCK} tokens or more"),
+    )  # fmt: skip
+    if model.answer_window is not None:
         if draft_settings(config.speculative_config) is not None:
             raise draft_error(
                 f"{model.model_type} reads its answer through a window, whose cache a rejected draft token would "
                 'overwrite: leave speculative_config out, or set "method": "none"'
             )
         return dataclasses.replace(config, speculative_config={"method": "none"})
-    if not isinstance(model, ModelConfig) or model.implementation == "native":
+    if model.implementation == "native":
         return config
-    if config.ranks > 1:
-        raise ConfigError(
-            f"{model.model_type} runs on transformers, which cannot divide it among ranks: leave tensor_parallel_size "
-            "and pipeline_parallel_size out, or set model_impl='native'",
-            "tensor_parallel_size",
-        )
+    refuse_settings(
+        ("tensor_parallel_size", config.ranks > 1,
+         f"{model.model_type} runs on transformers, which cannot divide it among ranks: leave tensor_parallel_size "
+         "and pipeline_parallel_size out, or set model_impl='native'"),
+    )  # fmt: skip
     config = dataclasses.replace(config, cuda_graphs=False)
     if not model.one_at_a_time:
         return config
@@ -429,26 +418,6 @@ def as_loaded(config: EngineConfig, family: Family, model: ModelConfig, checkpoi
     shapes = family.build(model, SHAPES, checkpoint)
     imatrix = None if config.imatrix is None else read_imatrix(config.imatrix)
     return quantised_in_situ(config.isq, family.weights, checkpoint, model, places(shapes), imatrix)
-
-
-def fill(
-    model: Decoder | Encoder | DraftHead,
-    table: Sequence[WeightName],
-    ignored: Sequence[str],
-    config: ModelConfig | EncoderConfig,
-    checkpoint: Checkpoint,
-    progress: Callable[[int, int], object],
-    cut: Cut | None = None,
-) -> None:
-    """Load a model's weights, cut to a shard by `cut`; `progress` is called with the loaded bytes and the total."""
-    done, total = 0, sum(tensor.nbytes for tensor in checkpoint.tensors.values())
-
-    def report(count: int) -> None:
-        nonlocal done
-        done += count
-        progress(done, total)
-
-    load_weights(model, table, checkpoint, config, ignored=ignored, progress=report, cut=cut)
 
 
 def read_template(config: EngineConfig, tokenizer: Tokenizer, described: Path) -> ChatTemplate | None:

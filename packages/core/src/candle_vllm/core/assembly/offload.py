@@ -11,23 +11,19 @@ import logging
 from collections.abc import Mapping, Set
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from candle_vllm.core.assembly.placement import DTYPES, matrix_obstacle, memory_of
+from candle_vllm.core.assembly.placement import matrix_obstacle, memory_of, on_cpu
 from candle_vllm.core.config import EngineConfig
-from candle_vllm.core.devices import CPU, Device, gpu_memory
+from candle_vllm.core.devices import Device, gpu_memory
 from candle_vllm.core.errors import ConfigError
-from candle_vllm.core.kernels.cpu_runtime.numa import plan_ranks
-from candle_vllm.core.kernels.cpu_runtime.weight_memory import new_memory
-from candle_vllm.core.kernels.plain_linear import plain_kind
 from candle_vllm.core.layers.adapters import linears_in
 from candle_vllm.core.layers.linear import Linear
 from candle_vllm.core.layers.moe import mixtures_of
 from candle_vllm.core.layers.parameters import SHAPES, Placement
 from candle_vllm.core.loading.config import ModelConfig
 from candle_vllm.core.loading.tensors import Checkpoint
-from candle_vllm.core.loading.weights import expand, layer_at
+from candle_vllm.core.loading.weights import layer_at, stored_lines
 from candle_vllm.core.memory import MIB, cache_bytes, device_element_bytes
 from candle_vllm.core.quantization.plain import ELEMENTS
-from candle_vllm.core.threads import default_threads
 
 if TYPE_CHECKING:
     from candle_vllm.core.kernels.offloading import HostWeights
@@ -94,8 +90,7 @@ def plan_split(
 ) -> Split | None:
     """Plan which weights are in main memory; return None if the whole model is in one place.
 
-    Raises:
-        ConfigError: the settings cannot be applied to this model, or the CPU has no kernel for its experts.
+    Raises ConfigError if the settings cannot be applied to this model, or the CPU has no kernel for its experts.
     """
     if device.type == "cpu":
         for name in _SETTINGS:
@@ -131,7 +126,7 @@ def plan_split(
             raise ConfigError(f"{name} is not implemented for several ranks: leave it out, or use one GPU", name)
     host, bus, size, over_bus, told = None, None, 0, 0, list[str]()
     if gone:
-        host = _host(config)
+        host = on_cpu(config)
         obstacle, size = matrix_obstacle(_among(stored, gone)), memory_of(host, _among(stored, gone))
         if obstacle is not None:
             raise ConfigError(
@@ -161,23 +156,13 @@ def plan_split(
     )
 
 
-def _host(config: EngineConfig) -> Placement:
-    return Placement(
-        CPU,
-        "F32",
-        new_memory(lambda: plan_ranks(config.cpu_ranks, config.threads or default_threads())),
-        plain_kind(config.dtype.upper()) if config.dtype in DTYPES else None,
-    )
-
-
 def _layers(family: Family, model: ModelConfig, stored: Checkpoint) -> _Layers:
     experts: dict[int, set[str]] = {}
     rest: dict[int, set[str]] = {}
     shapes = family.build(model, SHAPES, stored)
-    for line in expand(family.weights, model, stored.format):
+    for line, name in stored_lines(family.weights, model, stored):
         path, _, part = line.target.partition(":")
-        name = line.find(stored.tensors) if part and path.startswith("layers.") and line.names else None
-        if name is None:
+        if not path.startswith("layers."):
             continue
         number = int(path.split(".")[1])
         if path.endswith(".mlp.experts"):
@@ -198,6 +183,10 @@ def _how_many(
 
     Without settings, one rank offloads only weights that do not fit: experts first, since a token needs few of them.
     """
+
+    def size(names: Set[str]) -> int:
+        return memory_of(placement, _among(stored, names))
+
     last = model.num_layers
     experts, layers, chosen = min(config.cpu_experts or 0, last), last, False
     if config.gpu_layers is not None:
@@ -206,7 +195,7 @@ def _how_many(
         left = config.cpu_offload_gb * (1 << 30)
         while left > 0 and layers:
             layers -= 1
-            left -= _size(placement, stored, found, layers, experts)
+            left -= size(found.of(layers, experts=layers >= experts))
     free_experts, free_layers = config.cpu_experts is None, config.cpu_offload_gb is None and config.gpu_layers is None
     if not (free_experts or free_layers) or config.ranks > 1:
         return experts, layers, "as the settings say"
@@ -218,22 +207,17 @@ def _how_many(
     cache = config.kv_cache_memory or cache_bytes(model.cache_specs, tokens, element_bytes)
     weights = memory_of(placement, stored)
     over = weights - (free - _STEPS - cache)
-    over -= sum(memory_of(placement, _among(stored, found.experts[n])) for n in found.experts if n < experts)
-    over -= sum(_size(placement, stored, found, n, experts) for n in range(layers, last))
+    over -= sum(size(found.experts[n]) for n in found.experts if n < experts)
+    over -= sum(size(found.of(n, experts=n >= experts)) for n in range(layers, last))
     for n in sorted(found.experts) if free_experts else ():
         if over > 0 and n < layers:
-            over -= memory_of(placement, _among(stored, found.experts[n]))
+            over -= size(found.experts[n])
             experts, chosen = n + 1, True
     while free_layers and over > 0 and layers:
         layers, chosen = layers - 1, True
-        over -= _size(placement, stored, found, layers, experts)
+        over -= size(found.of(layers, experts=layers >= experts))
     why = (
         f"the weights take {weights // MIB} MiB; of {free // MIB} MiB that are free on {device}, {_STEPS // MIB} MiB "
         f"are reserved for activations and {cache // MIB} MiB for a KV cache"
     )
     return experts, layers, why if chosen else "as the settings say"
-
-
-def _size(placement: Placement, stored: Checkpoint, found: _Layers, number: int, experts: int) -> int:
-    """Return the bytes of a layer's matrices, without its experts if the CPU computes them."""
-    return memory_of(placement, _among(stored, found.of(number, experts=number >= experts)))

@@ -16,8 +16,8 @@ from candle_vllm.core.devices import Device
 from candle_vllm.core.errors import ModelLoadError
 from candle_vllm.core.fields import read_json
 from candle_vllm.core.loading.gguf import check_kind, open_gguf
-from candle_vllm.core.loading.source import ModelFiles, resolve
-from candle_vllm.core.loading.tensors import Checkpoint
+from candle_vllm.core.loading.source import ModelFiles
+from candle_vllm.core.loading.tensors import Checkpoint, closed_on_error
 from candle_vllm.core.loading.vocabulary import fit_tokenizer
 from candle_vllm.core.memory import room_for
 from candle_vllm.core.models.registry import tower_family
@@ -33,7 +33,6 @@ class Opened:
     """A model's files and their contents.
 
     Attributes:
-        files: the files.
         checkpoint: the stored tensors of the text model.
         metadata: metadata of a GGUF file; empty for other formats.
         cache_scales: scales for an FP8 KV cache, by name.
@@ -45,19 +44,6 @@ class Opened:
     metadata: Mapping[str, Any]
     cache_scales: Mapping[str, StoredTensor] = dataclasses.field(default_factory=dict)
     tower: Checkpoint | None = None
-
-
-def model_files(config: EngineConfig) -> ModelFiles:
-    """Return the files of `config.model`, downloaded if needed; raises like `load_model`."""
-    return resolve(
-        config.model,
-        weight_file=config.weight_file,
-        revision=config.revision,
-        token=config.hf_token,
-        cache_dir=config.download_dir,
-        offline=config.offline,
-        load_format=config.load_format,
-    )
 
 
 _TOKENIZER_BYTES, _TOKEN_BYTES = 16 << 20, 1 << 10  # estimated memory of a tokenizer, and of each of its tokens
@@ -79,24 +65,21 @@ def naming(source: object, *others: object) -> Iterator[None]:
         raise type(error)(f"{source}: {error}") from error
 
 
-def open_model(files: ModelFiles, device: Device, impl: ModelImpl = "auto") -> Opened:
+def open_model(files: ModelFiles, device: Device, impl: ModelImpl = "auto", *, is_draft_head: bool = False) -> Opened:
     """Open the files that `model_files` found; raises like `load_model`.
 
-    `impl` chooses the layers for which the weights of a dummy are made. For a GGUF file the modules for other formats
-    are not imported, so that it loads faster.
+    `impl` chooses the layers for which the weights of a dummy are made. In safetensors files, the tensors of a draft
+    head keep their names. For a GGUF file the modules for other formats are not imported, so that it loads faster.
     """
     with naming(config_file(files)), room_for(f"the file of {files.name}", 0):
         if files.format == "gguf":
             gguf = open_gguf(files.weights[0])
-            try:
+            with closed_on_error([gguf]):
                 check_kind(gguf.metadata, gguf.path)
                 if any(tensor.type_name == "NVFP4" for tensor in gguf.tensors.values()):
                     from candle_vllm.core.quantization.fp4 import with_scales
 
                     gguf = gguf.with_tensors(with_scales(gguf))
-            except BaseException:
-                gguf.close()
-                raise
             return Opened(files, gguf, gguf.metadata)
         if files.format == "dummy":
             from candle_vllm.core.assembly.dummy import open_dummy
@@ -112,8 +95,10 @@ def open_model(files: ModelFiles, device: Device, impl: ModelImpl = "auto") -> O
         stored = open_safetensors(files.folder)
         if files.config is None:
             return Opened(files, stored, {})
-        try:
+        with closed_on_error([stored]):
             config = read_json(files.config)
+            if is_draft_head:
+                return Opened(files, read_quantised(stored, config, files.config), {})
             text_model, tower = split_towers(config, stored)
             if tower is not None and tower_family(config) is None:
                 left, tower = len(tower.tensors), None
@@ -121,9 +106,6 @@ def open_model(files: ModelFiles, device: Device, impl: ModelImpl = "auto") -> O
             tied = config.get("tie_word_embeddings") is not False  # Gemma's configs leave out the default, true
             named, scales = split_cache_scales(prefixed(text_model, tied=tied))
             return Opened(files, read_quantised(named, config, files.config), {}, scales, tower)
-        except BaseException:
-            stored.close()
-            raise
 
 
 def open_tokenizer(config: EngineConfig, files: ModelFiles, metadata: Mapping[str, Any], rows: int) -> Tokenizer:

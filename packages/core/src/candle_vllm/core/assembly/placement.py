@@ -11,7 +11,7 @@ from collections.abc import Iterator, Set
 from contextlib import contextmanager, nullcontext
 
 from candle_vllm.core.config import EngineConfig
-from candle_vllm.core.devices import Device, choose_device, fitting, is_amd, means_gpus, require_torch, use_threads
+from candle_vllm.core.devices import CPU, Device, choose_device, fitting, is_amd, means_gpus, require_torch, use_threads
 from candle_vllm.core.errors import ConfigError
 from candle_vllm.core.kernels.cpu_runtime.level import Isa, host_isa
 from candle_vllm.core.kernels.cpu_runtime.numa import plan_ranks
@@ -157,10 +157,8 @@ def encoder_placement(
 ) -> Placement:
     """Choose the placement of an encoder; in torch its matrices are dequantised. Errors as `choose_placement`.
 
-    Args:
-        config, device, checkpoint: settings of the engine, device, and stored tensors.
-        obstacle: why the model's steps cannot be recorded; None if they can.
-        words: see `Placement`; used on CPUs with VNNI, which multiply 16-bit integers twice as fast as floats.
+    `obstacle` is why the model's steps cannot be recorded, None if they can. `words`, see `Placement`, are used on CPUs
+    with VNNI, which multiply 16-bit integers twice as fast as floats.
     """
     in_torch = Placement(device, device_dtype(config, device))
     if config.op_by_op or device.type == "cuda":
@@ -173,20 +171,24 @@ def encoder_placement(
 def _recorded(config: EngineConfig, in_torch: Placement, obstacle: str | None) -> Placement:
     """Return the placement with recorded steps on the CPU, or with torch if there is an obstacle."""
     if obstacle is None:
-        wanted = plain_kind(config.dtype.upper()) if config.dtype in DTYPES else None
-        threads = config.threads or default_threads()
-        memory = new_memory(lambda: plan_ranks(config.cpu_ranks, threads))
-        return Placement(in_torch.device, "F32", memory, wanted)
+        return on_cpu(config)
     placement = _in_torch(config, in_torch, obstacle)
     logger.warning("weights are decoded and computed op by op in torch, which is slow: %s", obstacle)
     return placement
 
 
+def on_cpu(config: EngineConfig) -> Placement:
+    """Return the placement of matrices that the compiled CPU kernels multiply."""
+    wanted = plain_kind(config.dtype.upper()) if config.dtype in DTYPES else None
+    threads = config.threads or default_threads()
+    memory = new_memory(lambda: plan_ranks(config.cpu_ranks, threads))
+    return Placement(CPU, "F32", memory, wanted)
+
+
 def _in_torch(config: EngineConfig, placement: Placement, reason: str) -> Placement:
     """Return the placement, after setting torch's threads by `config`; `reason` is why torch is used.
 
-    Raises:
-        ConfigError: torch is not installed, or CPU ranks are requested.
+    Raises ConfigError if torch is not installed, or CPU ranks are requested.
     """
     with_experts = placement.device.type == "cuda" and config.cpu_experts != 0  # the CPU may compute experts
     if config.cpu_ranks is not None and config.cpu_ranks > 1 and not with_experts:
@@ -203,8 +205,7 @@ def _in_torch(config: EngineConfig, placement: Placement, reason: str) -> Placem
 def device_dtype(config: EngineConfig, device: Device) -> str:
     """Return the type of weights and activations in torch; "auto" is F32 on the CPU, else BF16 if supported, or F16.
 
-    Raises:
-        ConfigError: the dtype is bfloat16, and the GPU does not support it.
+    Raises ConfigError if the dtype is bfloat16, and the GPU does not support it.
     """
     wanted = DTYPES.get(config.dtype)
     if device.type == "cpu" or wanted in ("F32", "F16"):

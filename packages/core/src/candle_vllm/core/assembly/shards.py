@@ -30,7 +30,7 @@ from candle_vllm.core.layers.moe import ExpertMLPs, SparseMLP, mixtures_of
 from candle_vllm.core.layers.parameters import SHAPES
 from candle_vllm.core.loading.config import ModelConfig
 from candle_vllm.core.loading.tensors import Checkpoint
-from candle_vllm.core.loading.weights import expand, layer_at, parameters_of
+from candle_vllm.core.loading.weights import layer_at, parameters_of, stored_lines
 from candle_vllm.core.models.family import Decoder, Family
 from candle_vllm.core.quantization.tensors import StoredTensor
 
@@ -101,11 +101,7 @@ class Shard:
         return checkpoint.with_tensors({name: checkpoint.tensors[name] for name in self.tensors})
 
     def cut(self, target: str, stored: StoredTensor) -> StoredTensor:
-        """Return this rank's part of a tensor.
-
-        Raises:
-            WeightsError: the part would begin or end within a quantisation block.
-        """
+        """Return this rank's part of a tensor; raise WeightsError if it is not a part of whole quantisation blocks."""
         cut = self.cuts.get(target)
         if cut is None:
             return stored
@@ -200,9 +196,7 @@ def shard_of(
     """Return a rank's part of a model.
 
     Args:
-        name: the model's name, for messages.
-        family, config: family and config of the whole model.
-        checkpoint: its tensors.
+        name, family, config, checkpoint: name, family, config and tensors of the whole model.
         collective: collective operations of the ranks.
         apart: whether each rank has whole experts (expert parallelism), instead of a part of every expert.
         exchanges: how tokens are sent to whole experts; with "all_to_all", each rank has the whole shared expert.
@@ -245,16 +239,14 @@ def shard_of(
     stage = None if collective.stages is None else stage_of(name, family, config, checkpoint, collective.stages)
     stored = {
         stored
-        for line in expand(family.weights, config, checkpoint.format)
-        if line.names and line.target in mine and (stage is None or stage.has(line.target.partition(":")[0]))
-        if (stored := line.find(checkpoint.tensors)) is not None
+        for line, stored in stored_lines(family.weights, config, checkpoint)
+        if line.target in mine and (stage is None or stage.has(line.target.partition(":")[0]))
     }
     how: All2AllBackend = exchanges if apart else "allgather_reducescatter"
     return Shard(configs[collective.rank], cuts, collective, config, stage, frozenset(absent), how, frozenset(stored))
 
 
 def _shapes(family: Family, config: ModelConfig, checkpoint: Checkpoint) -> dict[str, _Shape]:
-    """Return the shape of every parameter of a model, by target."""
     found = parameters_of(family.build(config, SHAPES, checkpoint), family.weights, config, checkpoint.format)
     return {target: _Shape(tuple(each.shape), each.sections) for target, each in found.items()}
 
@@ -299,11 +291,7 @@ class _Units(NamedTuple):
     @classmethod
     def of(cls, family: Family, config: ModelConfig, checkpoint: Checkpoint) -> _Units:
         """Return the units in which the stored tensors can be divided."""
-        stored = {
-            line.target: (line, name)
-            for line in expand(family.weights, config, checkpoint.format)
-            if line.names and (name := line.find(checkpoint.tensors)) is not None
-        }
+        stored = {line.target: (line, name) for line, name in stored_lines(family.weights, config, checkpoint)}
         whole = _shapes(family, config, checkpoint)
 
         def unit(count: int, narrow: Callable[[], ModelConfig]) -> int:
@@ -328,8 +316,9 @@ class _Units(NamedTuple):
             unit(config.num_heads, lambda: dataclasses.replace(config, num_heads=1, num_kv_heads=1)),
             unit(config.intermediate_size, lambda: dataclasses.replace(config, intermediate_size=1)),
         )
-        if channels := _channels(config):
-            found = found._replace(channels=unit(channels, lambda: _with_channels(config, 1)))
+        if channels := getattr(config, "channels", 0):
+            one: Any = {"channels": 1}
+            found = found._replace(channels=unit(channels, lambda: dataclasses.replace(config, **one)))
         if mixture is None:
             return found
         return found._replace(
@@ -338,7 +327,6 @@ class _Units(NamedTuple):
         )
 
     def _heads(self, config: ModelConfig, size: int) -> int:
-        """Return the unit of query heads for `size` ranks."""
         if config.latent is not None or size > config.num_kv_heads:
             return self.heads
         return math.lcm(self.heads, config.num_heads // config.num_kv_heads)
@@ -358,7 +346,7 @@ class _Units(NamedTuple):
             ("inner elements of feed-forward layers", config.intermediate_size, self.inner),
             ("tokens of the vocabulary", config.vocab_size, -(-config.vocab_size // size)),
         ]
-        if channels := _channels(config):
+        if channels := getattr(config, "channels", 0):
             parts.append(("channels of convolutions", channels, self.channels))
         if mixture is not None:
             whole = ("experts", mixture.experts, 1)
@@ -394,19 +382,9 @@ class _Units(NamedTuple):
             else:
                 part = {"inner_size": _share(mixture.inner_size, self.experts, rank, size)}
             sizes["mixture"] = dataclasses.replace(mixture, shared_size=shared, **part)
-        narrow = dataclasses.replace(config, **sizes)
-        if channels := _channels(config):
-            narrow = _with_channels(narrow, _share(channels, self.channels, rank, size))
-        return narrow
-
-
-def _channels(config: ModelConfig) -> int:
-    """Return the number of channels of short convolutions; 0 without convolutions."""
-    return getattr(config, "channels", 0)
-
-
-def _with_channels(config: ModelConfig, channels: int) -> ModelConfig:
-    return dataclasses.replace(config, channels=channels)  # type: ignore[call-arg]
+        if channels := getattr(config, "channels", 0):
+            sizes["channels"] = _share(channels, self.channels, rank, size)
+        return dataclasses.replace(config, **sizes)
 
 
 def _cut_delta(delta: Delta, cut: _Cut, rank: int) -> Delta | None:

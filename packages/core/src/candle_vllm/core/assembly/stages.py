@@ -19,7 +19,7 @@ from candle_vllm.core.layers.parameters import SHAPES, Placement
 from candle_vllm.core.loading.cache_specs import SharedKVSpec
 from candle_vllm.core.loading.config import ModelConfig
 from candle_vllm.core.loading.tensors import Checkpoint
-from candle_vllm.core.loading.weights import expand
+from candle_vllm.core.loading.weights import stored_lines
 from candle_vllm.core.models.family import Decoder, Family
 from candle_vllm.core.models.stack import DecoderStack, Stage
 
@@ -30,7 +30,6 @@ class StagePart(NamedTuple):
     """A stage's part of a model.
 
     Attributes:
-        line: the pipeline stages.
         layers: numbers of the stage's layers.
         tables: attribute names of the embedding tables and the head, which only the first stage has.
     """
@@ -66,15 +65,9 @@ class StagePart(NamedTuple):
 
 
 def stage_of(name: str, family: Family, config: ModelConfig, checkpoint: Checkpoint, line: Stages) -> StagePart:
-    """Return a stage's part of a model, such that the bytes of the largest stage are minimal.
+    """Return a stage's part of a whole model, such that the bytes of the largest stage are minimal.
 
-    Args:
-        name: the model's name, for messages.
-        family, config, checkpoint: family, config and tensors of the whole model.
-        line: the stages.
-
-    Raises:
-        ConfigError: the model has fewer layers than stages, or its layers cannot be divided.
+    Raises ConfigError if the model has fewer layers than stages, or its layers cannot be divided.
     """
     obstacle = None
     if line.size > config.num_layers:
@@ -94,9 +87,8 @@ def stage_of(name: str, family: Family, config: ModelConfig, checkpoint: Checkpo
     if obstacle is not None:
         raise ConfigError(obstacle, "pipeline_parallel_size")
     tensors, paths = checkpoint.tensors, dict[str, set[str]]()
-    for each in expand(family.weights, config, checkpoint.format):
-        if each.names and (stored := each.find(tensors)) is not None:
-            paths.setdefault(stored, set()).add(each.target.partition(":")[0])
+    for each, stored in stored_lines(family.weights, config, checkpoint):
+        paths.setdefault(stored, set()).add(each.target.partition(":")[0])
     layers, ends = [0] * config.num_layers, 0
     for stored, where in paths.items():
         numbers = {int(found[1]) for path in where if (found := _LAYER.match(path)) is not None}
@@ -109,12 +101,9 @@ def stage_of(name: str, family: Family, config: ModelConfig, checkpoint: Checkpo
 
 
 def divide(layers: Sequence[int], first: int, stages: int) -> list[range]:
-    """Divide layers among stages, at least one for each stage; return the layers of each.
+    """Return the layers of each of `stages` stages, at least one; by the bytes of `layers`.
 
-    Args:
-        layers: bytes of each layer.
-        first: additional bytes of the first stage.
-        stages: number of stages.
+    `first` are additional bytes of the first stage.
     """
     sums = [0]
     for size in layers:

@@ -42,14 +42,7 @@ _PROCESSORS = "processor_config.json"  # newer models have the same settings und
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoadedTower:
-    """A vision tower with its weights.
-
-    Attributes:
-        tower: the model.
-        placement: device and types of its weights.
-        vision: how images are preprocessed and become tokens of a prompt.
-        weight_bytes: stored bytes.
-    """
+    """A vision tower with its weights; `vision` is how images are preprocessed and become tokens of a prompt."""
 
     tower: Tower
     placement: Placement
@@ -60,18 +53,12 @@ class LoadedTower:
 def load_tower(
     config: EngineConfig, opened: Opened, tokenizer: Tokenizer, text_size: int, text: Placement
 ) -> LoadedTower | None:
-    """Load the vision tower of a model; return None for a text-only model.
+    """Load the vision tower of a model; return None for a text-only model. Errors: see `_opened`.
 
     Args:
-        config: the engine's settings.
-        opened: the model's files.
-        tokenizer: the model's tokenizer.
+        config, opened, tokenizer: the engine's settings, the model's files and its tokenizer.
         text_size: hidden size of its text model.
         text: placement of the text model; the tower runs recorded steps only if that does, and shares its threads.
-
-    Raises:
-        ConfigError: see `_opened`.
-        ModelLoadError: its files cannot be used.
     """
     with _opened(config, opened, text_size) as found:
         return None if found is None else _loaded(config, text, opened.files.name, tokenizer, *found)
@@ -86,7 +73,8 @@ def tower_memory(config: EngineConfig, opened: Opened, text_size: int, text: Pla
         if found is None:
             return 0
         _, model, stored, _ = found
-        return model.step_bytes(threads) + memory_of(_placed(config, text, stored), stored)
+        placement = encoder_placement(config, text.device, stored) if text.recorded else text
+        return model.step_bytes(threads) + memory_of(placement, stored)
 
 
 @contextlib.contextmanager
@@ -120,11 +108,6 @@ def _opened(config: EngineConfig, opened: Opened, text_size: int) -> Iterator[_F
         return
     with open_gguf(config.mmproj) as stored:
         yield _from_gguf(stored, text_size, config.mm_processor_kwargs)
-
-
-def _placed(config: EngineConfig, text: Placement, stored: Checkpoint) -> Placement:
-    """Return the placement of a tower's weights, given the text model's placement."""
-    return encoder_placement(config, text.device, stored) if text.recorded else text
 
 
 def _from_folder(opened: Opened, text_size: int, said: Mapping[str, Any] | None) -> _Found | None:
@@ -200,7 +183,7 @@ def _loaded(
     described: Path,
 ) -> LoadedTower:
     started, family = time.perf_counter(), family.known_to(tokenizer.encode)
-    placement = _placed(config, text, stored)
+    placement = encoder_placement(config, text.device, stored) if text.recorded else text
     with naming(described, stored.path):
         check_weights(lambda: family.build(model, SHAPES), family.weights, stored, model)
         with room_for_weights(f"the tower of {name}", placement, stored):
@@ -230,7 +213,6 @@ def vision_input_of(parts: VisionDescription, tokenizer: Tokenizer, config: Engi
 
 
 def _breaks(tokenizer: Tokenizer) -> dict[int, int]:
-    """See `VisionInput.breaks`."""
     found: dict[int, int] = {}
     for count in range(1, _MOST_BREAKS + 1):
         ids = tokenizer.encode("\n" * count, add_special_tokens=False)

@@ -22,7 +22,7 @@ from candle_vllm.core.loading.config import ModelConfig
 from candle_vllm.core.loading.source import ModelFiles
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.views import rows_of_bytes
-from candle_vllm.core.loading.weights import expand
+from candle_vllm.core.loading.weights import stored_lines
 from candle_vllm.core.models.family import Family
 from candle_vllm.core.quantization.plain import ELEMENTS, read_plain
 from candle_vllm.core.quantization.tensors import StoredTensor, Viewed
@@ -46,15 +46,9 @@ def merge(
 ) -> tuple[ModelConfig, Checkpoint]:
     """Return a model and its tensors with adapters merged into them; each matrix is computed when it is requested.
 
-    Args:
-        config: settings of the written file. If it names a type, or the base's matrix is quantised, a merged matrix is
-            float32 here, and is converted when it is written; otherwise it has the base's own type.
-        files, family, model, checkpoint: the base model.
-        adapters: the adapters to merge, each with its factor.
-        opened: holds the adapters' files open while the tensors are read.
-
-    Returns:
-        The model, whose head is no longer tied to the embedding table if their changes differ; and the tensors.
+    The head is no longer tied to the embedding table if their changes differ. If `config` names a type, or the base's
+    matrix is quantised, a merged matrix is float32 here, and is converted when it is written; otherwise it has the
+    base's own type. `opened` holds the adapters' files open while the tensors are read.
 
     Raises:
         ModelNotFoundError, AdapterError: as `read_adapter` and `fit_adapter`, or an adapter cannot be merged.
@@ -63,7 +57,7 @@ def merge(
     changes: dict[str, _Changes] = {}
     for path, scale in adapters:
         stored = opened.enter_context(read_adapter(path, ANY_SIZE))
-        if stored.alora is not None:
+        if stored.config.alora is not None:
             raise AdapterError(
                 f"{path}: an adapter with alora_invocation_tokens acts only on a part of a text, so it cannot be merged"
             )
@@ -82,7 +76,10 @@ def merge(
     for target, deltas in changes.items():
         own = weights(target)
         assert own is not None
-        merged[stored_target(target, model)] = _merged(own, deltas, exact) if deltas else own
+        name = "F32" if exact or own.dtype is None else own.dtype
+        nbytes = own.numel * ELEMENTS[name].itemsize
+        made = _Merged(own.name, own.shape, name, nbytes, own, deltas) if deltas else own
+        merged[stored_target(target, model)] = made
     return model, checkpoint.with_tensors(_unchanged(family, model, checkpoint, merged) | merged)
 
 
@@ -103,10 +100,8 @@ def _unchanged(
 ) -> dict[str, StoredTensor]:
     """Return the stored tensors, except tensors of which adapters change all parameters."""
     kept, gone = set[str](), set[str]()
-    for line in expand(family.weights, model, checkpoint.format):
-        name = line.find(checkpoint.tensors) if line.names else None
-        if name is not None:
-            (gone if line.target in merged else kept).add(name)
+    for line, name in stored_lines(family.weights, model, checkpoint):
+        (gone if line.target in merged else kept).add(name)
     return {name: tensor for name, tensor in checkpoint.tensors.items() if name not in gone - kept}
 
 
@@ -119,11 +114,6 @@ class _Merged(Viewed):
         if self.type_name != "F32":
             values = read_plain(values.view(np.uint8), "F32", values.shape, self.type_name)
         return rows_of_bytes(values, self.shape)
-
-
-def _merged(own: StoredTensor, changes: _Changes, exact: bool) -> StoredTensor:
-    name = "F32" if exact or own.dtype is None else own.dtype
-    return _Merged(own.name, own.shape, name, own.numel * ELEMENTS[name].itemsize, own, changes)
 
 
 def merged_weight(own: StoredTensor, changes: Sequence[tuple[Delta, float]]) -> NDArray[np.float32]:

@@ -19,7 +19,7 @@ import numpy as np
 from candle_vllm.core.assembly.adapter_base import adapter_base
 from candle_vllm.core.assembly.adapters import fit_adapter
 from candle_vllm.core.assembly.model import describe_family
-from candle_vllm.core.assembly.opening import config_file, model_files, naming, open_model
+from candle_vllm.core.assembly.opening import config_file, naming, open_model
 from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.conversion.adapters import ANY_SIZE
 from candle_vllm.core.conversion.gguf_file import PlannedTensor, Progress
@@ -31,6 +31,7 @@ from candle_vllm.core.errors import AdapterError, ConfigError
 from candle_vllm.core.kernels.lora import Delta, FittedAdapter
 from candle_vllm.core.loading.adapters import StoredAdapter, read_adapter
 from candle_vllm.core.loading.config import EncoderConfig
+from candle_vllm.core.loading.source import model_files
 from candle_vllm.core.loading.views import ColumnOrder, computed, constant
 from candle_vllm.core.loading.weights import Line, expand
 from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType
@@ -53,9 +54,7 @@ def write_gguf_adapter(
     Args:
         config: names the model, a GGUF file or a folder; `dtype` is the tensors' type, "auto" the stored one.
         adapter: a PEFT folder.
-        out: the path of the file, which ends in .gguf.
-        overwrite: an existing file may be replaced.
-        progress: called with the written bytes and all bytes.
+        out, overwrite, progress: see `write_gguf`.
 
     Raises:
         ConfigError: the file cannot be written at this path, or `isq` is set.
@@ -116,13 +115,9 @@ def write_gguf_adapter(
 def _targets(stored: StoredAdapter, fitted: FittedAdapter) -> Iterator[tuple[str, Delta]]:
     for path, deltas in fitted.deltas.items():
         for prefix, delta in deltas.items():
-            for part, what in (
-                ("bias", "a bias"),
-                ("column_scale", "DoRA"),
-                ("full", "a whole matrix"),
-                ("rows", "rows"),
-            ):
-                if getattr(delta, part) is not None:
+            parts = {"a bias": delta.bias, "DoRA": delta.column_scale, "a whole matrix": delta.full, "rows": delta.rows}
+            for what, part in parts.items():
+                if part is not None:
                     raise AdapterError(
                         f"{stored.path}: it has {what} for {path}, which GGUF adapters cannot store: {_MERGE}"
                     )

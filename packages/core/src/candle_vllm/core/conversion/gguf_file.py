@@ -32,7 +32,6 @@ class PlannedTensor:
     """A tensor of a file to be written.
 
     Attributes:
-        name: name in the file.
         stored: plain elements, blocks of the type `kind`, or MXFP4 as it is stored in safetensors files.
         kind: type in the file.
         importance: importance of the columns, see `weight_quant.rows.quantise`.
@@ -71,7 +70,6 @@ def write_file(
 
     Args:
         path: the file's path; an existing file is replaced.
-        plans: the tensors, in order.
         metadata: keys and values: strings, booleans, integers (uint32; in two arrays int32), other numbers (float32),
             lists of one of these types, bytes; empty lists are left out. `general.architecture` is required.
         types: types of copied metadata, see `GgufFile.types`.

@@ -34,8 +34,7 @@ logger = logging.getLogger(__name__)
 def architecture(family: Family, config: ModelConfig, path: Path) -> Architecture:
     """Return the GGUF architecture of a config's model_type, from the model's own family or another one that lists it.
 
-    Raises:
-        UnsupportedModelError: no family says how models of this type are written.
+    Raises UnsupportedModelError if no family says how models of this type are written.
     """
     rows = {name: row for each in (*HF_FAMILIES.values(), family) for name, row in each.as_gguf.items()}
     row = rows.get(config.model_type)
@@ -138,11 +137,7 @@ _ROUGH = ("embedding_scale", "input_scale")  # some models round these to their 
 
 
 def check_description(config: ModelConfig, written: Checkpoint) -> None:
-    """Read the planned metadata and tensors: they must give `config`, which `Architecture.stored` has returned.
-
-    Raises:
-        UnsupportedModelError: they describe another model; the message names the settings.
-    """
+    """Raise UnsupportedModelError if planned metadata and tensors do not give `config`, from `Architecture.stored`."""
     name = written.metadata["general.architecture"]
     try:
         _, found = family_from_gguf(written.metadata, written)

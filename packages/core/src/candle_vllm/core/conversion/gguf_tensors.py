@@ -30,11 +30,7 @@ _Piece = tuple[Line, StoredTensor]  # a line of the table for GGUF, and the mode
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class _Assembled(Made):
-    """Rows of several tensors in a new order.
-
-    Attributes:
-        pieces: row numbers, and the tensors with these rows.
-    """
+    """Rows of several tensors in a new order; `pieces` are row numbers, and the tensors with these rows."""
 
     pieces: tuple[tuple[np.ndarray, StoredTensor], ...]
 
@@ -54,7 +50,6 @@ class _AssembledBlocks(_Assembled):
     """Rows in MXFP4 in a new order; they stay MXFP4."""
 
     def raw(self) -> np.ndarray:
-        """Return the blocks, uint8 [rows, bytes per row]."""
         blocks = [(order, mxfp4_blocks(stored)) for order, stored in self.pieces]
         out = np.empty((sum(len(order) for order, _ in blocks), blocks[0][1].shape[1]), np.uint8)
         for order, rows in blocks:
@@ -73,8 +68,7 @@ def gguf_tensors(
     """Yield name, first target in the model, and tensor (plain or MXFP4) of all GGUF tensors, in table order.
 
     Args:
-        checkpoint: checkpoint in safetensors files.
-        config: the model's config from its config.json.
+        checkpoint, config: tensors of safetensors files, and the model's config from its config.json.
         gguf_config: the same config as GGUF metadata will describe it.
         has_place: whether the model has a line's target.
         preferred: parts of names that choose among a line's alternatives; otherwise the first is used.
@@ -84,7 +78,7 @@ def gguf_tensors(
     """
     found: defaultdict[str, list[_Piece]] = defaultdict(list)
     for stored_line, line in beside_gguf(table, config):
-        name = stored_line.find(checkpoint.tensors) if stored_line.names and has_place(stored_line.target) else None
+        name = stored_line.find(checkpoint.tensors) if has_place(stored_line.target) else None
         if name is None:
             continue
         if not line.names:

@@ -44,13 +44,8 @@ PROBE = (
 def tokenizer_metadata(tokenizer: Tokenizer, rows: int, ends: Sequence[int]) -> dict[str, Any]:
     """Return the keys of a tokenizer and, with a byte-pair model, of its chat templates.
 
-    Args:
-        tokenizer: the tokenizer from the model's folder.
-        rows: number of rows of the embedding table; ids without a token get a placeholder name.
-        ends: token ids that end a sequence.
-
-    Raises:
-        UnsupportedModelError: GGUF cannot represent this tokenizer.
+    `rows` is the number of rows of the embedding table; ids without a token get a placeholder name. `ends` are the
+    token ids that end a sequence. Raises UnsupportedModelError if GGUF cannot represent this tokenizer.
     """
     data = json.loads(tokenizer.backend.to_str())
     model, added = data["model"], {token["id"]: token for token in data["added_tokens"]}
@@ -219,11 +214,7 @@ def phi3_name(metadata: Mapping[str, Any]) -> str:
 
 
 def pre_tokenizer_name(backend: Backend, ignore_merges: bool) -> str:
-    """Return the name in `PRE_TOKENIZERS` of a tokenizer's pre-tokenizer.
-
-    Raises:
-        UnsupportedModelError: no entry splits texts in the same way.
-    """
+    """Return the name in `PRE_TOKENIZERS` of a pre-tokenizer; raise UnsupportedModelError if no entry splits alike."""
     cut = backend.pre_tokenizer
     wanted = None if cut is None else _pieces(cut)
     alike = [
@@ -252,11 +243,9 @@ _NEVER = -10000.0  # score of a row without a token
 
 
 def wordpiece(data: Mapping[str, Any], texts: Sequence[str]) -> dict[str, Any]:
-    """Return the keys of a WordPiece vocabulary; in GGUF, the tokens that begin a word have a prefix, not the others.
+    """Return the keys of a WordPiece vocabulary, from a `tokenizer.json` and the text of every token id.
 
-    Args:
-        data: a `tokenizer.json`.
-        texts: text of every token id.
+    In GGUF, the tokens that begin a word have a prefix, not the others.
     """
     model, kinds = data["model"], _kinds(data, texts, data["model"]["vocab"])
     named = (CONTROL, USER_DEFINED)
@@ -326,13 +315,8 @@ def check_pieces(
 ) -> None:
     """Tokenize texts with the original tokenizer and with the one that its metadata gives, and compare.
 
-    Args:
-        metadata: metadata with the keys of its vocabulary.
-        texts: texts to tokenize.
-        framed: compare the special tokens around a text too.
-
-    Raises:
-        UnsupportedModelError: the tokens differ, or GGUF has no form for the tokenizer.
+    With `framed`, the special tokens around a text are compared too. Raises UnsupportedModelError if the tokens differ,
+    or GGUF has no form for the tokenizer.
     """
     try:
         same = Tokenizer.from_gguf(metadata).encode_batch(texts, framed) == tokenizer.encode_batch(texts, framed)
@@ -351,16 +335,8 @@ def check_byte_pair(
     """Check and return a byte-pair tokenizer's metadata, with an older pre-tokenizer name if it gives the same tokens.
 
     A normaliser that composes characters (Qwen's) cannot be stored in GGUF and is left out. If the name implies another
-    value of `ignore_merges`, the text of every token is tried, not only the probe.
-
-    Args:
-        metadata: metadata with the keys of its vocabulary.
-        probe: a text with many kinds of words.
-        ignore_merges: whether the original uses the token of a whole word without merges.
-        behind: special token that is put before each text of the probe; "" for none.
-
-    Raises:
-        UnsupportedModelError: the tokens of a text differ.
+    value of `ignore_merges` than the original's, the text of every token is tried, not only the probe. The special
+    token `behind`, "" for none, is put before each text of the probe. Errors as `check_pieces`.
     """
     probe = unicodedata.normalize("NFC", probe)
     texts, pre = [behind + text for text in (probe, probe.lower(), *probe.split(" "))], metadata[_PRE]

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from candle_vllm.core.assembly.model import describe_family
-from candle_vllm.core.assembly.opening import model_files, open_model
+from candle_vllm.core.assembly.opening import open_model
 from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.conversion.gguf_file import PlannedTensor
 from candle_vllm.core.conversion.write import WrittenFile, write_plans
@@ -25,6 +25,7 @@ from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.inference_engine import InferenceEngine
 from candle_vllm.core.kernels.lora import Place
 from candle_vllm.core.layers.adapters import number_places
+from candle_vllm.core.loading.source import model_files
 from candle_vllm.core.loading.views import ColumnOrder, constant
 from candle_vllm.core.loading.weights import beside_gguf
 from candle_vllm.core.perplexity import cut

@@ -17,7 +17,7 @@ from gguf import LlamaFileType
 
 from candle_vllm.core.assembly.isq import check_plain, check_used, chosen_type, in_situ, stays_plain
 from candle_vllm.core.assembly.model import GGUF_SAMPLING, sampling_defaults
-from candle_vllm.core.assembly.opening import config_file, model_files, naming, open_model, open_tokenizer
+from candle_vllm.core.assembly.opening import config_file, naming, open_model, open_tokenizer
 from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.conversion.adapters import AdapterFactors, merge
 from candle_vllm.core.conversion.gguf_file import PlannedTensor, Progress, write_file
@@ -32,7 +32,7 @@ from candle_vllm.core.conversion.gguf_metadata import (
 from candle_vllm.core.conversion.gguf_tensors import gguf_tensors
 from candle_vllm.core.conversion.gguf_tokenizer import phi3_name, tokenizer_metadata
 from candle_vllm.core.devices import CPU
-from candle_vllm.core.errors import AdapterError, ConfigError, ModelLoadError, UnsupportedModelError
+from candle_vllm.core.errors import AdapterError, ConfigError, ModelLoadError, UnsupportedModelError, refuse_settings
 from candle_vllm.core.fields import Fields, read_json
 from candle_vllm.core.kernels.weight_quant.rows import BY_ROW, ISQ_TYPES
 from candle_vllm.core.kernels.weight_quant.searches import SIMPLE, TYPES
@@ -40,11 +40,11 @@ from candle_vllm.core.layers.parameters import SHAPES
 from candle_vllm.core.loading.config import EncoderConfig, ModelConfig, stretched
 from candle_vllm.core.loading.gguf import GgufFile, split_names
 from candle_vllm.core.loading.imatrix import read_imatrix
-from candle_vllm.core.loading.source import ModelFiles
+from candle_vllm.core.loading.source import ModelFiles, model_files
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.views import computed, constant
 from candle_vllm.core.loading.vocabulary import SUPPRESSED, end_tokens
-from candle_vllm.core.loading.weights import check_weights, expand, places
+from candle_vllm.core.loading.weights import check_weights, places, stored_lines
 from candle_vllm.core.models.family import EncoderFamily
 from candle_vllm.core.models.registry import encoder_from_gguf, encoder_from_hf, family_from_gguf, family_from_hf
 from candle_vllm.core.models.trunks import is_headed
@@ -65,13 +65,7 @@ _SLACK = 64 << 20  # bytes beyond the tensors: metadata, and overhead of the fil
 
 @dataclasses.dataclass(frozen=True)
 class WrittenFile:
-    """A GGUF file that was written.
-
-    Attributes:
-        path: path of the file.
-        nbytes: size of the file in bytes.
-        types: number of tensors of each type.
-    """
+    """A GGUF file that was written; `types` is the number of tensors of each type."""
 
     path: Path
     nbytes: int
@@ -119,10 +113,17 @@ def write_gguf(
         opened.enter_context(naming(config_file(files), *beside))
         types: Mapping[str, tuple[int, int]] = {}
         if files.format == "gguf":
-            _check_copied(config, adapters)
+            refuse_settings(
+                ("lora", adapters,
+                 "adapters are merged into safetensors weights, not into a GGUF file: name the folder"),
+                ("tokenizer", config.tokenizer is not None,
+                 "a GGUF file's tokenizer is copied with it: leave --tokenizer out"),
+            )  # fmt: skip
             plans, metadata, types = _plan_of_gguf(config, files, checkpoint)
         else:
-            _check_plain(config, checkpoint)
+            # MXFP4, the type of gpt-oss, is a type of GGUF too and stays unchanged.
+            plain = {name: each for name, each in checkpoint.tensors.items() if each.type_name != "MXFP4"}
+            check_plain(config.isq, checkpoint.with_tensors(plain))
             plans, metadata = _plan(config, files, checkpoint, adapters, opened)
         if config.isq == BY_ROW:
             plans = [_by_row(plan) for plan in plans]
@@ -138,26 +139,17 @@ def _by_row(plan: PlannedTensor) -> PlannedTensor:
     return dataclasses.replace(plan, stored=in_situ(plan.stored, plan.kind, by_row=True))
 
 
-def _check_plain(config: EngineConfig, checkpoint: Checkpoint) -> None:
-    """Refuse weights other than plain or MXFP4, the type of gpt-oss, which GGUF has too and which stays unchanged."""
-    plain = {name: tensor for name, tensor in checkpoint.tensors.items() if tensor.type_name != "MXFP4"}
-    check_plain(config.isq, checkpoint.with_tensors(plain))
-
-
 def check_target(out: Path, overwrite: bool) -> None:
     """Raise ConfigError if a file cannot be written at this path."""
-    if out.suffix != ".gguf":
-        raise ConfigError(f"{out} does not end in .gguf: name the file that is to be written", "out")
-    if split_names(out.name) != (out.name,):
-        raise ConfigError(
-            f"{out} is named like one part of a split model, but one whole file is written: choose another name", "out"
-        )
-    if not out.parent.is_dir():
-        raise ConfigError(f"{out.parent} is not a folder: create it first", "out")
-    if out.is_dir():
-        raise ConfigError(f"{out} is a folder: name a file in it", "out")
-    if out.exists() and not overwrite:
-        raise ConfigError(f"{out} exists: name another file, or pass --force to replace it", "out")
+    refuse_settings(
+        ("out", out.suffix != ".gguf", f"{out} does not end in .gguf: name the file that is to be written"),
+        ("out", split_names(out.name) != (out.name,),
+         f"{out} is named like one part of a split model, but one whole file is written: choose another name"),
+        ("out", not out.parent.is_dir(), f"{out.parent} is not a folder: create it first"),
+        ("out", out.is_dir(), f"{out} is a folder: name a file in it"),
+        ("out", out.exists() and not overwrite,
+         f"{out} exists: name another file, or pass --force to replace it"),
+    )  # fmt: skip
 
 
 def _check_room(out: Path, count: int) -> None:
@@ -183,7 +175,7 @@ def _plan(
     if encoder is not None:
         if adapters:
             raise AdapterError(f"{files.name} is an encoder, and adapters are merged into decoders")
-        return _encoder_plan(config, files, files.config, checkpoint, *encoder)
+        return _plan_of_encoder(config, files, files.config, checkpoint, *encoder)
     family, model = family_from_hf(described, files.config, checkpoint.tensors)
     checkpoint = checkpoint if family.prepared is None else family.prepared(checkpoint)
     if is_headed(described.get("architectures")):
@@ -215,13 +207,6 @@ def _plan(
     return plans, metadata
 
 
-def _check_copied(config: EngineConfig, adapters: AdapterFactors) -> None:
-    if adapters:
-        raise ConfigError("adapters are merged into safetensors weights, not into a GGUF file: name the folder", "lora")
-    if config.tokenizer is not None:
-        raise ConfigError("a GGUF file's tokenizer is copied with it: leave --tokenizer out", "tokenizer")
-
-
 def _plan_of_gguf(
     config: EngineConfig, files: ModelFiles, checkpoint: Checkpoint
 ) -> tuple[list[PlannedTensor], dict[str, Any], Mapping[str, tuple[int, int]]]:
@@ -232,10 +217,8 @@ def _plan_of_gguf(
         family, model = family_from_gguf(checkpoint.metadata, checkpoint)
         table = family.weights
     targets: dict[str, str] = {}
-    for line in expand(table, model, "gguf"):
-        name = line.find(checkpoint.tensors) if line.names else None
-        if name is not None:
-            targets.setdefault(name, line.target)
+    for line, name in stored_lines(table, model, checkpoint):
+        targets.setdefault(name, line.target)
     made = (_requantised(config, name, targets.get(name), stored) for name, stored in checkpoint.tensors.items())
     plans = [part for plan in made for part in _parts(plan)]
     if (again := sum(plan.stored.quantised and plan.stored.dtype is not None for plan in plans)) > 0:
@@ -255,7 +238,7 @@ def _plan_of_gguf(
     if config.chat_template is not None:
         metadata = {key: value for key, value in metadata.items() if not key.startswith(_TEMPLATE)}
         changed[_TEMPLATE] = config.chat_template
-    source = GgufFile.open(checkpoint.path)
+    source = GgufFile(checkpoint.path)
     source.close()
     return plans, metadata | changed, {key: kind for key, kind in source.types.items() if key not in changed}
 
@@ -294,24 +277,6 @@ def _by_importance(plans: list[PlannedTensor], path: Path | None) -> list[Planne
         found.append(dataclasses.replace(plan, importance=importance))
     check_used(imatrix, any(plan.importance is not None for plan in found))
     return found
-
-
-def _encoder_plan(
-    config: EngineConfig,
-    files: ModelFiles,
-    source: Path,
-    checkpoint: Checkpoint,
-    family: EncoderFamily,
-    model: EncoderConfig,
-) -> tuple[list[PlannedTensor], dict[str, Any]]:
-    found = encoder_tensors(family, model, checkpoint, source)
-    plans = [PlannedTensor(name, stored, _kind(config, name, target, stored)) for name, target, stored in found]
-    plans = _by_importance(plans, config.imatrix)
-    metadata = describe_encoder(model, files) | _general(config, files, plans)
-    metadata |= tokenizer_metadata(open_tokenizer(config, files, {}, model.vocab_size), model.vocab_size, ())
-    written = {plan.name: plan.stored for plan in plans}
-    check_encoder(model, Checkpoint(source, "gguf", (), written, metadata))
-    return plans, metadata
 
 
 def _words(config: EngineConfig, files: ModelFiles, model: ModelConfig) -> dict[str, Any]:
@@ -379,46 +344,39 @@ def write_plans(
     return WrittenFile(out, out.stat().st_size, counts)
 
 
-# ---- encoders: BERT, and RoBERTa in the form of a BERT, with their pooling -------------------------------------------
+# ---- encoders --------------------------------------------------------------------------------------------------------
 
 
-_NAME = "bert"
-_POSITIONS = "position_embd.weight"
+_BERT = "bert"
 
 
-def encoder_tensors(
-    family: EncoderFamily, model: EncoderConfig, checkpoint: Checkpoint, path: Path
-) -> list[tuple[str, str, StoredTensor]]:
-    """Return name in the file, target in the model, and tensor, for all tensors of the file.
+def _plan_of_encoder(
+    config: EngineConfig,
+    files: ModelFiles,
+    source: Path,
+    checkpoint: Checkpoint,
+    family: EncoderFamily,
+    model: EncoderConfig,
+) -> tuple[list[PlannedTensor], dict[str, Any]]:
+    """Plan an encoder of BERT's family, with its pooling, as a BERT, whose first position is 0.
 
-    RoBERTa's table of positions begins with rows that no text uses; a BERT's begins with the first position.
-
-    Raises:
-        UnsupportedModelError: the model has a head for scores or classes, which GGUF files represent differently.
-        WeightsError: tensors are missing, unexpected or misshapen.
+    RoBERTa's table of positions begins with rows that no text uses. The planned metadata and tensors are read again,
+    and must describe the same model.
     """
-    if model.labels or _NAME not in family.gguf:
+    if model.labels or _BERT not in family.gguf:
         raise UnsupportedModelError(
-            f"{path}: GGUF files are not written for cross-encoders and classifiers, but for encoders of BERT's "
+            f"{source}: GGUF files are not written for cross-encoders and classifiers, but for encoders of BERT's "
             "family that give vectors; use the folder as it is"
         )
     table, ignored = family.weights(model, checkpoint.tensors), family.ignored(model)
     check_weights(lambda: family.build(model, SHAPES), table, checkpoint, model, ignored=ignored)
-    has_place = places(family.build(model, SHAPES))
-    found = gguf_tensors(table, checkpoint, model, _stored(model), has_place)
+    described = dataclasses.replace(model, model_type=_BERT, first_position=0)
     first, last = model.first_position, model.first_position + model.max_position
-    return [
-        (name, target, stored.rows(first, last) if name == _POSITIONS else stored) for name, target, stored in found
-    ]
-
-
-def _stored(model: EncoderConfig) -> EncoderConfig:
-    """Return the config that the GGUF file describes: that of a BERT, whose first position is 0."""
-    return dataclasses.replace(model, model_type=_NAME, first_position=0)
-
-
-def describe_encoder(model: EncoderConfig, files: ModelFiles) -> dict[str, Any]:
-    """Return the metadata of the model and of its pooling."""
+    plans: list[PlannedTensor] = []
+    for name, target, stored in gguf_tensors(table, checkpoint, model, described, places(family.build(model, SHAPES))):
+        stored = stored.rows(first, last) if name == "position_embd.weight" else stored
+        plans.append(PlannedTensor(name, stored, _kind(config, name, target, stored)))
+    plans = _by_importance(plans, config.imatrix)
     keys = {
         "vocab_size": model.vocab_size,
         "context_length": model.max_position,
@@ -430,19 +388,14 @@ def describe_encoder(model: EncoderConfig, files: ModelFiles) -> dict[str, Any]:
         "attention.causal": False,
         **pooling_keys(files, model.hidden_size, "mean"),
     }
-    described: dict[str, Any] = {f"{_NAME}.{key}": value for key, value in keys.items()}
-    return {"general.architecture": _NAME, "tokenizer.ggml.token_type_count": model.token_types} | described
-
-
-def check_encoder(model: EncoderConfig, written: Checkpoint) -> None:
-    """Read the planned metadata and tensors: they must describe the same model.
-
-    Raises:
-        UnsupportedModelError: they describe another model; the message names the settings.
-    """
-    again = encoder_from_gguf(written.metadata, written)
+    metadata = {"general.architecture": _BERT, "tokenizer.ggml.token_type_count": model.token_types}
+    metadata |= {f"{_BERT}.{key}": value for key, value in keys.items()} | _general(config, files, plans)
+    metadata |= tokenizer_metadata(open_tokenizer(config, files, {}, model.vocab_size), model.vocab_size, ())
+    written = Checkpoint(source, "gguf", (), {plan.name: plan.stored for plan in plans}, metadata)
+    again = encoder_from_gguf(metadata, written)
     assert again is not None
-    ours, names = _stored(model), [field.name for field in dataclasses.fields(model)]
-    different = [name for name in names if not alike(getattr(ours, name), getattr(again[1], name), 1e-6)]
+    names = [field.name for field in dataclasses.fields(model)]
+    different = [name for name in names if not alike(getattr(described, name), getattr(again[1], name), 1e-6)]
     if different:
-        raise UnsupportedModelError(f"GGUF's {_NAME} cannot express this model's {', '.join(different)}")
+        raise UnsupportedModelError(f"GGUF's {_BERT} cannot express this model's {', '.join(different)}")
+    return plans, metadata

@@ -64,7 +64,11 @@ class AdapterConfig:
         tied: changes of the embedding table also apply to an output layer that shares it.
         trained_tokens: trained rows of tables, by the module's name; "" is the embedding table.
         targets: trained parameters that are not modules, named as in `target_parameters`.
+        alora: invocation tokens: the adapter is active from their last occurrence on; None for the whole sequence.
+        base: name of the base model in the files.
         architecture: architecture of the base model in GGUF files; "" if unknown.
+        notes: remarks for the operator, such as unknown keys.
+        effect: JSON of the `_HONOURED` keys except the base's name; files with equal `effect` are equivalent.
     """
 
     rank: Callable[[str], int | None]
@@ -75,7 +79,11 @@ class AdapterConfig:
     tied: bool = False
     trained_tokens: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     targets: tuple[str, ...] = ()
+    alora: tuple[int, ...] | None = None
+    base: str | None = None
     architecture: str = ""
+    notes: tuple[str, ...] = ()
+    effect: bytes = b""
 
     def scale(self, name: str, rank: int) -> float:
         """Return the scale of the module `name`, whose matrix A has `rank` rows."""
@@ -83,30 +91,8 @@ class AdapterConfig:
         return alpha / (math.sqrt(rank) if self.rslora else rank) if alpha else 1.0
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ReadConfig:
-    """Parsed `adapter_config.json`.
-
-    Attributes:
-        config: configuration for reading the tensors.
-        effect: JSON of the `_HONOURED` keys except the base's name; files with equal `effect` are equivalent.
-        alora, base, notes: as in `StoredAdapter`.
-    """
-
-    config: AdapterConfig
-    effect: bytes
-    alora: tuple[int, ...] | None
-    base: str | None
-    notes: tuple[str, ...]
-
-
-def parse_config(data: bytes, path: Path, max_rank: int) -> ReadConfig:
-    """Parse the bytes of an `adapter_config.json`.
-
-    Args:
-        data: the file's bytes, at most `MAX_CONFIG_BYTES`.
-        path: the file, for error messages.
-        max_rank: the largest allowed r.
+def parse_config(data: bytes, path: Path, max_rank: int) -> AdapterConfig:
+    """Parse the bytes of an `adapter_config.json`, at most `MAX_CONFIG_BYTES`; r is at most `max_rank`.
 
     Raises:
         AdapterError: the bytes are not JSON, or a key has an unsupported value.
@@ -127,25 +113,23 @@ class _Keys(Fields):
     """`Fields` of an adapter's configuration."""
 
     def refuse(self, key: str, why: str) -> None:
-        """Raise AdapterError with the key and its value."""
         raise AdapterError(f"{self.path}: {key} is {self.values[key]!r:.80}: {why}")
 
-    def flag(self, key: str) -> bool:
-        """Return a boolean; False for an absent key."""
-        return self.get(key, bool, False)
+    def pattern(self, key: str, default: float, most: int | None = None) -> Callable[[str], float]:
+        """Return the function that gives a name's number by a section of patterns, or `default`.
 
-    def pattern(self, key: str, most: int | None) -> Callable[[str], float | None]:
-        """Return `first_match` of a section of patterns; with `most`, its numbers are integers from 1 to `most`."""
+        With `most`, the numbers are integers from 1 to `most`.
+        """
         section = self.section(key)
         for name in section.values:
             section.count(name, most=most) if most is not None else section.get(name, float)
         try:
-            return first_match(dict(section.values), lambda trouble: f"{self.path}: {key}: {trouble}")
+            return first_match(dict(section.values), default)
         except ValueError as error:
-            raise AdapterError(f"{error}; write the module's name instead") from error
+            raise AdapterError(f"{self.path}: {key}: {error}; write the module's name instead") from error
 
 
-def _read(keys: _Keys, max_rank: int) -> ReadConfig:
+def _read(keys: _Keys, max_rank: int) -> AdapterConfig:
     kind = keys.get("peft_type", str)
     if kind != "LORA":
         keys.refuse("peft_type", f"only LORA is served; {_MERGE}")
@@ -153,54 +137,46 @@ def _read(keys: _Keys, max_rank: int) -> ReadConfig:
         if keys.values.get(key):
             keys.refuse(key, f"{what} cannot be served; {_MERGE}")
     _check_init(keys)
-    rank, ranks = keys.count("r", _RANK, most=MAX_COUNT), keys.pattern("rank_pattern", MAX_COUNT)
+    rank = keys.count("r", _RANK, most=MAX_COUNT)
+    ranks = keys.pattern("rank_pattern", rank, MAX_COUNT)
     for value in (rank, *keys.section("rank_pattern").values.values()):
         if value > max_rank:
             key = "r" if value == rank else "rank_pattern"
             keys.refuse(key, f"ranks up to {max_rank} are allowed: raise max_lora_rank to {value}")
-    alpha, alphas = keys.get("lora_alpha", float, 8.0), keys.pattern("alpha_pattern", None)
+    alpha = keys.get("lora_alpha", float, 8.0)
+    alphas = keys.pattern("alpha_pattern", alpha)
     if not alpha or not all(keys.section("alpha_pattern").values.values()):
         keys.refuse("alpha_pattern" if alpha else "lora_alpha", "the adapter would do nothing; it must not be 0")
-
-    def rank_of(name: str) -> int:
-        found = ranks(name)
-        return rank if found is None else int(found)
-
-    def alpha_of(name: str) -> float:
-        found = alphas(name)
-        return alpha if found is None else found
-
-    config = AdapterConfig(
-        rank=rank_of,
-        alpha=alpha_of,
-        rslora=keys.flag("use_rslora"),
-        bias=_choice(keys, "bias", "none", "none", "all", "lora_only"),
-        dora=keys.flag("use_dora"),
-        tied=keys.flag("ensure_weight_tying"),
-        trained_tokens=_trained_tokens(keys),
-        targets=_texts(keys, "target_parameters"),
-    )
+    bias, targets = keys.get("bias", str, "none"), keys.get("target_parameters", list, [])
+    if bias not in ("none", "all", "lora_only"):
+        keys.refuse("bias", "it must be one of none, all, lora_only")
+    if not all(isinstance(name, str) for name in targets):
+        keys.refuse("target_parameters", "it must be a list of names")
     for key in ("lora_bias", "fan_in_fan_out"):  # only validated: tensors show lora_bias; the other matters in merging
-        keys.flag(key)
-    alora = invocation_of(keys, "alora_invocation_tokens")
+        keys.get(key, bool, False)
     base = keys.get(_BASE, str, None)
-    effect = json.dumps({key: keys.values.get(key) for key in _HONOURED if key != _BASE}, sort_keys=True).encode()
-    return ReadConfig(config=config, effect=effect, alora=alora or None, base=base or None, notes=_notes(keys, base))
+    return AdapterConfig(
+        rank=lambda name: int(ranks(name)),
+        alpha=alphas,
+        rslora=keys.get("use_rslora", bool, False),
+        bias=bias,
+        dora=keys.get("use_dora", bool, False),
+        tied=keys.get("ensure_weight_tying", bool, False),
+        trained_tokens=_trained_tokens(keys),
+        targets=tuple(targets),
+        alora=invocation_of(keys, "alora_invocation_tokens"),
+        base=base or None,
+        notes=_notes(keys, base),
+        effect=json.dumps({key: keys.values.get(key) for key in _HONOURED if key != _BASE}, sort_keys=True).encode(),
+    )
 
 
-def invocation_of(keys: Fields, key: str) -> tuple[int, ...]:
-    """Return the invocation tokens of activated LoRA, for which prompts are searched; empty for other adapters."""
+def invocation_of(keys: Fields, key: str) -> tuple[int, ...] | None:
+    """Return the invocation tokens of activated LoRA, for which prompts are searched; None for other adapters."""
     tokens = keys.token_ids(key)
     if len(tokens) > _MOST_INVOKING:
         raise AdapterError(f"{keys.path}: {key} has {len(tokens)} tokens; at most {_MOST_INVOKING} are allowed")
-    return tokens
-
-
-def _choice(keys: _Keys, key: str, default: str, *allowed: str) -> str:
-    value = keys.get(key, str, default)
-    if value not in allowed:
-        keys.refuse(key, f"it must be one of {', '.join(allowed)}")
-    return value
+    return tokens or None
 
 
 def _check_init(keys: _Keys) -> None:
@@ -225,13 +201,6 @@ def _trained_tokens(keys: _Keys) -> dict[str, tuple[int, ...]]:
         if len(set(ids)) < len(ids):
             keys.refuse("trainable_token_indices", f"{name or 'the list'} names a token twice")
     return {name: ids for name, ids in found.items() if ids}
-
-
-def _texts(keys: _Keys, key: str) -> tuple[str, ...]:
-    found = keys.get(key, list, [])
-    if not all(isinstance(item, str) for item in found):
-        keys.refuse(key, "it must be a list of names")
-    return tuple(found)
 
 
 def _notes(keys: _Keys, base: str | None) -> tuple[str, ...]:

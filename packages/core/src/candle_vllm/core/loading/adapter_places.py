@@ -38,8 +38,6 @@ class Spot:
         path: path of the layer, such as "layers.0.attention.qkv".
         prefix: prefix of the parameter's name in the layer: "", "q.", or "gate.3." for expert 3.
         kind: last part of that name, such as "weight", "bias" or "taps".
-        shape: shape in the model.
-        view: view of the stored tensor.
         expert: the expert's number, if the stored tensor holds all experts.
     """
 
@@ -70,17 +68,12 @@ class AdapterPlaces:
             "gguf": dataclasses.replace(config, interleaved_rotary=True) if pairs else config,
         }
         self._orders: dict[tuple[Any, Format, int, int], np.ndarray] = {}
+        self._spots: dict[Format, dict[str, list[Spot]]] = {}
 
-    @functools.cached_property
-    def _hf(self) -> Mapping[str, list[Spot]]:
-        return self._read("safetensors")
-
-    @functools.cached_property
-    def _gguf(self) -> Mapping[str, list[Spot]]:
-        return self._read("gguf")
-
-    def _read(self, format: Format) -> Mapping[str, list[Spot]]:
-        found: dict[str, list[Spot]] = {}
+    def _by_name(self, format: Format) -> Mapping[str, list[Spot]]:
+        if format in self._spots:
+            return self._spots[format]
+        found = self._spots[format] = dict[str, list[Spot]]()
         for line in expand(self._table, self._configs[format], format):
             shape = self._shapes.get(line.target)
             if shape is None:
@@ -98,21 +91,21 @@ class AdapterPlaces:
     def _parameters(self) -> Mapping[str, list[str]]:
         """By module name, the names of its tensors that hold all experts, in the table's order."""
         found: dict[str, list[str]] = {}
-        for name, spots in self._hf.items():
+        for name, spots in self._by_name("safetensors").items():
             if spots[0].expert is not None and spots[0].kind == "weight":
                 found.setdefault(name.rpartition(".")[0], []).append(name)
         return found
 
     def find(self, name: str, format: Format) -> Sequence[Spot]:
         """Return the spots of a stored tensor; empty for a name that does not exist in this model."""
-        return (self._hf if format == "safetensors" else self._gguf).get(name, ())
+        return self._by_name(format).get(name, ())
 
     def module(self, name: str) -> tuple[str, Sequence[Spot]]:
         """Return the table's name of a Hugging Face module, and the spots of its matrix or parameter.
 
         A prefix that differs because the base model had no head, or was a part of a multimodal model, is corrected.
         """
-        index = self._hf
+        index = self._by_name("safetensors")
         for known in _spellings(name):
             for end in (".weight", ""):
                 if known + end in index:
@@ -131,14 +124,9 @@ class AdapterPlaces:
         return stored if spot.view is None else spot.view(stored, self._configs[format])
 
     def rows(self, spot: Spot, total: int, format: Format) -> np.ndarray:
-        """Return the numbers of the rows of B that a spot uses, in the spot's order, int64.
+        """Return the numbers of the rows of B that a spot uses, in the spot's order, int64; B has `total` rows.
 
-        Args:
-            total: number of rows of the whole B.
-            format: format of the tensor's name.
-
-        Raises:
-            WeightsError: the spot's view does not select rows of a matrix with `total` rows.
+        Raises WeightsError if the spot's view does not select rows of a matrix with `total` rows.
         """
         key = (spot.view, format, total, spot.shape[0])  # layers with different heads share a view
         order = self._orders.get(key)

@@ -16,17 +16,17 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from candle_vllm.core.errors import AdapterError, InvalidFileError, ModelLoadError, ModelNotFoundError
+from candle_vllm.core.errors import AdapterError, ModelLoadError, ModelNotFoundError
 from candle_vllm.core.fields import Fields
 from candle_vllm.core.loading.adapter_config import MAX_CONFIG_BYTES, AdapterConfig, invocation_of, parse_config
 from candle_vllm.core.loading.gguf import open_gguf, split_names
 from candle_vllm.core.loading.safetensors import header_bytes, read_safetensors
-from candle_vllm.core.loading.tensors import Checkpoint, FileTensor, MappedFile
+from candle_vllm.core.loading.tensors import Checkpoint, FileTensor, MappedFile, closed_on_error
 from candle_vllm.core.quantization.tensors import StoredTensor
 
 CONFIG_FILE = "adapter_config.json"
@@ -34,8 +34,9 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 MAX_HEADER_BYTES = 16 << 20
 """Maximum bytes of a weight file's header; separate matrices of 128 experts in 48 layers take 5 MB."""
 _PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
-_TYPES = {"peft": ("F32", "F16", "BF16"), "gguf": ("F32", "F16", "BF16", "Q8_0")}
+_TYPES = {"safetensors": ("F32", "F16", "BF16"), "gguf": ("F32", "F16", "BF16", "Q8_0")}
 _PREFIX = "base_model.model."
+_INVOKING = "adapter.alora.invocation_tokens"
 _MOST_FOLDERS = 1000  # maximum number of entries of a folder that are searched for an adapter's folder
 
 
@@ -63,10 +64,6 @@ class StoredAdapter:
         digest: SHA-256 of the bytes of configuration and weights.
         kind: digest of the header and of the configuration's keys with an effect, without the weights: adapters of the
             same kind are fitted and packed in the same way. None for a GGUF file or a header of impossible length.
-        limits: limits that it was opened with.
-        alora: invocation tokens: the adapter is active from their last occurrence on; None for the whole sequence.
-        base: name of the base model in the files.
-        notes: remarks for the operator, such as unknown keys.
         header: reads names and offsets of the tensors.
     """
 
@@ -76,9 +73,6 @@ class StoredAdapter:
     digest: bytes
     kind: bytes | None = None
     limits: AdapterLimits
-    alora: tuple[int, ...] | None = None
-    base: str | None = None
-    notes: tuple[str, ...] = ()
     file: MappedFile
     header: Callable[[], Mapping[str, StoredTensor]]
 
@@ -105,11 +99,7 @@ class StoredAdapter:
 
 
 def read_adapter(path: Path | str, limits: AdapterLimits = AdapterLimits()) -> StoredAdapter:
-    """Open an adapter.
-
-    Args:
-        path: a folder that PEFT wrote, a folder with one such folder (PEFT names it as the adapter), or a GGUF file.
-        limits: limits of the adapter.
+    """Open an adapter: a folder that PEFT wrote, a folder with one such folder (as PEFT names it), or a GGUF file.
 
     Raises:
         ModelNotFoundError: the path does not exist, or a file of the adapter is missing.
@@ -117,11 +107,8 @@ def read_adapter(path: Path | str, limits: AdapterLimits = AdapterLimits()) -> S
             exceeds the limits, or has unsupported settings.
     """
     stored = open_adapter(path, limits)
-    try:
+    with closed_on_error([stored]):
         _ = stored.tensors  # the first access reads the header
-    except BaseException:
-        stored.close()
-        raise
     return stored
 
 
@@ -146,7 +133,7 @@ def _read_peft(path: Path, limits: AdapterLimits) -> StoredAdapter:
     folder = _folder_of(path)
     config_path, weights = folder / CONFIG_FILE, folder / WEIGHTS_FILE
     data = _config_bytes(config_path)
-    read = parse_config(data, config_path, limits.max_rank)
+    config = parse_config(data, config_path, limits.max_rank)
     if not weights.is_file():
         pickles = [name for name in _PICKLES if (folder / name).exists()]
         if pickles:
@@ -161,34 +148,28 @@ def _read_peft(path: Path, limits: AdapterLimits) -> StoredAdapter:
 
     def header() -> Mapping[str, StoredTensor]:
         with _as_adapter_error():
-            return _tensors_of(read_safetensors(file, MAX_HEADER_BYTES), weights)
+            checkpoint = read_safetensors(file, MAX_HEADER_BYTES)
+            _check_tensors(checkpoint, weights)
+            tensors: dict[str, StoredTensor] = {}
+            for name, tensor in checkpoint.tensors.items():
+                short = name.removeprefix(_PREFIX)
+                if short in tensors:
+                    raise AdapterError(f"{weights}: tensor {name!r:.200} appears both with and without {_PREFIX!r}")
+                tensors[short] = tensor
+            return tensors
 
     digest = hashlib.sha256(len(data).to_bytes(8, "little") + data)
     digest.update(file.view(0, file.size).data)
     return StoredAdapter(
         path=path,
         format="peft",
-        config=read.config,
+        config=config,
         digest=digest.digest(),
-        kind=_kind(read.effect, file),
+        kind=_kind(config.effect, file),
         limits=limits,
-        alora=read.alora,
-        base=read.base,
-        notes=read.notes,
         file=file,
         header=header,
     )
-
-
-def _tensors_of(checkpoint: Checkpoint, path: Path) -> Mapping[str, StoredTensor]:
-    _check_tensors(checkpoint, path, "peft")
-    tensors: dict[str, StoredTensor] = {}
-    for name, tensor in checkpoint.tensors.items():
-        short = name.removeprefix(_PREFIX)
-        if short in tensors:
-            raise AdapterError(f"{path}: tensor {name!r:.200} appears both with and without {_PREFIX!r}")
-        tensors[short] = tensor
-    return tensors
 
 
 def _kind(effect: bytes, file: MappedFile) -> bytes | None:
@@ -240,8 +221,8 @@ def _read_gguf(path: Path, limits: AdapterLimits) -> StoredAdapter:
         )
     with _as_adapter_error():
         checkpoint = open_gguf(path, copied=limits.copied, max_header=MAX_HEADER_BYTES)
-    try:
-        _check_tensors(checkpoint, path, "gguf")
+    with closed_on_error([checkpoint]), _as_adapter_error():
+        _check_tensors(checkpoint, path)
         first = next(iter(checkpoint.tensors.values()))
         assert isinstance(first, FileTensor)
         keys = Fields(checkpoint.metadata, path)
@@ -249,40 +230,26 @@ def _read_gguf(path: Path, limits: AdapterLimits) -> StoredAdapter:
             value = keys.get(key, str, "")
             if value != wanted:
                 raise AdapterError(f"{path}: {key} is {value!r:.80}; an adapter needs {wanted!r}")
-        alpha = keys.get("adapter.lora.alpha", float, 0.0)
+        alpha, invoking = keys.get("adapter.lora.alpha", float, 0.0), checkpoint.metadata.get(_INVOKING)
+        tokens = Fields({_INVOKING: invoking.tolist() if isinstance(invoking, np.ndarray) else invoking}, path)
         config = AdapterConfig(
-            rank=lambda _: None, alpha=lambda _: alpha, architecture=keys.get("general.architecture", str)
+            rank=lambda _: None,
+            alpha=lambda _: alpha,
+            alora=invocation_of(tokens, _INVOKING),
+            base=keys.get("general.base_model.0.name", str, None),
+            architecture=keys.get("general.architecture", str),
+            notes=() if alpha else ("adapter.lora.alpha is missing or 0: the scale is 1",),
         )
-        alora = _invocation_tokens(checkpoint.metadata, path)
-        base = keys.get("general.base_model.0.name", str, None)
         digest = hashlib.sha256(first.file.view(0, first.file.size).data)
-    except InvalidFileError as error:
-        checkpoint.close()
-        raise AdapterError(str(error)) from error
-    except BaseException:
-        checkpoint.close()
-        raise
     return StoredAdapter(
         path=path,
         format="gguf",
         config=config,
         digest=digest.digest(),
         limits=limits,
-        alora=alora,
-        base=base,
-        notes=() if alpha else ("adapter.lora.alpha is missing or 0: the scale is 1",),
         file=first.file,
         header=lambda: checkpoint.tensors,
     )
-
-
-def _invocation_tokens(metadata: Mapping[str, Any], path: Path) -> tuple[int, ...] | None:
-    key = "adapter.alora.invocation_tokens"
-    value = metadata.get(key)
-    if value is None:
-        return None
-    values = value if isinstance(value, list) else value.tolist() if hasattr(value, "tolist") else [value]
-    return invocation_of(Fields({key: values}, path), key) or None
 
 
 # ---- both ------------------------------------------------------------------------------------------------------------
@@ -297,14 +264,14 @@ def _check_size(path: Path, limits: AdapterLimits) -> None:
         raise AdapterError(f"{path} has {size} bytes; at most {limits.max_bytes} are allowed: raise lora_memory")
 
 
-def _check_tensors(checkpoint: Checkpoint, path: Path, format: str) -> None:
+def _check_tensors(checkpoint: Checkpoint, path: Path) -> None:
+    types = _TYPES[checkpoint.format]
     if not checkpoint.tensors:
         raise AdapterError(f"{path} holds no tensors: the adapter would do nothing")
     for name, tensor in checkpoint.tensors.items():
-        if tensor.type_name not in _TYPES[format]:
+        if tensor.type_name not in types:
             raise AdapterError(
-                f"{path}: tensor {name!r:.200} is of the type {tensor.type_name}; allowed are "
-                f"{', '.join(_TYPES[format])}"
+                f"{path}: tensor {name!r:.200} is of the type {tensor.type_name}; allowed are {', '.join(types)}"
             )
         if not tensor.numel:
             raise AdapterError(

@@ -41,10 +41,9 @@ class PagedSpec:
 
 @dataclasses.dataclass(frozen=True)
 class SharedKVSpec:
-    """The layer reads the keys and values of an earlier layer, and stores nothing itself.
+    """The layer reads the keys and values of an earlier layer, number `layer`, and stores nothing itself.
 
-    Attributes:
-        layer: number of the earlier layer; if that layer has a window, this layer's window is not larger.
+    If that layer has a window, this layer's window is not larger.
     """
 
     layer: int
@@ -67,11 +66,7 @@ class StatePart:
 
 @dataclasses.dataclass(frozen=True)
 class StateSpec:
-    """A state of fixed size; each slot of the state pool holds one, for a running sequence or for a checkpoint.
-
-    Attributes:
-        parts: parts of the state.
-    """
+    """A state of fixed size; each slot of the state pool holds one, for a running sequence or for a checkpoint."""
 
     parts: tuple[StatePart, ...]
 

@@ -170,10 +170,7 @@ def shared_from_hf(
 ) -> dict[str, Any]:
     """Read the keys that most families' `config.json` share, as arguments of a `ModelConfig`.
 
-    Args:
-        model_type: value of `model_type` in the result.
-        eps: key of the norms' epsilon.
-        names: from usual keys to the family's own keys, such as {"hidden_size": "n_embd"}.
+    `eps` is the key of the norms' epsilon. `names` maps usual keys to the family's, such as {"hidden_size": "n_embd"}.
     """
 
     def key(usual: str) -> str:
@@ -207,10 +204,8 @@ def shared_from_gguf(
 ) -> dict[str, Any]:
     """Read the keys that most architectures' GGUF metadata share, as arguments of a `ModelConfig`.
 
-    Args:
-        fields: the metadata, with the architecture as prefix.
-        checkpoint: determines the vocabulary size, and whether the output layer shares the embedding table.
-        eps: key of the norms' epsilon.
+    `fields` have the architecture as prefix. The tensors determine the vocabulary size, and whether the output layer
+    shares the embedding table. `eps` is the key of the norms' epsilon.
     """
     hidden, heads = fields.count("embedding_length"), fields.count("attention.head_count")
     layers, position = fields.count("block_count", most=MAX_LAYERS), fields.count("context_length")

@@ -16,13 +16,14 @@ import math
 import re
 import struct
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
 
 from candle_vllm.core.errors import InvalidFileError, ModelNotFoundError, UnsupportedModelError
-from candle_vllm.core.loading.tensors import Checkpoint, FileTensor, MappedFile
+from candle_vllm.core.loading.tensors import Checkpoint, FileTensor, MappedFile, closed_on_error
 from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType
 
 MAGIC = b"GGUF"
@@ -174,58 +175,43 @@ class _Header:
 
 
 class GgufFile:
-    """One memory-mapped GGUF file.
+    """One GGUF file, whose header is read.
+
+    Args:
+        copied: read the file into memory instead of mapping it; see `MappedFile`.
+        max_header: maximum number of bytes of the header; None is `MAX_HEADER_BYTES`.
 
     Attributes:
-        path: the file.
-        version: 2 or 3.
         metadata: strings, numbers, booleans and lists; long arrays of numbers are read-only numpy arrays.
         types: by metadata key, the code of the value's type and, for arrays, of the element type (otherwise 0).
         tensors: tensors by name, in the order of the file's table.
-        alignment: every tensor begins at a multiple of this number of bytes.
         file: the mapped file of the tensors.
+
+    Raises:
+        ModelNotFoundError: the file does not exist.
+        InvalidFileError: the file is empty, damaged, or not a GGUF file.
+        UnsupportedModelError: another version, big-endian, or a tensor type that this library does not know.
+        ModelLoadError: the file cannot be read.
     """
 
-    def __init__(self, file: MappedFile, max_header: int | None = None) -> None:
-        self.file = file
-        self.path = file.path
-        header = _Header(file, max_header)
-        self.version = _read_version(header)
-        num_tensors = header.count("tensors", _SMALLEST_TENSOR, MAX_TENSORS)
-        num_pairs = header.count("metadata entries", _SMALLEST_PAIR, MAX_PAIRS)
-        self.metadata = _read_metadata(header, num_pairs)
-        self.types = header.types
-        self.alignment = _alignment(header, self.metadata)
-        self.tensors = _read_tensors(header, num_tensors, self.alignment)
-
-    @classmethod
-    def open(cls, path: Path | str, *, copied: bool = False, max_header: int | None = None) -> GgufFile:
-        """Map a file and read its header.
-
-        Args:
-            path: path of the file.
-            copied: read the file into memory instead; see `MappedFile`.
-            max_header: maximum number of bytes of the header; None is `MAX_HEADER_BYTES`.
-
-        Raises:
-            ModelNotFoundError: the file does not exist.
-            InvalidFileError: the file is empty, damaged, or not a GGUF file.
-            UnsupportedModelError: another version, big-endian, or a tensor type that this library does not know.
-            ModelLoadError: the file cannot be read.
-        """
-        file = MappedFile(Path(path), copied=copied)
-        try:
-            return cls(file, max_header)
-        except BaseException:
-            file.close()
-            raise
+    def __init__(self, path: Path | str, *, copied: bool = False, max_header: int | None = None) -> None:
+        self.path = Path(path)
+        self.file = MappedFile(self.path, copied=copied)
+        with closed_on_error([self.file]):
+            header = _Header(self.file, max_header)
+            _check_version(header)
+            num_tensors = header.count("tensors", _SMALLEST_TENSOR, MAX_TENSORS)
+            num_pairs = header.count("metadata entries", _SMALLEST_PAIR, MAX_PAIRS)
+            self.metadata = _read_metadata(header, num_pairs)
+            self.types = header.types
+            self.tensors = _read_tensors(header, num_tensors, _alignment(header, self.metadata))
 
     def close(self) -> None:
         """Unmap the file; loaded tensors stay valid."""
         self.file.close()
 
 
-def _read_version(header: _Header) -> int:
+def _check_version(header: _Header) -> None:
     path, magic = header.file.path, header.take(4, "the magic")
     if magic != MAGIC:
         raise InvalidFileError(f"{path} is not a GGUF file: it begins with {magic!r}, not {MAGIC!r}")
@@ -236,7 +222,6 @@ def _read_version(header: _Header) -> int:
         raise UnsupportedModelError(
             f"{path} is GGUF version {version}; versions 2 and 3 are supported: convert the model with a current tool"
         )
-    return version
 
 
 def _read_metadata(header: _Header, count: int, until: str = "") -> dict[str, MetadataValue]:
@@ -258,17 +243,14 @@ def file_kind(path: Path) -> str:
     """Return the kind of a GGUF file: "model", "imatrix", "adapter" or "mmproj".
 
     Only the metadata before the vocabulary is read. Files of old tools show their kind in `general.architecture` and
-    lack `general.type`. Errors are as for `GgufFile.open`.
+    lack `general.type`. Errors are as for `GgufFile`.
     """
-    file = MappedFile(path)
-    try:
+    with closing(MappedFile(path)) as file:
         header = _Header(file)
-        _read_version(header)
+        _check_version(header)
         header.count("tensors", _SMALLEST_TENSOR, MAX_TENSORS)
         pairs = header.count("metadata entries", _SMALLEST_PAIR, MAX_PAIRS)
         return kind_of(_read_metadata(header, pairs, until="tokenizer."))
-    finally:
-        file.close()
 
 
 def kind_of(metadata: Mapping[str, object]) -> str:
@@ -374,12 +356,12 @@ def split_names(name: str) -> tuple[str, ...]:
 def open_gguf(path: Path | str, *, copied: bool = False, max_header: int | None = None) -> Checkpoint:
     """Open a GGUF file, or all parts of a split model, given any part.
 
-    `copied` and `max_header` are as for `GgufFile.open`. The metadata of the first part is used; it is complete.
+    `copied` and `max_header` are as for `GgufFile`. The metadata of the first part is used; it is complete.
 
     Raises:
         ModelNotFoundError: a file or a part is missing, or a part of a split model is not named as one.
         InvalidFileError: a part is damaged, or the parts do not belong together.
-        UnsupportedModelError, ModelLoadError: see `GgufFile.open`.
+        UnsupportedModelError, ModelLoadError: see `GgufFile`.
     """
     path = Path(path)
     names = split_names(path.name)
@@ -390,17 +372,13 @@ def open_gguf(path: Path | str, *, copied: bool = False, max_header: int | None 
                 f"{part} is missing: it is part {number} of {len(paths)} of the model; put all parts into one folder"
             )
     parts: list[GgufFile] = []
-    try:
+    with closed_on_error(parts):
         for part in paths:
-            parts.append(GgufFile.open(part, copied=copied, max_header=max_header))
+            parts.append(GgufFile(part, copied=copied, max_header=max_header))
             _check_part(parts[-1], len(parts) - 1, len(paths))
             if len(parts) > 1:
                 parts[-1].metadata.clear()  # to limit the memory of all parts' metadata together
         tensors = _merge(parts)
-    except BaseException:
-        for part in parts:
-            part.close()
-        raise
     return Checkpoint(paths[0], "gguf", [part.file for part in parts], tensors, parts[0].metadata)
 
 

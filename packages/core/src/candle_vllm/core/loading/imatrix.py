@@ -34,11 +34,7 @@ _SUMS, _COUNTS = ".in_sum2", ".counts"
 
 
 class Imatrix:
-    """Entries of an importance matrix file.
-
-    Attributes:
-        entries: entries by name: float32 arrays [rows * columns], not negative.
-    """
+    """Entries of an importance matrix file, by name: float32 arrays [rows * columns], not negative."""
 
     def __init__(self, path: Path, entries: Mapping[str, np.ndarray]) -> None:
         self.path = path
@@ -47,8 +43,7 @@ class Imatrix:
     def of(self, name: str, columns: int, experts: int = 1) -> np.ndarray | None:
         """Return float32 [experts, columns], the importance divided by the row's mean; None without an entry.
 
-        Raises:
-            WeightsError: the entry has another shape.
+        Raises WeightsError if the entry has another shape.
         """
         found = self.entries.get(name)
         if found is None:

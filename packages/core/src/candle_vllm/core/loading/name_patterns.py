@@ -26,15 +26,13 @@ _ALL = frozenset(_LETTERS)
 _ESCAPES = {
     "w": _WORD, "W": _ALL - _WORD, "d": _DIGITS, "D": _ALL - _DIGITS, "s": frozenset({32}), "S": _ALL - {32},
 }  # fmt: skip
+_QUANTIFIERS: Mapping[str, tuple[int, int | None]] = {"*": (0, None), "+": (1, None), "?": (0, 1)}
 _SPECIAL = frozenset("\\[](){}*+?|^$")
 _Part = tuple[bool, int, int]  # whether it may be empty; its first positions, and its last positions, as bits
 
 
 class NamePattern:
-    """One pattern of module names.
-
-    Args:
-        text: a regular expression, or a plain name, in which "." is the only special character and means itself.
+    """A regular expression, or a plain name, in which "." is the only special character and means itself.
 
     Raises:
         ValueError: the pattern is too long, invalid, or has an unsupported feature.
@@ -141,16 +139,11 @@ class NamePattern:
         self._at = end
 
     def _counts(self) -> tuple[int, int | None]:
-        found: tuple[int, int | None] = (1, 1)
-        for sign, counts in (("*", (0, None)), ("+", (1, None)), ("?", (0, 1))):
-            if self._take(sign):
-                found = counts
-                break
-        else:
-            if self._take("{"):
-                found = self._numbers()
-            else:
-                return found
+        sign = self._text[self._at : self._at + 1]
+        if sign not in ("*", "+", "?", "{"):
+            return 1, 1
+        self._at += 1
+        found = self._numbers() if sign == "{" else _QUANTIFIERS[sign]
         self._take("?")  # a lazy quantifier: only whether there is a match matters
         if self._text[self._at : self._at + 1] in ("*", "+", "{"):
             raise ValueError(f"a quantifier follows another one at character {self._at}")
@@ -242,12 +235,10 @@ def _bits(number: int) -> Iterator[int]:
         number ^= low
 
 
-def first_match(keys: Mapping[str, float], what: Callable[[str], str]) -> Callable[[str], float | None]:
-    """Return a function that gives the value of the first key that matches a name, or None.
+def first_match(keys: Mapping[str, float], default: float) -> Callable[[str], float]:
+    """Return a function that gives the value of the first pattern in `keys` that matches a name, or `default`.
 
-    Args:
-        keys: patterns and values, in order.
-        what: formats the error of an invalid key, which is raised as a `ValueError`.
+    Raises ValueError if a pattern is invalid; the message names it.
     """
     literal, others = dict[str, tuple[int, float]](), list[tuple[int, NamePattern, float]]()
     positions = 0
@@ -255,18 +246,18 @@ def first_match(keys: Mapping[str, float], what: Callable[[str], str]) -> Callab
         try:
             pattern = NamePattern(key)
         except ValueError as error:
-            raise ValueError(what(f"key {key!r:.80}: {error}")) from error
+            raise ValueError(f"key {key!r:.80}: {error}") from error
         if pattern.literal is not None:
             literal.setdefault(pattern.literal, (order, value))
             continue
         others.append((order, pattern, value))
         if len(others) > _MOST_PATTERNS:
-            raise ValueError(what(f"there are more than {_MOST_PATTERNS} regular expressions"))
+            raise ValueError(f"there are more than {_MOST_PATTERNS} regular expressions")
         positions += pattern.size
         if positions > 4 * MAX_POSITIONS:
-            raise ValueError(what(f"the regular expressions together have more than {4 * MAX_POSITIONS} letters"))
+            raise ValueError(f"the regular expressions together have more than {4 * MAX_POSITIONS} letters")
 
-    def find(name: str) -> float | None:
+    def find(name: str) -> float:
         found = [literal[name]] if name in literal else []
         at = name.find(".")
         while at >= 0:
@@ -274,6 +265,6 @@ def first_match(keys: Mapping[str, float], what: Callable[[str], str]) -> Callab
                 found.append(literal[name[at + 1 :]])
             at = name.find(".", at + 1)
         found += [(order, value) for order, pattern, value in others if pattern.matches(name)]
-        return min(found)[1] if found else None
+        return min(found)[1] if found else default
 
     return find

@@ -45,14 +45,10 @@ _GGUF_KINDS: Mapping[int, PoolingKind] = {
 def read_pooling(
     files: ModelFiles, metadata: Mapping[str, Any], size: int, default: PoolingKind, config: Fields | None = None
 ) -> ModelPooling:
-    """Read the pooling of a model.
+    """Read the pooling of a model, whose hidden states have `size` elements.
 
-    Args:
-        files: the model's files.
-        metadata: metadata of a GGUF file; empty for other formats.
-        size: size of a hidden state.
-        default: the pooling for files without a pooling setting, and for GGUF files whose setting is 0 (none).
-        config: `config.json`, if it exists.
+    `metadata` is a GGUF file's, `config` is `config.json`, if it exists. `default` is the pooling for files without a
+    pooling setting, and for GGUF files whose setting is 0 (none).
 
     Raises:
         InvalidFileError, UnsupportedModelError: the files are damaged, or need a feature that is not implemented.

@@ -51,12 +51,9 @@ def collected(names: str) -> Mapping[str, Any]:
 
 
 def read_quantised(checkpoint: Checkpoint, config: Mapping[str, Any], path: Path) -> Checkpoint:
-    """Combine the parts of quantised layers; an unquantised checkpoint is returned as is.
+    """Combine the parts of quantised layers of safetensors files; an unquantised checkpoint is returned as is.
 
-    Args:
-        checkpoint: checkpoint in safetensors files.
-        config: contents of `config.json`.
-        path: path of `config.json`; one of `FILES` may be in the same folder.
+    `config` is the content of `config.json`, at `path`; one of `FILES` may be in the same folder.
 
     Raises:
         UnsupportedModelError: a method, format or bit count is not implemented; the message lists the implemented ones.
@@ -74,7 +71,9 @@ def read_quantised(checkpoint: Checkpoint, config: Mapping[str, Any], path: Path
             raise InvalidFileError(f"{tensor.path}: tensor {tensor.name} is stored both quantised and unquantised")
         taken |= _names(parts)
         logical[tensor.name] = tensor
-    if _quantises_activations(fields):
+    groups = fields.section("config_groups")
+    of_groups = any("input_activations" in groups.section(name) for name in groups.values)
+    if of_groups or "activation_scheme" in fields:  # static or dynamic scales
         logger.info("%s asks for quantised activations; activations have at least that precision here", path)
     if not logical:
         logger.warning("%s names the method %s, but no weight is quantised", path, method)
@@ -91,12 +90,6 @@ def read_quantised(checkpoint: Checkpoint, config: Mapping[str, Any], path: Path
     biases = {f"{name.removesuffix('.weight')}.bias" for name in logical} & kept.keys()
     idle_biases = {name: spare(kept[name]) for name in biases if not kept[name].load().any()}
     return checkpoint.with_tensors(kept | idle_biases | logical)
-
-
-def _quantises_activations(fields: Fields) -> bool:
-    """Whether a config quantises activations, with static or dynamic scales."""
-    groups = fields.section("config_groups")
-    return "activation_scheme" in fields or any("input_activations" in groups.section(name) for name in groups.values)
 
 
 def _check_plain(tensors: Mapping[str, StoredTensor]) -> None:

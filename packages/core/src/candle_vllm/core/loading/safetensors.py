@@ -17,7 +17,7 @@ from typing import TypeAlias
 import msgspec
 
 from candle_vllm.core.errors import InvalidFileError, ModelLoadError, ModelNotFoundError, UnsupportedModelError
-from candle_vllm.core.loading.tensors import Checkpoint, FileTensor, MappedFile
+from candle_vllm.core.loading.tensors import Checkpoint, FileTensor, MappedFile, closed_on_error
 from candle_vllm.core.quantization.plain import ELEMENTS
 
 logger = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ def open_safetensors(source: Path | str) -> Checkpoint:
     files: list[MappedFile] = []
     tensors: dict[str, FileTensor] = {}
     metadata: dict[str, str] = {}
-    try:
+    with closed_on_error(files):
         for path in paths:
             files.append(MappedFile(path))
             found, notes = _read_header(files[-1])
@@ -84,10 +84,6 @@ def open_safetensors(source: Path | str) -> Checkpoint:
         wrong = [name for name, shard in weight_map.items() if name not in tensors or tensors[name].path.name != shard]
         if wrong:  # a tensor that the model needs is reported as missing when it is loaded
             logger.warning("%s names wrong files for %d tensors, such as %.200r", index, len(wrong), wrong[0])
-    except BaseException:
-        for file in files:
-            file.close()
-        raise
     return Checkpoint(source, "safetensors", files, tensors, metadata)
 
 

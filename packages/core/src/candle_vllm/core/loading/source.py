@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from candle_vllm.core.config import DEMO, LoadFormat, demo_command, demo_model, is_demo
+from candle_vllm.core.config import DEMO, EngineConfig, demo_command, demo_model, is_demo
 from candle_vllm.core.errors import (
     ConfigError,
     HubUnreachableError,
@@ -65,9 +65,7 @@ class ModelFiles(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         name: default name under which the model is served: its id, its folder's name or its file's stem.
-        folder: folder of the files.
         weights: the weight files; all parts or shards, in order. Empty for a dummy.
-        format: format of the weights.
         config, generation_config: `config.json` and `generation_config.json` of the folder, if they exist; None for a
             GGUF file that was named by its path. `config` exists for safetensors and dummies.
         tokenizer_folder: the folder, if it holds a tokenizer; None for a GGUF file that was named by its path.
@@ -82,28 +80,13 @@ class ModelFiles(msgspec.Struct, frozen=True, kw_only=True):
     tokenizer_folder: Path | None = None
 
 
-def resolve(
-    model: str,
-    *,
-    weight_file: str | None = None,
-    revision: str | None = None,
-    token: str | None = None,
-    cache_dir: Path | None = None,
-    offline: bool = False,
-    load_format: LoadFormat = "auto",
-) -> ModelFiles:
-    """Find the files of a model, and download them if necessary.
+def model_files(config: EngineConfig) -> ModelFiles:
+    """Find the files of `config.model`, and download them if necessary.
 
-    Args:
-        model: "demo", the demo model; a `.gguf` file; a folder with `config.json` and safetensors, or with one GGUF
-            model; otherwise a Hugging Face id, `organisation/name`, or for a GGUF file `organisation/name:Q4_K_M` or
-            `organisation/name:FILE.gguf`.
-        weight_file: GGUF file in a folder or repository: a path, a pattern such as `*Q4_K_M*`, or a quantisation type.
-        revision: branch, tag or commit of the repository.
-        token: access token for the hub; by default the one that `hf auth login` stored.
-        cache_dir: folder for downloads; by default the hub's own cache.
-        offline: use the files in the cache and do not contact the hub.
-        load_format: "dummy" needs no weights: only config.json and a tokenizer in the folder or repository.
+    The model is "demo", the demo model; a `.gguf` file; a folder with `config.json` and safetensors, or with one GGUF
+    model; otherwise a Hugging Face id, `organisation/name`, or for a GGUF file `organisation/name:Q4_K_M` or
+    `organisation/name:FILE.gguf`. `weight_file` is a GGUF file in a folder or repository: a path, a pattern such as
+    `*Q4_K_M*`, or a quantisation type. With `load_format` "dummy", only config.json and a tokenizer are needed.
 
     Raises:
         ConfigError: "dummy" with a GGUF file or with `weight_file`.
@@ -111,11 +94,12 @@ def resolve(
         UnsupportedModelError: the weights are in an unsupported format, such as pickles.
         InvalidFileError: the index of a sharded checkpoint is damaged.
     """
+    model, weight_file = config.model, config.weight_file
     if not model.strip() or "\0" in model:
         raise ModelNotFoundError(
             "no model is given: pass a .gguf file, a folder, or a Hugging Face id (organisation/name)"
         )
-    path, dummy = _existing(model), load_format == "dummy"
+    path, dummy = _existing(model), config.load_format == "dummy"
     tagged = path is None and model.partition(":")[2] not in ("", "latest")
     if dummy and (weight_file is not None or model.endswith(".gguf") or tagged):
         raise ConfigError(
@@ -153,10 +137,10 @@ def resolve(
             f"{_beside(model)}; `candle-vllm list --known` shows the ids of the command line's short names"
         )
     model, weight_file = repo, weight_file or (None if tag in ("", "latest") else tag)
-    if offline:
-        folder = _cached(model, revision, cache_dir, "leave out offline (--offline)")
+    if config.offline:
+        folder = _cached(config, model, "leave out offline (--offline)")
     else:
-        folder = _download(model, weight_file, revision, token, cache_dir, weights=not dummy)
+        folder = _download(config, model, weight_file)
     return _without_weights(folder, model) if dummy else _from_folder(folder, model, weight_file, subfolders=True)
 
 
@@ -257,9 +241,8 @@ def choose_weights(
     """Choose the weights among a folder's files: the parts of one GGUF model, or () for its safetensors.
 
     Args:
-        names: paths inside the folder, with forward slashes.
-        weight_file: as for `resolve`, whose errors are raised.
-        where: the folder or repository, for messages.
+        names: paths inside the folder or repository `where`, with forward slashes.
+        weight_file: as for `model_files`, whose errors are raised.
         folder: folder of the files; None if only their names are known.
         usual: choose the model of type `USUAL` among several.
     """
@@ -375,38 +358,30 @@ def _pickle_error(where: str) -> UnsupportedModelError:
     )
 
 
-def _download(
-    model: str,
-    weight_file: str | None,
-    revision: str | None,
-    token: str | None,
-    cache_dir: Path | None,
-    *,
-    weights: bool = True,
-) -> Path:
+def _download(config: EngineConfig, model: str, weight_file: str | None) -> Path:
     import huggingface_hub  # its import takes half a second, and most models are local files
     from huggingface_hub import constants
     from huggingface_hub.errors import HTTPError
 
-    names = _listing(model, revision, token, cache_dir)
+    names = _listing(config, model)
     if names is None:
         without = "connect to the network, without HF_HUB_OFFLINE," if constants.HF_HUB_OFFLINE else None
-        return _cached(model, revision, cache_dir, without)
-    if weights:
+        return _cached(config, model, without)
+    if config.load_format != "dummy":
         wanted = wanted_files(names, choose_weights(names, weight_file, f"{model} on Hugging Face", usual=True))
     else:
         wanted = _patterns(_companions(names))
     try:
         folder = huggingface_hub.snapshot_download(
             model,
-            revision=revision,
-            token=token,
-            cache_dir=cache_dir,
+            revision=config.revision,
+            token=config.hf_token,
+            cache_dir=config.download_dir,
             allow_patterns=wanted,
             tqdm_class=_told_bar(f"downloading {model}"),
         )
     except (HTTPError, OSError, RuntimeError) as error:  # the hub's transfer library raises RuntimeError
-        raise hub_refusal(model, revision, error, cache_dir) or HubUnreachableError(
+        raise hub_refusal(model, config.revision, error, config.download_dir) or HubUnreachableError(
             f"the download of {model} did not finish: {error}; run it again to resume it, and check the network, and "
             "that the cache (cache_dir) has space and can be written; offline uses what is in it"
         ) from error
@@ -439,15 +414,15 @@ def _told_bar(what: str) -> type[Any]:
     return ToldBar
 
 
-def _listing(model: str, revision: str | None, token: str | None, cache_dir: Path | None) -> list[str] | None:
+def _listing(config: EngineConfig, model: str) -> list[str] | None:
     """List the repository's files; None if the hub cannot be reached, or answers with status 429 or from 500 on."""
     import huggingface_hub
     from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 
     try:
-        info = huggingface_hub.model_info(model, revision=revision, token=token, timeout=HUB_TIMEOUT_S)
+        info = huggingface_hub.model_info(model, revision=config.revision, token=config.hf_token, timeout=HUB_TIMEOUT_S)
     except (HTTPError, OfflineModeIsEnabled) as error:
-        refusal = hub_refusal(model, revision, error, cache_dir)
+        refusal = hub_refusal(model, config.revision, error, config.download_dir)
         if refusal is not None:
             raise refusal from error
         logger.warning("Hugging Face cannot be reached (%s); looking for %s in the cache", error, model)
@@ -505,7 +480,7 @@ def hub_refusal(model: str, revision: str | None, error: Exception, cache: Path 
     return None
 
 
-def _cached(model: str, revision: str | None, cache_dir: Path | None, allow: str | None) -> Path:
+def _cached(config: EngineConfig, model: str, allow: str | None) -> Path:
     """Return the folder of earlier downloads; `allow` says how to allow the network, None if no setting forbids it."""
     import huggingface_hub
     from huggingface_hub.errors import LocalEntryNotFoundError
@@ -513,12 +488,13 @@ def _cached(model: str, revision: str | None, cache_dir: Path | None, allow: str
     try:
         # No file is required: the cache has the files that were downloaded, perhaps by another program.
         folder = huggingface_hub.snapshot_download(
-            model, revision=revision, cache_dir=cache_dir, allow_patterns=[], local_files_only=True
+            model, revision=config.revision, cache_dir=config.download_dir, allow_patterns=[], local_files_only=True
         )
     except (LocalEntryNotFoundError, OSError, RuntimeError) as error:  # RuntimeError: a loop of links
+        revision, near = config.revision or "main", _in_cache(model, config.download_dir)
         raise (HubUnreachableError if allow is None else ModelNotFoundError)(
-            f"{model} (revision {revision or 'main'}) is not in the cache{_in_cache(model, cache_dir)} and Hugging "
-            f"Face was not reached: {allow or 'connect to the network'} or pass a folder or .gguf file"
+            f"{model} (revision {revision}) is not in the cache{near} and Hugging Face was not reached: "
+            f"{allow or 'connect to the network'} or pass a folder or .gguf file"
         ) from error
     return Path(folder)
 

@@ -13,11 +13,12 @@ import errno
 import math
 import mmap
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import BinaryIO, Literal
+from typing import BinaryIO, Literal, Protocol
 
 import numpy as np
 
@@ -106,13 +107,26 @@ def _copy(stream: BinaryIO, size: int) -> mmap.mmap:
     return memory
 
 
+class Closable(Protocol):
+    """A file, or an object that owns files."""
+
+    def close(self) -> None: ...
+
+
+@contextmanager
+def closed_on_error(files: Iterable[Closable]) -> Iterator[None]:
+    """Close the files if an error leaves the context; files may be added to a list within it."""
+    try:
+        yield
+    except BaseException:
+        for file in files:
+            file.close()
+        raise
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class FileTensor(StoredTensor):
-    """A tensor that is stored contiguously in a mapped file.
-
-    Attributes:
-        start: offset of the data in the file.
-    """
+    """A tensor that is stored contiguously in a mapped file, from the offset `start` on."""
 
     file: MappedFile
     start: int
@@ -122,7 +136,6 @@ class FileTensor(StoredTensor):
         return self.file.path
 
     def raw(self) -> np.ndarray:
-        """See `StoredTensor.raw`: a read-only view into the mapped file."""
         data = self.file.view(self.start, self.nbytes)
         rows = math.prod(self.shape[:-1])
         return data.reshape(rows, self.nbytes // rows if rows else 0)
@@ -133,7 +146,6 @@ class FileTensor(StoredTensor):
         return self.start + ELEMENTS[self.dtype].itemsize * np.arange(self.numel).reshape(self.shape)
 
     def rows(self, first: int, last: int) -> StoredTensor:
-        """See `StoredTensor.rows`: a part of the file."""
         self._check_cut("rows", first, last, self.shape[:1])
         each, shape = self.nbytes // self.shape[0], (last - first, *self.shape[1:])
         start, nbytes = self.start + each * first, each * (last - first)
@@ -148,7 +160,6 @@ class Checkpoint:
 
     Attributes:
         path: the opened file (the first of several) or folder.
-        format: "gguf" or "safetensors".
         tensors: tensors by name, in file order.
         metadata: the file's metadata about the model; only strings for safetensors.
     """

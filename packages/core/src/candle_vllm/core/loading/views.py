@@ -57,8 +57,7 @@ def entry(stored: StoredTensor, index: int) -> StoredTensor:
 def row_part(index: int, count: int) -> View:
     """Select the index-th of `count` equal parts of the rows: gate or up of a fused tensor."""
 
-    def view(stored: StoredTensor, config: Any) -> StoredTensor:
-        del config
+    def view(stored: StoredTensor, _config: Any) -> StoredTensor:
         size = stored.shape[0] // count if stored.shape else 0
         if stored.shape and stored.shape[0] % count:
             raise WeightsError(
@@ -99,8 +98,7 @@ def qkv_rows(part: str, *, grouped: bool = False) -> View:
 def every_other(first: int) -> View:
     """Select rows first, first + 2, ...: gate or up of a fused tensor whose gate and up rows alternate."""
 
-    def view(stored: StoredTensor, config: Any) -> StoredTensor:
-        del config
+    def view(stored: StoredTensor, _config: Any) -> StoredTensor:
         return stored.select(np.arange(first, stored.shape[0] if stored.shape else 0, 2))
 
     return view
@@ -110,10 +108,8 @@ def half_split(heads: str) -> View:
     """Reorder query or key rows [H * D, ...] to half-split rotary order, if the config says that they are interleaved.
 
     The pairs of the first `config.rope.dim` rows of every head are rows 2i and 2i + 1 in the file; the kernels rotate
-    rows i and i + dim / 2. Source: the inverse of the permutation in llama.cpp's converter for Llama.
-
-    Args:
-        heads: the config's attribute that counts the heads.
+    rows i and i + dim / 2. `heads` is the config's attribute that counts the heads.
+    Source: the inverse of the permutation in llama.cpp's converter for Llama.
     """
 
     def view(stored: StoredTensor, config: Any) -> StoredTensor:
@@ -150,11 +146,7 @@ class _InColumnOrder(Viewed):
 
 
 class ColumnOrder:
-    """View of a matrix [R, C] whose stored column i is multiplied by element `order[i]` of an input.
-
-    Args:
-        order: computes the order from a config, int64 [C].
-    """
+    """View of a matrix [R, C] whose stored column i is multiplied by element `order(config)[i]` of an input."""
 
     def __init__(self, order: Callable[[Any], np.ndarray]) -> None:
         self._order = order
@@ -200,13 +192,10 @@ def computed(
     compute: Callable[[np.ndarray], np.ndarray],
     type_name: str | None = None,
 ) -> Viewed:
-    """Make a tensor whose elements `compute` derives from the elements of a stored one.
+    """Make a tensor of `shape` whose elements `compute` derives from the elements of a stored one.
 
-    Args:
-        stored: the stored tensor; a quantised one is decoded.
-        shape: shape of the result.
-        compute: computes the elements; it gets and returns an array of the result's element type.
-        type_name: element type; None keeps the stored type, F32 for a quantised tensor.
+    `compute` gets and returns an array of the element type `type_name`; None keeps the stored type. A quantised tensor
+    is decoded, by default to F32.
     """
     name = type_name or stored.dtype or "F32"
     return _Computed(stored.name, shape, name, math.prod(shape) * ELEMENTS[name].itemsize, stored, compute)
@@ -223,7 +212,7 @@ class Made(StoredTensor):
         return self.source
 
     def release(self) -> None:
-        """See `StoredTensor.release`."""
+        pass
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -274,15 +263,13 @@ class _Given(Viewed):
         return rows_of_bytes(self.entries()[self.index], self.shape)
 
 
-def plus_one(stored: StoredTensor, config: Any) -> StoredTensor:
+def plus_one(stored: StoredTensor, _config: Any) -> StoredTensor:
     """Add 1 in fp32, for norms that Hugging Face stores as the difference from 1 (Gemma)."""
-    del config
     return computed(stored, stored.shape, lambda values: values + np.float32(1), "F32")
 
 
-def transposed(stored: StoredTensor, config: Any) -> StoredTensor:
+def transposed(stored: StoredTensor, _config: Any) -> StoredTensor:
     """Transpose an unquantised matrix [R, C] to [C, R], or each matrix of [X, R, C]."""
-    del config
     if len(stored.shape) < 2:
         return stored  # the loader reports a wrong shape
     if stored.dtype is None:
@@ -291,17 +278,15 @@ def transposed(stored: StoredTensor, config: Any) -> StoredTensor:
     return computed(stored, shape, lambda values: values.swapaxes(-1, -2))
 
 
-def flattened(stored: StoredTensor, config: Any) -> StoredTensor:
+def flattened(stored: StoredTensor, _config: Any) -> StoredTensor:
     """Reshape depthwise kernels [C, 1, taps] to [C, taps], the shape in GGUF files."""
-    del config
     if len(stored.shape) != 3 or stored.shape[1] != 1:
         return stored  # the loader reports a wrong shape
     return dataclasses.replace(stored, shape=(stored.shape[0], stored.shape[2]))
 
 
-def as_row(stored: StoredTensor, config: Any) -> StoredTensor:
+def as_row(stored: StoredTensor, _config: Any) -> StoredTensor:
     """Reshape a vector [C] to a matrix [1, C] (GGUF's gate of a shared expert)."""
-    del config
     if len(stored.shape) != 1:
         return stored
     return computed(stored, (1, *stored.shape), lambda values: values[None])

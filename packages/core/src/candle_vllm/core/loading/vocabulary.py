@@ -26,15 +26,10 @@ SUPPRESSED = "tokenizer.ggml.suppress_tokens"  # key of GGUF metadata for `suppr
 
 
 def fit_tokenizer(tokenizer: Tokenizer, rows: int, source: Path) -> Tokenizer:
-    """Return a tokenizer that has exactly the ids below `rows`.
+    """Return a tokenizer that has exactly the ids below `rows`, the rows of the embedding table.
 
-    Args:
-        tokenizer: the tokenizer as its files describe it; it may be changed.
-        rows: number of rows of the model's embedding table.
-        source: the file or folder of the tokenizer, for messages.
-
-    Raises:
-        InvalidFileError: a required token has no row.
+    The given one, from the file or folder `source`, may be changed. Raises InvalidFileError if a required token has no
+    row.
     """
     if tokenizer.vocab_size > rows:
         tokenizer = _without_extra_tokens(tokenizer, tokenizer.vocab_size, rows, source)
@@ -47,21 +42,13 @@ def end_tokens(config: ModelConfig, generation: Fields, tokenizer: Tokenizer, so
 
     An id without a row can never be sampled: it is left out, and logged. `source` is the file of `config`, for logs.
     """
-    found: list[int] = []
-    for path, ids in (
-        (generation.path, generation.token_ids("eos_token_id", lowest=-1)),
-        (source, config.eos_token_ids),
-    ):
-        for index in ids:
-            if 0 <= index < config.vocab_size:
-                found.append(index)
-            else:
-                logger.warning(
-                    "%s: eos_token_id %d is ignored: the model has the tokens 0 to %d",
-                    path,
-                    index,
-                    config.vocab_size - 1,
-                )
+    named = [(generation.path, index) for index in generation.token_ids("eos_token_id", lowest=-1)]
+    named += [(source, index) for index in config.eos_token_ids]
+    last = config.vocab_size - 1
+    for path, index in named:
+        if not 0 <= index <= last:
+            logger.warning("%s: eos_token_id %d is ignored: the model has the tokens 0 to %d", path, index, last)
+    found = (index for _, index in named if 0 <= index <= last)
     return tuple(dict.fromkeys((*found, *tokenizer.eos_token_ids)))
 
 

@@ -130,8 +130,12 @@ class Line:
     expert: int | None
 
     def find(self, tensors: Mapping[str, StoredTensor]) -> str | None:
-        """Return the first name in `tensors`: the target (after ISQ or a merge, and in dummies), or a stored name."""
-        return next((name for name in (self.target, *map(self._spelled, self.names)) if name in tensors), None)
+        """Return the first name in `tensors`: the target (after ISQ or a merge, and in dummies), or a stored name.
+
+        None without such a name, and for a format without the tensor.
+        """
+        names = (self.target, *self.spelled) if self.names else ()
+        return next((name for name in names if name in tensors), None)
 
     def look(self, stored: StoredTensor, name: str, config: Counted) -> StoredTensor:
         """Apply the view of `name` to its stored tensor."""
@@ -174,12 +178,9 @@ def check_weights(
 ) -> None:
     """Compare the model of a config with the checkpoint, before memory is allocated.
 
-    A config may claim any size. So the model is first built without memory (shapes only), and its shapes are compared:
-    every parameter that is allocated later has a stored tensor of its shape.
-
-    Args:
-        build: builds the model without memory.
-        table, checkpoint, config, ignored: as for `load_weights`.
+    A config may claim any size. So `build` makes the model without memory (shapes only), and its shapes are compared:
+    every parameter that is allocated later has a stored tensor of its shape. The other arguments are as for
+    `load_weights`.
 
     Raises:
         WeightsError: as `load_weights`, or the config has more layers than the checkpoint has tensors.
@@ -189,8 +190,7 @@ def check_weights(
             f"{checkpoint.path}: the model's config asks for {config.num_layers} layers and there are only "
             f"{len(checkpoint.tensors)} tensors"
         )
-    model = build()
-    _match(model, table, checkpoint, config, ignored)
+    _match(build(), table, checkpoint, config, ignored)
 
 
 def load_weights(
@@ -200,18 +200,14 @@ def load_weights(
     config: Counted,
     *,
     ignored: Sequence[str] = (),
-    progress: Callable[[int], object] = lambda _: None,
+    progress: Callable[[int, int], object] = lambda *_: None,
     cut: Cut | None = None,
 ) -> None:
-    """Load every tensor of `checkpoint` into `model`.
+    """Load every tensor of `checkpoint` into `model`, by the family's `table` of names; views get the `config`.
 
     Args:
-        model: the model; targets are its attribute paths.
-        table: the family's table of names.
-        checkpoint: the stored tensors.
-        config: the model's config, passed to views.
         ignored: patterns of stored names that are not used (buffers in old checkpoints).
-        progress: called with the bytes of each loaded tensor.
+        progress: called with the loaded bytes and the total.
         cut: returns a rank's part of the tensor for a target; None loads whole tensors.
 
     Raises:
@@ -226,6 +222,7 @@ def load_weights(
         stored.release()
         return why
 
+    done, total = 0, sum(tensor.nbytes for tensor in checkpoint.tensors.values())
     decoded: dict[str, list[StoredTensor]] = {}
     left = Counter(path for _, _, path in jobs)
     context = copy_context()
@@ -233,7 +230,8 @@ def load_weights(
     with ThreadPoolExecutor(2) as pool:  # one thread dequantises while the other copies
         whys = pool.map(lambda job, number: context.copy().run(run, job, number), jobs, range(len(jobs)))
         for (stored, _, path), why in zip(jobs, whys):
-            progress(stored.nbytes)
+            done += stored.nbytes
+            progress(done, total)
             if why is not None:
                 decoded.setdefault(why, []).append(stored)
             left[path] -= 1
@@ -307,6 +305,14 @@ def expand(table: Iterable[WeightName], config: Counted, format: str = "safetens
                 continue
             for e in range(config.num_experts):
                 yield Line(target.replace("{e}", str(e)), spelled, e)
+
+
+def stored_lines(table: Iterable[WeightName], config: Counted, checkpoint: Checkpoint) -> Iterator[tuple[Line, str]]:
+    """Yield the expanded lines that have a tensor in the checkpoint, each with the tensor's name."""
+    for line in expand(table, config, checkpoint.format):
+        name = line.find(checkpoint.tensors)
+        if name is not None:
+            yield line, name
 
 
 def parameters_of(model: object, table: Iterable[WeightName], config: Counted, format: str) -> Mapping[str, Parameter]:

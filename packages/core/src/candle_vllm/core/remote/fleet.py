@@ -24,7 +24,6 @@ from typing import Any, Final, Unpack
 from msgspec.structs import fields, replace
 
 from candle_vllm.core.assembly.encoder import is_encoder
-from candle_vllm.core.assembly.opening import model_files
 from candle_vllm.core.assembly.placement import resolve_ranks
 from candle_vllm.core.config import EngineConfig, EngineSettings, config_of
 from candle_vllm.core.devices import means_gpus
@@ -37,6 +36,7 @@ from candle_vllm.core.engine.step.sequence import PlacedImage, block_hashes
 from candle_vllm.core.engine.step.thread import Sink
 from candle_vllm.core.engine_front import EngineFront, Texts
 from candle_vllm.core.errors import CandleVllmError, EngineDeadError, InvalidParameterError
+from candle_vllm.core.loading.source import model_files
 from candle_vllm.core.remote.engine import RemoteEngine
 from candle_vllm.core.remote.payloads import Payload, RequestWriter
 from candle_vllm.core.remote.process import EngineProcess

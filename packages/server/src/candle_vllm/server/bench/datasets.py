@@ -224,7 +224,7 @@ class LocalWords:
         if path.suffix == ".gguf":
             from candle_vllm.core.loading.gguf import GgufFile
 
-            with contextlib.closing(GgufFile.open(path)) as file:
+            with contextlib.closing(GgufFile(path)) as file:
                 self._tokenizer = Tokenizer.from_gguf(file.metadata)
         else:
             self._tokenizer = Tokenizer.from_folder(path)

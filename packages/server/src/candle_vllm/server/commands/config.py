@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from candle_vllm.core.assembly.draft import describe_draft
 from candle_vllm.core.assembly.encoder import is_encoder
 from candle_vllm.core.assembly.model import describe_model
-from candle_vllm.core.assembly.opening import model_files, open_model
+from candle_vllm.core.assembly.opening import open_model
 from candle_vllm.core.assembly.placement import resolve_ranks
 from candle_vllm.core.assembly.tower import tower_memory
 from candle_vllm.core.config import EngineConfig
@@ -26,7 +26,7 @@ from candle_vllm.core.engine.build import DEFAULTS, foreseen_cache, step_size
 from candle_vllm.core.errors import ModelNotFoundError
 from candle_vllm.core.kernels.cpu_runtime.level import best_level
 from candle_vllm.core.kernels.cpu_runtime.numa import plan_ranks
-from candle_vllm.core.loading.source import HUB_ID, ModelFiles
+from candle_vllm.core.loading.source import HUB_ID, ModelFiles, model_files
 from candle_vllm.core.memory import cache_bytes, device_element_bytes
 from candle_vllm.core.quantization.plain import ELEMENTS
 from candle_vllm.core.threads import default_threads

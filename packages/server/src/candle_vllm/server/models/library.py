@@ -59,8 +59,8 @@ class Description(msgspec.Struct, frozen=True, kw_only=True):
 
 def file_bytes(settings: ModelOptions) -> int:
     """Return the size of a model's weight files in bytes; 0 if they are not on this machine."""
-    from candle_vllm.core.assembly.opening import model_files
     from candle_vllm.core.errors import CandleVllmError
+    from candle_vllm.core.loading.source import model_files
 
     try:
         return sum(path.stat().st_size for path in model_files(engine_config(settings, offline=True)).weights)
@@ -91,9 +91,10 @@ def describe(settings: ModelOptions) -> Description:
     """
     from candle_vllm.core.assembly.encoder import is_encoder
     from candle_vllm.core.assembly.model import describe_model
-    from candle_vllm.core.assembly.opening import model_files, open_model
+    from candle_vllm.core.assembly.opening import open_model
     from candle_vllm.core.devices import CPU
     from candle_vllm.core.fields import read_json
+    from candle_vllm.core.loading.source import model_files
 
     config = engine_config(settings, offline=True)
     files = model_files(config)

@@ -149,8 +149,9 @@ def remote_engine(config: EngineConfig) -> ServedEngine:
 def check_model(settings: ModelOptions, beside: Sequence[ServedModel]) -> None:
     """Raise the errors that can be found without reading the weights, before other models are unloaded for this one."""
     from candle_vllm.core.assembly.draft import find_draft
-    from candle_vllm.core.assembly.opening import model_files, open_model
+    from candle_vllm.core.assembly.opening import open_model
     from candle_vllm.core.devices import CPU, choose_device
+    from candle_vllm.core.loading.source import model_files
     from candle_vllm.core.memory import free_memory
 
     config = engine_config(settings)
@@ -212,7 +213,7 @@ def _sizes(config: EngineConfig, device: Device) -> tuple[int, int, int]:
     """
     from candle_vllm.core.assembly.draft import draft_config
     from candle_vllm.core.assembly.encoder import is_encoder
-    from candle_vllm.core.assembly.opening import model_files
+    from candle_vllm.core.loading.source import model_files
 
     files, draft = model_files(config), draft_config(config)
     paths = [*files.weights, *(() if draft is None else model_files(draft).weights)]

@@ -17,8 +17,9 @@ from pathlib import Path
 from threading import Event
 from typing import Any, Self
 
+from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.errors import CandleVllmError, InvalidFileError, ModelNotFoundError, UnsupportedModelError
-from candle_vllm.core.loading.source import resolve
+from candle_vllm.core.loading.source import model_files
 from candle_vllm.core.progress import Progress, heard_by, tell
 from candle_vllm.server.loop_threads import call_in, in_thread
 from candle_vllm.server.models import downloads
@@ -57,13 +58,14 @@ def fetch(settings: ModelOptions, plan: downloads.Plan) -> downloads.Local:
         )
     _fetch_weights(settings, plan)
     try:
-        files = resolve(
-            plan.named.repo,
+        config = EngineConfig(
+            model=plan.named.repo,
             weight_file=plan.weight_file,
             revision=settings.revision,
-            token=settings.hf_token,
-            cache_dir=settings.download_dir,
+            hf_token=settings.hf_token,
+            download_dir=settings.download_dir,
         )
+        files = model_files(config)
     except ModelNotFoundError as error:
         raise PullError(str(error), "interrupted") from error
     _verify(plan, files.folder)
@@ -91,7 +93,7 @@ def _fetch_weights(settings: HubOptions, plan: downloads.Plan) -> None:
     blobs = _blobs(settings, plan)
     locks = cache_folder(settings) / ".locks" / blobs.parent.name
     summed = [file for file in plan.files if file.sha256 is not None]
-    wanted = [file for file in summed if file.size <= constants.MAX_HTTP_DOWNLOAD_SIZE]  # `resolve` fetches the rest
+    wanted = [file for file in summed if file.size <= constants.MAX_HTTP_DOWNLOAD_SIZE]  # `fetch` gets the rest
     before = 0
     for file in wanted:
         whole, partial = blobs / f"{file.sha256}", _partial(blobs, file)

@@ -101,9 +101,10 @@ def refuse_missing(settings: table.SourceOptions) -> None:
     model = settings.model or ""
     is_path = (model.endswith(".gguf") and ":" not in model) or model.startswith(("/", "./", "../", "~"))
     if settings.weight_path is None and is_path and not os.path.exists(os.path.expanduser(model)):
-        from candle_vllm.core.loading.source import resolve
+        from candle_vllm.core.config import EngineConfig
+        from candle_vllm.core.loading.source import model_files
 
-        resolve(model)
+        model_files(EngineConfig(model=model))
 
 
 def refuse_wrong_formats(settings: table.FormatOptions) -> None:

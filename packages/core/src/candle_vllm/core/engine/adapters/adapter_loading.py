@@ -17,7 +17,6 @@ from candle_vllm.core.assembly.adapter_base import AdapterBase, adapter_base
 from candle_vllm.core.assembly.adapters import fit_adapter
 from candle_vllm.core.assembly.encoder import LoadedEncoder
 from candle_vllm.core.assembly.model import LoadedModel
-from candle_vllm.core.assembly.opening import model_files
 from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.engine.adapters.adapter_store import LoadedAdapter
 from candle_vllm.core.engine.ranks.ranks import RankedRunner
@@ -26,6 +25,7 @@ from candle_vllm.core.engine.runners.model_runner import ModelRunner
 from candle_vllm.core.errors import ConfigError
 from candle_vllm.core.layers.adapters import number_places
 from candle_vllm.core.loading.adapters import AdapterLimits, StoredAdapter, open_adapter
+from candle_vllm.core.loading.source import model_files
 from candle_vllm.core.models.jina_tasks import task_adapter
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ class AdapterLoader:
         with task_adapter(path, self._limits) or open_adapter(path, self._limits) as stored:
             copied = self._copied(stored)
             packed, notes = self._packed(stored) if copied is None else (copied, ())
-            return LoadedAdapter(packed, stored.base, (*stored.notes, *notes))
+            return LoadedAdapter(packed, stored.config.base, (*stored.config.notes, *notes))
 
     def _copied(self, stored: StoredAdapter) -> PackedAdapter | None:
         """Pack an adapter of a known kind; return None for an unknown kind, or if its elements are not valid."""
