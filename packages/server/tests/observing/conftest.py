@@ -23,8 +23,7 @@ from candle_vllm.core.engine.requests import arrived
 from candle_vllm.openai import OpenAIAdapter, parse_chat_request, parse_completion_request, to_error, to_json_bytes
 from candle_vllm.openai.embedding import parse_embedding_request
 from candle_vllm.server.http.routing import Caller
-from candle_vllm.server.observing.exposition import render
-from candle_vllm.server.observing.metrics import Metrics
+from candle_vllm.server.observing.metrics import Metrics, render
 from candle_vllm.server.observing.middleware import ObservingMiddleware
 from candle_vllm.server.observing.request_record import RequestRecord
 from packages.server.tests.server_fakes import PacedEngine, watched

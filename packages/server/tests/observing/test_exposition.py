@@ -26,10 +26,8 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families
 from candle_vllm.core.engine.requests import LoRARequest
 from candle_vllm.core.engine.stats import EngineStats, Histogram, ReplicaStats, Stat, combined, forms
 from candle_vllm.core.sampling.params import SamplingParams
-from candle_vllm.server.observing import exposition
 from candle_vllm.server.observing import series as metric_table
-from candle_vllm.server.observing.exposition import render
-from candle_vllm.server.observing.metrics import Metrics, Outcome, Rejection
+from candle_vllm.server.observing.metrics import EventCollector, Metrics, Outcome, Rejection, render
 from candle_vllm.server.observing.model_metrics import EngineWatcher
 from candle_vllm.server.observing.series import ALL_SERIES, HTTP, engine_series
 from packages.server.tests.observing.dashboard_queries import ROOT, expressions, names_in
@@ -170,7 +168,7 @@ def test_a_histogram_of_the_engine_is_shown_as_prometheus_client_shows_its_own(
         for accept in ("", OPENMETRICS):
             shown = _lines(render(metrics.registry, accept)[0])
             registry = prometheus_client.CollectorRegistry()
-            registry.register(exposition.EventCollector([own]))
+            registry.register(EventCollector([own]))
             assert shown
             assert shown == _lines(render(registry, accept)[0])
 

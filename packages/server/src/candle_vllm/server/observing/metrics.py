@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Metrics: the counts of one application, the registry for `/metrics`, and the observers of requests.
+"""Metrics: the counts of one application, their registry and its text for a scrape, and the observers of requests.
 
 There are no globals: a process may have several applications, each with its own metrics. Counts that change with every
 token are plain numbers (`ModelMetrics`); rarer events, such as refusals, are prometheus-client's metrics.
@@ -10,19 +10,26 @@ from __future__ import annotations
 import collections
 import enum
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, Counter, ProcessCollector
 from prometheus_client import Histogram as EventHistogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, choose_encoder, generate_latest
 from prometheus_client.metrics import MetricWrapperBase
+from prometheus_client.metrics_core import Metric
+from prometheus_client.openmetrics import exposition as openmetrics
+from prometheus_client.registry import Collector
+from prometheus_client.utils import INF, floatToGoString
 
+from candle_vllm.core.engine.stats import Histogram
 from candle_vllm.server.http.routing import NO_KEY
 from candle_vllm.server.observing import series
-from candle_vllm.server.observing.exposition import EventCollector, Sample, SeriesCollector, model_samples
 from candle_vllm.server.observing.model_metrics import ModelMetrics, Observer
 from candle_vllm.server.observing.request_log import RequestLog
 from candle_vllm.server.observing.request_record import MAX_KEYS, OTHER_KEYS, UsageRow, UsageTable
-from candle_vllm.server.observing.series import Series
+from candle_vllm.server.observing.series import ENGINE, Series
 from candle_vllm.server.observing.tracing import Tracing, otlp_tracing
 from candle_vllm.server.settings.table import LoggingOptions
 
@@ -67,8 +74,7 @@ class Metrics:
             for each in series.EVENTS
         }
         self.registry = CollectorRegistry()
-        table = series.MODEL_SERIES
-        self.registry.register(SeriesCollector(table, lambda: model_samples(table, self.models())))
+        self.registry.register(SeriesCollector(series.MODEL_SERIES, self._model_samples))
         self.registry.register(EventCollector(tuple(self._events.values())))
         ProcessCollector(registry=self.registry)
 
@@ -89,6 +95,12 @@ class Metrics:
         for model in self.models():
             model.settle()
         return self._usage.rows()
+
+    def _model_samples(self) -> Iterator[Sample]:
+        for reading in [model.read() for model in self.models()]:
+            for each in series.MODEL_SERIES:
+                assert each.read is not None
+                yield from ((each, (reading.name, ENGINE, *more), value) for more, value in each.read(reading))
 
     # ---- events ------------------------------------------------------------------------------------------------------
 
@@ -144,3 +156,68 @@ class Observation:
         """Send the remaining traces, for at most two seconds."""
         if self._tracing is not None:
             self._tracing.close()
+
+
+# ---- for a scrape ----------------------------------------------------------------------------------------------------
+
+
+def render(registry: CollectorRegistry, accept: str = "") -> tuple[bytes, str]:
+    """Return the body of the response to a scrape, and its content type.
+
+    `registry` is the registry of `Metrics`, and `accept` is the request's Accept header.
+    """
+    if "openmetrics" not in choose_encoder(accept)[1]:
+        return generate_latest(registry), CONTENT_TYPE_PLAIN_0_0_4
+    # The names need no escaping. But the encoder that `choose_encoder` selects for Prometheus 2 writes `vllm_x` for
+    # `vllm:x` in every sample, though not in the `# TYPE` line; the encoder below does not change the names.
+    return openmetrics.generate_latest(registry, escaping=openmetrics.ALLOWUTF8), openmetrics.CONTENT_TYPE_LATEST
+
+
+Sample = tuple[Series, tuple[str, ...], float | Histogram]  # with the values of the series' labels
+
+
+class SeriesCollector(Collector):
+    """Series of the table; `read` returns their samples at each scrape."""
+
+    def __init__(self, table: Sequence[Series], read: Callable[[], Iterable[Sample]]) -> None:
+        self._table, self._read = table, read
+
+    def describe(self) -> list[Metric]:
+        return [_family(each) for each in self._table]
+
+    def collect(self) -> list[Metric]:
+        """Return every family that has a sample."""
+        families = {each.name: _family(each) for each in self._table}
+        for each, labels, value in self._read():
+            family = families[each.name]
+            if isinstance(value, Histogram):
+                assert isinstance(family, HistogramMetricFamily)
+                bounds, counts = map(floatToGoString, (*value.bounds, INF)), map(float, accumulate(value.counts))
+                family.add_metric(labels, list(zip(bounds, counts, strict=True)), value.total)
+            else:
+                assert isinstance(family, (CounterMetricFamily, GaugeMetricFamily))
+                family.add_metric(labels, value)
+        return [family for family in families.values() if family.samples]
+
+
+def _family(each: Series) -> Metric:
+    kinds = {"counter": CounterMetricFamily, "gauge": GaugeMetricFamily, "histogram": HistogramMetricFamily}
+    return kinds[each.kind](each.name, each.help, labels=each.labels)
+
+
+class EventCollector(Collector):
+    """prometheus-client's metrics without the `_created` samples, which would double the number of lines."""
+
+    def __init__(self, metrics: Sequence[MetricWrapperBase]) -> None:
+        self._metrics = metrics
+
+    def describe(self) -> list[Metric]:
+        return [family for metric in self._metrics for family in metric.describe()]
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield every family that has a sample."""
+        for metric in self._metrics:
+            for family in metric.collect():
+                family.samples = [sample for sample in family.samples if not sample.name.endswith("_created")]
+                if family.samples:
+                    yield family

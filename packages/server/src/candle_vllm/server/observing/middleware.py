@@ -20,8 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from candle_vllm.core.shown import FIELDS
 from candle_vllm.openai.remarks import collect_remarks
 from candle_vllm.server.http.routing import RequestContext, caller_of, current_request
-from candle_vllm.server.observing.exposition import EventCollector
-from candle_vllm.server.observing.metrics import Metrics
+from candle_vllm.server.observing.metrics import EventCollector, Metrics
 from candle_vllm.server.observing.series import HTTP
 
 _SAFE_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")

@@ -20,7 +20,7 @@ from candle_vllm.server.http.routing import caller_of, is_stranger
 from candle_vllm.server.models.cards import LoadProgress, load_progress
 from candle_vllm.server.models.manager import ModelManager
 from candle_vllm.server.models.slot import ModelState
-from candle_vllm.server.observing.exposition import render
+from candle_vllm.server.observing.metrics import render
 from candle_vllm.server.observing.request_record import UsageRow
 from candle_vllm.server.openapi.operation import Operation, routing
 
