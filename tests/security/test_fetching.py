@@ -17,7 +17,7 @@ import pytest
 from candle_vllm.core.targets import ForbiddenTarget, allowed_target, is_allowed, parse_target, resolve
 from candle_vllm.core.testing import ScriptedEngine
 from candle_vllm.server.mailbox.options import WebhookOptions
-from candle_vllm.server.mailbox.record import Record, Status
+from candle_vllm.server.mailbox.store import Record, Status
 from candle_vllm.server.mailbox.webhook import Message, Outcome, Sender
 from tests.security.guarded_server import Watch, chat_body, guarded
 

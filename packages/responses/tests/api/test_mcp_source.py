@@ -29,7 +29,7 @@ def tool(**fields: Any) -> McpTool:
 async def test_servers_of_the_operator() -> None:
     registry = ToolRegistry()
     registry.replace("s", [Fake()])
-    servers = McpServers(registry, {"s": None, "down": "nobody answers"})
+    servers = McpServers(registry, lambda: {"s": None, "down": "nobody answers"})
     servers.check(tool(), "tools.0")
     async with servers.open(tool()) as opened:
         assert [one.definition.name for one in opened.tools] == ["s__t"]

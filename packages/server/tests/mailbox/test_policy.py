@@ -10,7 +10,7 @@ import pytest
 
 from candle_vllm.server.mailbox.options import MailboxOptions, WebhookOptions
 from candle_vllm.server.mailbox.policy import DeliveryPolicy, Mode, read_policy, refuse_headers
-from candle_vllm.server.mailbox.record import MailboxError
+from candle_vllm.server.mailbox.store import MailboxError
 
 ALWAYS, GONE, NEVER = Mode.ALWAYS, Mode.ON_DISCONNECT, Mode.NEVER
 URL = "https://hooks.example/x"

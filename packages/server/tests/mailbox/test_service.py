@@ -19,7 +19,7 @@ from candle_vllm.responses.store.entries import Entry, StoreUnavailableError
 from candle_vllm.responses.store.sql import SqlBackend
 from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.mailbox.policy import DeliveryPolicy, Mode, read_policy
-from candle_vllm.server.mailbox.record import Status
+from candle_vllm.server.mailbox.store import Status
 from candle_vllm.server.mailbox.webhook import wait_ms
 from tests.waiting import PATIENCE, until
 

@@ -21,8 +21,7 @@ from candle_vllm.responses.store.database import connect_to
 from candle_vllm.responses.store.entries import StoreUnavailableError
 from candle_vllm.responses.store.tables import VERSION, tables_of
 from candle_vllm.server.mailbox.options import MailboxOptions
-from candle_vllm.server.mailbox.record import Status
-from candle_vllm.server.mailbox.store import MailboxStore, StoredAnswer
+from candle_vllm.server.mailbox.store import MailboxStore, Status, StoredAnswer
 
 HOUR = 3600 * 1000
 TABLES = tables_of("mailbox")

@@ -23,7 +23,7 @@ import pytest_asyncio
 
 from candle_vllm.core.targets import allowed_target, parse_target
 from candle_vllm.server.mailbox.options import WebhookAuth, WebhookOptions, sign
-from candle_vllm.server.mailbox.record import Record, Status
+from candle_vllm.server.mailbox.store import Record, Status
 from candle_vllm.server.mailbox.webhook import Message, Outcome, Sender
 
 RECORD = Record(

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 from urllib.parse import unquote, urlsplit
@@ -145,7 +145,7 @@ class McpServers:
 
     Args:
         registry: registry of the operator's servers, as an `McpFleet` fills it.
-        errors: by label, the reason why an operator's server has no tools now; None for a ready server.
+        errors: returns by label the reason why an operator's server has no tools now; None for a ready server.
         allowed_urls: patterns of the URLs that requests may name, see `ServerUrls`. http needs a loopback host.
         connect_timeout: timeout of a connection to a URL in seconds.
     """
@@ -153,13 +153,13 @@ class McpServers:
     def __init__(
         self,
         registry: ToolRegistry,
-        errors: Mapping[str, str | None] | None = None,
+        errors: Callable[[], Mapping[str, str | None]] = dict,
         *,
         allowed_urls: Sequence[str] = (),
         connect_timeout: float = 30.0,
     ) -> None:
         self._registry = registry
-        self._errors = errors if errors is not None else {}
+        self._errors = errors
         self._urls = ServerUrls(allowed_urls)
         self._connect_timeout = connect_timeout
 
@@ -173,7 +173,7 @@ class McpServers:
                     raise InvalidParameterError(f"{field} must not have {name!r:.60}: the connection sets it", field)
             with _blaming(path):
                 self._config(tool)
-        elif not self._tools(tool.server_label) and tool.server_label not in self._errors:
+        elif not self._tools(tool.server_label) and tool.server_label not in self._errors():
             field = f"{path}.server_label"
             raise InvalidParameterError(
                 f"{field} must be the name of one of this server's MCP servers where there is no server_url, not "
@@ -187,7 +187,7 @@ class McpServers:
         label = tool.server_label
         if tool.server_url is None:
             tools = self._tools(label)
-            error = None if tools else self._errors.get(label) or "the server has no tools now"
+            error = None if tools else self._errors().get(label) or "the server has no tools now"
             yield OpenServer(label, tools, error)
             return
         from candle_vllm.responses.mcp.link import LinkTool, McpLink  # the `mcp` package is slow to import

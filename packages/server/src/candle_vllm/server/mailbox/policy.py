@@ -12,7 +12,7 @@ from enum import StrEnum
 
 from candle_vllm.core.targets import ForbiddenTarget, Target, allowed_target
 from candle_vllm.server.mailbox.options import HEADER_VALUE, MailboxOptions
-from candle_vllm.server.mailbox.record import MailboxError, invalid
+from candle_vllm.server.mailbox.store import MailboxError, invalid
 
 MAILBOX_MODE, WEBHOOK_URL, WEBHOOK_MODE, WEBHOOK_BEARER = (
     "X-Mailbox-Mode", "X-Webhook-URL", "X-Webhook-Mode", "X-Webhook-Bearer",

@@ -19,8 +19,15 @@ from candle_vllm.responses.store.backend import Upkeep
 from candle_vllm.responses.store.entries import StoreUnavailableError
 from candle_vllm.server.mailbox.options import HEADER_VALUE, MailboxOptions
 from candle_vllm.server.mailbox.policy import DeliveryPolicy, Mode, check_bearer, client_target
-from candle_vllm.server.mailbox.record import MailboxError, Status, invalid, not_found, settled
-from candle_vllm.server.mailbox.store import MailboxStore, StoredAnswer
+from candle_vllm.server.mailbox.store import (
+    MailboxError,
+    MailboxStore,
+    Status,
+    StoredAnswer,
+    invalid,
+    not_found,
+    settled,
+)
 from candle_vllm.server.mailbox.webhook import Deliverer, Message, Outcome, Sender
 
 PURGE_SECONDS = 30.0

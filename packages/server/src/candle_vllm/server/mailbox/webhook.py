@@ -27,8 +27,7 @@ import msgspec
 from candle_vllm.core.targets import ForbiddenTarget, Target, allowed_target, parse_target, resolve
 from candle_vllm.responses.store.entries import StoreUnavailableError
 from candle_vllm.server.mailbox.options import MailboxOptions, WebhookAuth, WebhookOptions
-from candle_vllm.server.mailbox.record import Record
-from candle_vllm.server.mailbox.store import MailboxStore, StoredAnswer
+from candle_vllm.server.mailbox.store import MailboxStore, Record, StoredAnswer
 
 TIMESTAMP_HEADER = "X-Webhook-Timestamp"
 ID_HEADER = "Idempotency-Key"

@@ -213,7 +213,7 @@ class Execution:
         """Wait until the engine has accepted the first turn; after a failure, close everything and raise it."""
         try:
             self.state.add(await anext(self._events))
-            self._next = asyncio.ensure_future(_next(self._events))
+            self._next = asyncio.ensure_future(anext(self._events))
             entered = asyncio.ensure_future(self.turns.entered.wait())
             try:
                 await asyncio.wait({self._next, entered}, return_when=asyncio.FIRST_COMPLETED)
@@ -231,7 +231,7 @@ class Execution:
     async def __anext__(self) -> conversation_events.Event:
         pending, self._next = self._next, None
         try:
-            event = await (_next(self._events) if pending is None else pending)
+            event = await (anext(self._events) if pending is None else pending)
         except TokensSpentError:
             self.state.end(FinishReason.LENGTH)
             raise StopAsyncIteration from None
@@ -275,10 +275,6 @@ def _asked(wire: ChatCompletionRequest, defaults: Mapping[str, Any], limit: int 
         return replace(task, messages=(*task.messages, *transcript.added), tools=use)
 
     return transcript, ask
-
-
-async def _next(events: Any) -> conversation_events.Event:
-    return await anext(events)
 
 
 async def executed(execution: Execution) -> ChatCompletion:

@@ -10,7 +10,7 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from pydantic import ValidationError
@@ -161,13 +161,14 @@ class McpService:
             approved = not self.options.execute or self.auto_approves(entry.definition)
             return None if approved else "mcp.json does not approve it (autoApprove)"
         server = next((server for server in self._configs if name.startswith(server + SEPARATOR)), "")
-        error = self.errors.get(server)
+        error = self.errors().get(server)
         return error and f"the MCP server {server!r:.80} is not connected: {error}"
 
-    @property
-    def errors(self) -> Mapping[str, str | None]:
-        """Why a server has no tools now, by its name, None for a server that is ready; a live view."""
-        return _Errors(self._fleet)
+    def errors(self) -> dict[str, str | None]:
+        """Return why a server has no tools now, by its name; None for a server that is ready."""
+        without = {"ready": None, "disabled": "it is disabled"}
+        links = self._fleet.links.items()
+        return {name: link.error or without.get(link.state, "it is not connected yet") for name, link in links}
 
     async def _connect(self) -> None:
         try:
@@ -184,23 +185,6 @@ class McpService:
             logger.info("tools that run in chat requests: %s", _named(approved))
             if others:
                 logger.info("tools that models do not get, because mcp.json does not approve them: %s", _named(others))
-
-
-class _Errors(Mapping[str, str | None]):
-    def __init__(self, fleet: McpFleet) -> None:
-        self._links = fleet.links
-
-    def __getitem__(self, name: str) -> str | None:
-        link = self._links[name]
-        if link.error is not None or link.state == "ready":
-            return link.error
-        return "it is disabled" if link.state == "disabled" else "it is not connected yet"
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._links)
-
-    def __len__(self) -> int:
-        return len(self._links)
 
 
 def _offer(definitions: Sequence[ToolDefinition]) -> Offer:

@@ -20,7 +20,7 @@ from candle_vllm.responses.store.entries import MAX_ID, is_id
 from candle_vllm.server.answering import json_answer
 from candle_vllm.server.http.body import parse_request, unless_disconnected
 from candle_vllm.server.http.routing import caller_of
-from candle_vllm.server.mailbox.record import MailboxError, Record, RecordList, Status, invalid, not_found
+from candle_vllm.server.mailbox.store import MailboxError, Record, RecordList, Status, invalid, not_found
 from candle_vllm.server.openapi.operation import KEPT, Operation, routing
 from candle_vllm.server.store_access import limit_and_after, query_of, switch_of
 
