@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import msgspec
 
@@ -22,12 +23,28 @@ from candle_vllm.core.engine.stats import Histogram
 from candle_vllm.core.engine.step.request_watchers import Pooled, RequestInfo
 from candle_vllm.server.http.routing import RequestContext, Spender
 
-if TYPE_CHECKING:
-    from candle_vllm.server.observing.model_metrics import ModelMetrics
-
 MAX_KEYS = 1000
 OTHER_KEYS = "other"
 """Label under which the keys or adapters beyond the maximum number are counted together."""
+
+
+class Counts(Protocol):
+    """The counts of a model, to which a request is added.
+
+    Attributes:
+        gap_bounds: bounds of the histogram of times between outputs.
+        ended: the records that have ended; appended to without a lock.
+    """
+
+    name: str
+    gap_bounds: tuple[float, ...]
+    ended: deque[RequestRecord]
+
+    def first_token(self, seconds: float) -> None: ...
+
+    def refused(self, reason: str, record: RequestRecord) -> None: ...
+
+    def settle(self) -> None: ...
 
 
 @dataclass(eq=False, repr=False, slots=True)
@@ -35,7 +52,7 @@ class RequestRecord:
     """Observes one request for the metrics, the log and the traces. It ends once; ending it again has no effect.
 
     Args:
-        counts: counts of its model, to which the request is added.
+        counts: counts of its model.
         info: the request as the engine got it.
         context: the HTTP request, if there is one.
 
@@ -50,7 +67,7 @@ class RequestRecord:
         failure: the error message, or None.
     """
 
-    counts: ModelMetrics
+    counts: Counts
     info: RequestInfo
     context: RequestContext | None
     arrived: float = field(default_factory=arrival_time, init=False)
