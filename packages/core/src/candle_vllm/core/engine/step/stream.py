@@ -44,7 +44,6 @@ class Receiver(Protocol[T_contra]):
 
     def end(self, error: Exception | None = None, /) -> None:
         """End the stream; called once, after the last item. With an error, items are missing."""
-        ...
 
 
 @dataclasses.dataclass(eq=False, repr=False)

@@ -46,11 +46,9 @@ class Sink(Protocol):
     @property
     def loop(self) -> asyncio.AbstractEventLoop | None:
         """The event loop in which `put` must be called; None for any thread."""
-        ...
 
     def put(self, item: Delivery) -> None:
         """Take one output, or the error that ends the request."""
-        ...
 
 
 _Item = tuple[Sink, TokenOutput]
@@ -174,7 +172,6 @@ class StepEngine(PreparingEngine, Protocol):
     @property
     def waits(self) -> bool:
         """True while a step would do nothing, until `wake` or another command."""
-        ...
 
     def add(self, prepared: Sequence[Any]) -> None: ...
 
