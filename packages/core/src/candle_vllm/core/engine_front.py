@@ -622,7 +622,6 @@ class EngineFront(ABC):
     async def _watched(
         self, operation: Operation, inputs: Any, call: PoolingOptions | ScoreOptions, run: Callable[[PoolingCalls], Any]
     ) -> Any:
-        """Run a call and notify its watcher."""
         call["request_id"] = request_id = call.get("request_id") or uuid.uuid4().hex
         watcher = call.pop("watcher", None)
         info = RequestInfo(request_id, operation, inputs, None, self.detokenize, call.get("lora_request"))

@@ -421,8 +421,9 @@ def _plan_on_cpu(
     draft = model.draft if isinstance(model, LoadedModel) else draft
     beside = 0 if draft is None else cache_bytes(draft.config.cache_specs, 1, _element_bytes(draft, PLAIN))
     layers = model.layers if isinstance(model, LoadedModel) else None
-    drafts = _most_drafts(config, placement.recorded)
-    sizes = _element_bytes(model, kinds), sequences, room, beside, layers, drafts, rows
+    drafts = _drafts(config, placement.recorded)
+    most_drafts = 0 if drafts is None else drafts.num_speculative_tokens
+    sizes = _element_bytes(model, kinds), sequences, room, beside, layers, most_drafts, rows
     plan = agreed_plan(lambda pools: plan_cache(config, model.config, *sizes, pools), ranks)
     return dataclasses.replace(plan, index_bytes=index)
 
@@ -439,11 +440,6 @@ def _index_bytes(model: ModelConfig, tokens: int, threads: int, recorded: bool) 
     from candle_vllm.core.kernels.latent_attention.reference import score_bytes
 
     return score_bytes(index.heads, context // model.index_pool) + 8 * tokens * model.index_top
-
-
-def _most_drafts(config: EngineConfig, recorded: bool) -> int:
-    drafts = _drafts(config, recorded)
-    return 0 if drafts is None else drafts.num_speculative_tokens
 
 
 def _drafts(config: EngineConfig, recorded: bool) -> SpeculativeConfig | None:

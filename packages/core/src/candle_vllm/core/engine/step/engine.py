@@ -479,7 +479,6 @@ class Engine:
 
 
 def _failed(live: Live, error: Exception) -> TokenOutput:
-    """Return the last output of a sequence that failed."""
     if isinstance(error, RequestError):
         return live.end(FinishReason.ERROR, error)
     return live.end(FinishReason.ERROR, f"the engine failed on this request: {type(error).__name__}: {error}")

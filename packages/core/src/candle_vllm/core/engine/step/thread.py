@@ -126,13 +126,6 @@ class _Client:
         return joined(held)
 
 
-class Prepared(Protocol):
-    """One sequence of a checked request: a `Live` or a `Payload`."""
-
-    @property
-    def request(self) -> GenerationRequest: ...
-
-
 class PreparingEngine(Protocol):
     """The part of an engine that prepares requests, before they are submitted to a `RequestRunner`."""
 
@@ -227,8 +220,8 @@ class EngineThread:
         """False if the thread has stopped or failed."""
         return self._thread.is_alive() and self._dead is None and not self._closing
 
-    def submit(self, prepared: Sequence[Prepared], sink: Sink) -> None:
-        """Submit a prepared request to the engine; its outputs go to `sink`.
+    def submit(self, prepared: Sequence[Any], sink: Sink) -> None:
+        """Submit a request's prepared sequences (`Live`, `Payload`) to the engine; its outputs go to `sink`.
 
         Raises:
             EngineOverloadedError: too many sequences are live.
