@@ -137,7 +137,11 @@ def build_engine(config: EngineConfig, loaded: LoadedModel | LoadedEncoder, rank
         store = adapter_store(config, loaded, runner, most, plan)
         admission = AdapterAdmission(store, most, patience=sequences)
     images = None if loaded.tower is None else _image_store(loaded.tower, runner)
-    pool = _state_pool(config, plan)
+    pool = None
+    if plan.states.running:
+        pool = StatePool(plan.states.running, plan.states.checkpoints, size)
+    elif config.state_cache_gb is not None:
+        logger.warning("state_cache_gb has no effect: no layer of this model has a recurrent state")
     offloaded = keep_blocks(config, loaded, own, blocks, draft is not None, others, pool)
     scheduler = Scheduler(
         blocks,
@@ -164,16 +168,6 @@ def build_engine(config: EngineConfig, loaded: LoadedModel | LoadedEncoder, rank
     engine.cache_bytes, engine.state_bytes = plan.num_bytes, plan.states.num_bytes
     engine.index_bytes = plan.index_bytes
     return engine
-
-
-def _state_pool(config: EngineConfig, plan: CachePlan) -> StatePool | None:
-    """Build the pool of state slots; return None if no layer has a state."""
-    room = plan.states
-    if not room.running:
-        if config.state_cache_gb is not None:
-            logger.warning("state_cache_gb has no effect: no layer of this model has a recurrent state")
-        return None
-    return StatePool(room.running, room.checkpoints, config.block_size)
 
 
 def build_rank(config: EngineConfig, loaded: LoadedModel, ranks: Collective) -> tuple[ModelRunner, Sleeper]:
