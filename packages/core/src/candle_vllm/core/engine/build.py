@@ -455,11 +455,7 @@ def _element_bytes(
 
 
 def cache_kinds(config: EngineConfig, model: LoadedModel | Described) -> tuple[CacheKind, CacheKind]:
-    """Return the types in which a model on the CPU caches keys and values.
-
-    Raises:
-        ConfigError: the model cannot have this type; the message says what works.
-    """
+    """Return the types of cached keys and values on a CPU; raises ConfigError for a type that the model cannot have."""
     found: list[CacheKind] = []
     for name in ("key_cache_dtype", "value_cache_dtype"):
         given = getattr(config, name)

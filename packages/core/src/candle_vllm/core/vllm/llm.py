@@ -87,11 +87,7 @@ class Opened:
         return SamplingParams(**self.sampling).filled({})
 
     def sampling_params(self, given: SamplingParams | None) -> SamplingParams:
-        """Fill a request's parameters with vLLM's defaults, and make them cumulative; None becomes the defaults.
-
-        Raises:
-            InvalidParameterError: `given` is not `SamplingParams`.
-        """
+        """Fill in vLLM's defaults, for cumulative outputs; raises InvalidParameterError for another type."""
         if given is None:
             return self.default_sampling_params()
         if not isinstance(given, SamplingParams):

@@ -73,11 +73,7 @@ class PooledText(Live):
         self._next += positions
 
     def finish(self) -> TokenOutput:
-        """Return the only output; called when the text's last token has been run.
-
-        Raises:
-            CandleVllmError: an element of the vector is not finite.
-        """
+        """Return the only output, once the last token has run; raises CandleVllmError if a vector is not finite."""
         vector, plan = self._vector(), self._plan
         vectors = len(vector) // plan.dimensions if plan.method.gives == "vectors" else None
         return msgspec.structs.replace(self.end(FinishReason.STOP), pooled=vector, vectors=vectors)

@@ -56,11 +56,7 @@ class Preparation(ABC):
         """
 
     def check_structured_outputs(self, params: StructuredOutputsParams) -> None:
-        """Compile and cache the grammar of structured outputs, as for a request.
-
-        Raises:
-            InvalidParameterError: the schema or grammar is not valid or not supported.
-        """
+        """Compile and cache a request's grammar; raises InvalidParameterError if it is not valid or not supported."""
         raise NotImplementedError
 
     def _entries(self, uses: Seq[AdapterUse]) -> Entries:

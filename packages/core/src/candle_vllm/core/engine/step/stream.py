@@ -430,11 +430,7 @@ class Window:
         self._outputs: list[TokenOutput | None] = [None] * len(entries)
 
     def run(self, *, use_tqdm: Bar) -> list[TokenOutput]:
-        """Run all requests and return their outputs in order; blocks the calling thread.
-
-        Raises:
-            CandleVllmError: see `run_all`.
-        """
+        """Run all requests and return their outputs in order; blocks the calling thread. Raises as `run_all`."""
         mailbox = _Mailbox()
         try:
             with shown_bar("texts", len(self._entries), use_tqdm) as advance:

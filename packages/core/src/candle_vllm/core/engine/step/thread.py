@@ -272,10 +272,7 @@ class EngineThread:
         return bool(self._asleep)
 
     def sleep(self, level: int, mode: str) -> None:
-        """Refuse new requests, abort all others or wait until they end, then free memory.
-
-        Args:
-            level, mode: see `InferenceEngine.sleep`.
+        """Refuse new requests, abort all others or wait until they end, then free memory; see `InferenceEngine.sleep`.
 
         Raises:
             CandleVllmError: the engine cannot sleep at this level, or memory is too small.
