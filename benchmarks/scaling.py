@@ -148,6 +148,7 @@ def message() -> None:
 
 class _Nothing:
     fatal, in_flight = (), 1
+    step_memory = hidden_sum = drop_cache = restore_cache = wake_up = None  # not called
 
 
 def _by_ring(ring: MessageRing) -> Callable[[Any], None]:

@@ -56,6 +56,7 @@ class Told:
     """What another rank makes of the steps that it is told, in the fewest words."""
 
     fatal, in_flight = (), 1
+    step_memory = hidden_sum = drop_cache = restore_cache = wake_up = None  # not called
 
     def __init__(self) -> None:
         self._ranks: Any = RankedRunner(self, None)  # type: ignore[arg-type]

@@ -522,7 +522,8 @@ def test_adapters_that_come_and_go_between_steps_are_forgotten() -> None:
     """Before the next one is loaded, so that no rank keeps more of them than the first one."""
     told = list[Any]()
     ranks: Any = SimpleNamespace(broadcast=told.append, adapters_loaded=lambda number: [AdapterLoaded(number, b"same")])
-    runner: Any = SimpleNamespace(in_flight=1, fatal=())
+    unused = dict.fromkeys(("step_memory", "hidden_sum", "drop_cache", "restore_cache", "wake_up"))
+    runner: Any = SimpleNamespace(in_flight=1, fatal=(), **unused)
     ours = RankedRunner(runner, ranks)
     for serial in range(3):
         packed: Any = Packed(serial)

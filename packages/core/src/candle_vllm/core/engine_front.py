@@ -121,11 +121,7 @@ class EngineFront(ABC):
         return msgspec.convert(self._info.default_sampling, SamplingParams)
 
     def _filled(self, params: SamplingParams | None) -> SamplingParams:
-        """Return the parameters with the model's defaults for fields that are left out.
-
-        Raises:
-            InvalidParameterError: `params` is no SamplingParams, or is for AsyncLLM only.
-        """
+        """Fill in model defaults; raises InvalidParameterError for another type, or an `output_kind` of AsyncLLM."""
         if not isinstance(params, (SamplingParams, type(None))):
             raise no_params(params)
         params = params or SamplingParams()
@@ -622,7 +618,6 @@ class EngineFront(ABC):
     async def _watched(
         self, operation: Operation, inputs: Any, call: PoolingOptions | ScoreOptions, run: Callable[[PoolingCalls], Any]
     ) -> Any:
-        """Run a call and notify its watcher."""
         call["request_id"] = request_id = call.get("request_id") or uuid.uuid4().hex
         watcher = call.pop("watcher", None)
         info = RequestInfo(request_id, operation, inputs, None, self.detokenize, call.get("lora_request"))
@@ -740,11 +735,7 @@ class EngineFront(ABC):
         """Return the engine and its `Texts`; raises `EngineDeadError` once it is closed."""
 
     def _working(self) -> PreparingEngine:
-        """Return the engine, if this process has its threads: a forked child has only a copy of the memory.
-
-        Raises:
-            EngineDeadError: the engine is closed, or this is a forked child.
-        """
+        """Return the engine; raises EngineDeadError if it is closed, or in a forked child, which lacks its threads."""
         if self._is_elsewhere:
             raise EngineDeadError(
                 f"the engine belongs to another process ({self._owner}), and this process was forked from it without "

@@ -189,17 +189,12 @@ class InferenceEngine(ExplainedAttributes, EngineFront):
 
     def reset_prefix_cache(self) -> None:
         self._working()
-        if self._thread is not None:
-            self._thread.reset_prefix_cache()
-        else:
-            self._require()[0].reset_prefix_cache()
+        (self._thread or self._require()[0]).reset_prefix_cache()
 
     @property
     def is_sleeping(self) -> bool:
         self._working()
-        if self._thread is not None:
-            return self._thread.is_sleeping
-        return self._require()[0].is_sleeping
+        return (self._thread or self._require()[0]).is_sleeping
 
     def _sleep(self, level: int, mode: str) -> None:
         if not self._manual:
@@ -223,7 +218,6 @@ class InferenceEngine(ExplainedAttributes, EngineFront):
     # ---- lifetime ----------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Abort running requests, end the thread, and release model and cache. Closing twice is allowed."""
         if self._is_elsewhere:  # in a forked process, which lacks the threads and must not wait for the lock
             self._finalizer.detach()
             self._engine = self._loaded = self._thread = None

@@ -137,7 +137,11 @@ def build_engine(config: EngineConfig, loaded: LoadedModel | LoadedEncoder, rank
         store = adapter_store(config, loaded, runner, most, plan)
         admission = AdapterAdmission(store, most, patience=sequences)
     images = None if loaded.tower is None else _image_store(loaded.tower, runner)
-    pool = _state_pool(config, plan)
+    pool = None
+    if plan.states.running:
+        pool = StatePool(plan.states.running, plan.states.checkpoints, size)
+    elif config.state_cache_gb is not None:
+        logger.warning("state_cache_gb has no effect: no layer of this model has a recurrent state")
     offloaded = keep_blocks(config, loaded, own, blocks, draft is not None, others, pool)
     scheduler = Scheduler(
         blocks,
@@ -164,16 +168,6 @@ def build_engine(config: EngineConfig, loaded: LoadedModel | LoadedEncoder, rank
     engine.cache_bytes, engine.state_bytes = plan.num_bytes, plan.states.num_bytes
     engine.index_bytes = plan.index_bytes
     return engine
-
-
-def _state_pool(config: EngineConfig, plan: CachePlan) -> StatePool | None:
-    """Build the pool of state slots; return None if no layer has a state."""
-    room = plan.states
-    if not room.running:
-        if config.state_cache_gb is not None:
-            logger.warning("state_cache_gb has no effect: no layer of this model has a recurrent state")
-        return None
-    return StatePool(room.running, room.checkpoints, config.block_size)
 
 
 def build_rank(config: EngineConfig, loaded: LoadedModel, ranks: Collective) -> tuple[ModelRunner, Sleeper]:
@@ -421,8 +415,9 @@ def _plan_on_cpu(
     draft = model.draft if isinstance(model, LoadedModel) else draft
     beside = 0 if draft is None else cache_bytes(draft.config.cache_specs, 1, _element_bytes(draft, PLAIN))
     layers = model.layers if isinstance(model, LoadedModel) else None
-    drafts = _most_drafts(config, placement.recorded)
-    sizes = _element_bytes(model, kinds), sequences, room, beside, layers, drafts, rows
+    drafts = _drafts(config, placement.recorded)
+    most_drafts = 0 if drafts is None else drafts.num_speculative_tokens
+    sizes = _element_bytes(model, kinds), sequences, room, beside, layers, most_drafts, rows
     plan = agreed_plan(lambda pools: plan_cache(config, model.config, *sizes, pools), ranks)
     return dataclasses.replace(plan, index_bytes=index)
 
@@ -439,11 +434,6 @@ def _index_bytes(model: ModelConfig, tokens: int, threads: int, recorded: bool) 
     from candle_vllm.core.kernels.latent_attention.reference import score_bytes
 
     return score_bytes(index.heads, context // model.index_pool) + 8 * tokens * model.index_top
-
-
-def _most_drafts(config: EngineConfig, recorded: bool) -> int:
-    drafts = _drafts(config, recorded)
-    return 0 if drafts is None else drafts.num_speculative_tokens
 
 
 def _drafts(config: EngineConfig, recorded: bool) -> SpeculativeConfig | None:
@@ -465,11 +455,7 @@ def _element_bytes(
 
 
 def cache_kinds(config: EngineConfig, model: LoadedModel | Described) -> tuple[CacheKind, CacheKind]:
-    """Return the types in which a model on the CPU caches keys and values.
-
-    Raises:
-        ConfigError: the model cannot have this type; the message says what works.
-    """
+    """Return the types of cached keys and values on a CPU; raises ConfigError for a type that the model cannot have."""
     found: list[CacheKind] = []
     for name in ("key_cache_dtype", "value_cache_dtype"):
         given = getattr(config, name)

@@ -70,28 +70,11 @@ class ModelInfo(ShownStruct, frozen=True, kw_only=True):
         answer_window: see `ModelConfig`; tokens of an answer that are sent as a prompt then have other results.
     """
 
-    unshown: ClassVar[frozenset[str]] = frozenset(
-        {
-            "vocab_size",
-            "weight_bytes",
-            "eos_token_ids",
-            "has_chat_template",
-            "embedding_size",
-            "implementation",
-            "max_num_seqs",
-            "kv_cache_bytes",
-            "state_bytes",
-            "index_bytes",
-            "answer_window",
-            "model_sampling",
-            "max_images",
-            "image_text",
-            "labels",
-            "pooling",
-            "pair_marks",
-            "prompts",
-        }
-    )
+    unshown: ClassVar[frozenset[str]] = frozenset((
+        "vocab_size", "weight_bytes", "eos_token_ids", "has_chat_template", "embedding_size", "implementation",
+        "max_num_seqs", "kv_cache_bytes", "state_bytes", "index_bytes", "answer_window", "model_sampling", "max_images",
+        "image_text", "labels", "pooling", "pair_marks", "prompts",
+    ))  # fmt: skip
 
     name: str
     architecture: str

@@ -291,16 +291,15 @@ def _of_all(known: Sequence[RequestMetrics]) -> RequestMetrics | None:
 
 
 def _completion(index: int, pieces: Sequence[TokenOutput]) -> CompletionOutput:
-    last = pieces[-1]
-    assert last.finish_reason is not None
-    asked = any(piece.logprobs is not None for piece in pieces)
+    whole = joined([piece for piece in pieces if piece.progress is None])
+    assert whole.finish_reason is not None
     return CompletionOutput(
         index=index,
-        text="".join(piece.text for piece in pieces),
-        token_ids=tuple(token for piece in pieces for token in piece.token_ids),
-        finish_reason=last.finish_reason,
-        stop_reason=last.stop_reason,
-        logprobs=tuple(entry for piece in pieces for entry in piece.logprobs or ()) if asked else None,
+        text=whole.text,
+        token_ids=whole.token_ids,
+        finish_reason=whole.finish_reason,
+        stop_reason=whole.stop_reason,
+        logprobs=whole.logprobs,
     )
 
 

@@ -126,36 +126,20 @@ class Stat(NamedTuple):
 
 
 class EngineStats(ShownStruct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A snapshot of the engine's statistics.
+    """A snapshot of the engine's statistics. A counter counts since the start; the help texts explain the other fields.
 
     Attributes:
         num_running, num_waiting: current number of running and waiting sequences.
         num_blocks, num_free_blocks, block_size: blocks of the KV cache, free blocks now, tokens of a block.
-        checkpoints, checkpoint_slots: current and maximum number of checkpoints of layer states.
-        prompt_tokens, cached_prompt_tokens: tokens of all prompts since the start, and those found in the prefix cache.
-        generation_tokens: tokens of all outputs, since the start.
-        finished: sequences by finish reason, since the start.
-        preemptions, steps: counts since the start.
-        step_tokens: the number of tokens of each step, of prompts and decoded ones, draft tokens included.
-        drafts, draft_tokens, accepted_draft_tokens: drafts (one for each sequence and step), draft tokens, and accepted
-            draft tokens, since the start.
-        accepted_per_position: number of accepted draft tokens at each position of a draft.
+        generation_tokens: tokens of all outputs.
+        finished: sequences by finish reason.
         step_seconds: estimated time of a step of one sequence with 0, 1, 2, ... draft tokens, relative to a plain step;
             the drafter chooses their number by it. Empty without speculative decoding.
-        adapters, adapters_in_memory, adapter_bytes: known adapters, adapters in memory and their bytes, now.
-        adapter_loads, adapter_load_failures, adapter_evictions: counts since the start.
-        adapter_load_seconds: total time of these loads, failed ones included.
+        adapter_load_seconds: failed loads included.
         max_adapters: maximum number of adapters in one step; 0 without LoRA.
         running_adapters, waiting_adapters: current number of sequences by adapter, only for the adapters with the most.
-        kept_block_bytes: current bytes of offloaded blocks (KV tiers) on disk, in main memory and in Redis (in the last
-            two, of the first rank only); 0 without KV tiers.
-        kept_blocks_read, kept_blocks_written: offloaded blocks read and written, since the start.
-        kept_blocks_skipped: blocks that were not written because the writer was too slow, since the start.
-        kept_block_failures: blocks that could not be read or written, were damaged or late, since the start.
+        kept_block_bytes: in main memory and in Redis, of the first rank only; 0 without KV tiers.
         sleep_level: 0 while the engine is awake; see `InferenceEngine.sleep`.
-        images_encoded, images_reused, image_failures: images that were encoded, images whose embeddings were reused,
-            and images that could not be encoded, since the start.
-        image_seconds: total time of encoding images, since the start.
         replicas: the statistics of each replica; empty for a single engine.
     """
 

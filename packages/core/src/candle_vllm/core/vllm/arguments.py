@@ -85,26 +85,6 @@ def _methods() -> set[str]:
     return {each.strip(" :") for each in becomes.split(";")}
 
 
-def check_quantization(said: str | None, stored: str | None) -> None:
-    """Refuse a quantization method for an unquantized checkpoint.
-
-    For a quantized checkpoint the argument has no effect: its files define the method.
-
-    Args:
-        said: vLLM's name of a method.
-        stored: `ModelInfo.quantization` of the checkpoint.
-
-    Raises:
-        ConfigError: the checkpoint's weights are not quantized.
-    """
-    if said is not None and stored is None:
-        raise ConfigError(
-            f"quantization {said!r:.60}: the checkpoint is not quantised, and loading does not quantise with this "
-            "method: leave it out, or use isq",
-            "quantization",
-        )
-
-
 class EngineArgs:
     """Arguments of `LLM` and `AsyncLLM`, checked and stored; `vars` returns the model and the given arguments.
 

@@ -83,7 +83,7 @@ class AsyncLLM:
             trace_headers=trace_headers or None,
             data_parallel_rank=data_parallel_rank or None,
         )
-        params = self._opened.defaults.filled(sampling_params)
+        params = self._opened.sampling_params(sampling_params)
         await self.engine.compile_form(params)
         kind = RequestOutputKind.CUMULATIVE if sampling_params is None else sampling_params.output_kind
         stream = llm.fitted(
@@ -127,12 +127,9 @@ class AsyncLLM:
             "add_special_tokens": llm.adds_special(tokenization_kwargs),
             "lora_request": lora_request,
         }
-        if llm.asks_classes(pooling_task, self.engine.model_info):
-            classes = self._opened.pooling_params(pooling_params, classes=True)
-            yield llm.pooled((await self.engine.aclassify([prompt], classes, **call))[0])
-            return
-        params = llm.task_params(self._opened.pooling_params(pooling_params), pooling_task)
-        yield llm.pooled((await self.engine.aembed([prompt], params, **call))[0])
+        classes, params = self._opened.task_params(pooling_task, pooling_params)
+        run = self.engine.aclassify if classes else self.engine.aembed
+        yield llm.pooled((await run([prompt], params, **call))[0])
 
     async def abort(self, request_id: str | Iterable[str]) -> None:
         """Abort requests; their iterators yield a last output with the finish reason "abort"."""
@@ -199,7 +196,7 @@ class AsyncLLM:
 
     async def get_default_sampling_params(self) -> SamplingParams:
         """Return the default sampling parameters, as `LLM`."""
-        return self._opened.defaults.sampling_params()
+        return self._opened.default_sampling_params()
 
     def get_tokenizer(self) -> llm.LlmTokenizer:
         """Return the model's tokenizer and template."""

@@ -167,17 +167,8 @@ def beam_search(
 
     Each step of the search sends one request per beam; the prefix cache holds the beam's earlier tokens.
 
-    Args:
-        engine: engine that continues the beams.
-        prompts: as in `EngineFront.generate`.
-        use_tqdm: whether to show a progress bar of steps, or a function that makes one.
-        concurrency_limit: maximum number of prompts that are searched at the same time; None for no limit.
-        priority: one priority for all prompts, or one for each.
-        lora_request: as in `EngineFront.generate`, but `load_inplace` is refused.
-
-    Raises:
-        RequestError: a prompt or an argument is invalid.
-        CandleVllmError: as in `EngineFront.generate`.
+    Arguments and errors are as in `EngineFront.generate`, but `load_inplace` of an adapter is refused, the progress bar
+    shows steps, and `concurrency_limit` is the maximum number of prompts that are searched at the same time.
     """
     if not isinstance(params, BeamSearchParams):
         raise InvalidParameterError(f"params must be BeamSearchParams, not {type(params).__name__}", "params")

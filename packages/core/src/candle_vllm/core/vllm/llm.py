@@ -19,7 +19,6 @@ from msgspec.structs import asdict, replace
 
 from candle_vllm.core.arguments import ExplainedAttributes, explained, foreign_names
 from candle_vllm.core.config import EngineConfig
-from candle_vllm.core.engine.model_info import ModelInfo
 from candle_vllm.core.engine.outputs import ClassificationOutput as Classification
 from candle_vllm.core.engine.outputs import EmbeddingOutput as Embedding
 from candle_vllm.core.engine.outputs import GenerationOutput
@@ -32,7 +31,7 @@ from candle_vllm.core.pooling import BY_TOKEN, PoolingParams
 from candle_vllm.core.remote import ReplicatedEngine
 from candle_vllm.core.sampling.params import RequestOutputKind, SamplingParams
 from candle_vllm.core.text.prompts import Message, Prompt
-from candle_vllm.core.vllm.arguments import EngineArgs, check_quantization, translated
+from candle_vllm.core.vllm.arguments import EngineArgs, translated
 from candle_vllm.core.vllm.beam_search import BeamSearchOutput, BeamSearchParams, beam_search
 from candle_vllm.core.vllm.outputs import (
     ClassificationOutput,
@@ -48,42 +47,6 @@ from candle_vllm.core.vllm.outputs import (
 )
 
 
-class Defaults:
-    """Default sampling parameters of `LLM` and `AsyncLLM`.
-
-    Args:
-        engine: the engine; its model's files may have defaults.
-        generation: defaults that replace the files' defaults; None keeps the files' defaults.
-        sampling: values that override all other defaults.
-    """
-
-    def __init__(
-        self,
-        engine: EngineFront,
-        generation: Mapping[str, Any] | None = None,
-        sampling: Mapping[str, Any] | None = None,
-    ) -> None:
-        own = engine.model_info.model_sampling if generation is None else generation
-        self._values: dict[str, Any] = {**own, **(sampling or {})}
-
-    def sampling_params(self) -> SamplingParams:
-        """Return vLLM's defaults, overridden by those of this object."""
-        return SamplingParams(**self._values).filled({})
-
-    def filled(self, params: SamplingParams | None) -> SamplingParams:
-        """Fill a request's parameters with vLLM's defaults, and make them cumulative; None becomes `sampling_params()`.
-
-        Raises:
-            InvalidParameterError: `params` is not `SamplingParams`.
-        """
-        if params is None:
-            return self.sampling_params()
-        if not isinstance(params, SamplingParams):
-            raise no_params(params)
-        seed = None if params.seed == -1 else params.seed  # as in vLLM
-        return replace(params.filled({}), output_kind=RequestOutputKind.CUMULATIVE, seed=seed)
-
-
 @dataclasses.dataclass(frozen=True)
 class Opened:
     """Engine and defaults of an `LLM` or `AsyncLLM`.
@@ -91,12 +54,13 @@ class Opened:
     Attributes:
         owned: whether the engine was created here; it is then closed with the `LLM` or `AsyncLLM`.
         pooling: default pooling parameters of a call.
+        sampling: sampling parameters of the model's files or in place of them, and overrides.
     """
 
     engine: EngineFront
     owned: bool
     pooling: PoolingParams
-    defaults: Defaults
+    sampling: Mapping[str, Any]
 
     @classmethod
     def of(cls, model: str | Path | EngineConfig | EngineFront, arguments: Mapping[str, Any]) -> Self:
@@ -104,16 +68,32 @@ class Opened:
         if isinstance(model, EngineFront):
             if arguments:
                 raise TypeError(f"an existing engine takes no arguments: {', '.join(arguments)}")
-            return cls(model, False, PoolingParams(), Defaults(model))
+            return cls(model, False, PoolingParams(), model.model_info.model_sampling)
         made = translated(model, arguments)
         several = made.config.data_parallel_size > 1
         engine = ReplicatedEngine(made.config) if several else InferenceEngine(made.config)
-        try:
-            check_quantization(made.quantization, engine.model_info.quantization)
-        except ConfigError:
+        if made.quantization is not None and engine.model_info.quantization is None:
             engine.close()
-            raise
-        return cls(engine, True, made.pooling, Defaults(engine, made.generation, made.sampling))
+            raise ConfigError(
+                f"quantization {made.quantization!r:.60}: the checkpoint is not quantised, and loading does not "
+                "quantise with this method: leave it out, or use isq",
+                "quantization",
+            )
+        own = engine.model_info.model_sampling if made.generation is None else made.generation
+        return cls(engine, True, made.pooling, {**own, **made.sampling})
+
+    def default_sampling_params(self) -> SamplingParams:
+        """Return vLLM's defaults, overridden by `sampling`."""
+        return SamplingParams(**self.sampling).filled({})
+
+    def sampling_params(self, given: SamplingParams | None) -> SamplingParams:
+        """Fill in vLLM's defaults, for cumulative outputs; raises InvalidParameterError for another type."""
+        if given is None:
+            return self.default_sampling_params()
+        if not isinstance(given, SamplingParams):
+            raise no_params(given)
+        seed = None if given.seed == -1 else given.seed  # as in vLLM
+        return replace(given.filled({}), output_kind=RequestOutputKind.CUMULATIVE, seed=seed)
 
     def pooling_params(self, given: Any, *, classes: bool = False) -> Any:
         """Fill the parameters of a call, or each of a list, with the default ones; the engine refuses other values.
@@ -128,6 +108,28 @@ class Opened:
         told = {name: value for name, value in asdict(given).items() if value is not None}
         # vLLM has two names for one parameter of vectors: `use_activation` of a call replaces the engine's `normalize`.
         return replace(own, **({"normalize": None} if "use_activation" in told else {}) | told)
+
+    def task_params(self, task: str, given: Any) -> tuple[bool, Any]:
+        """Return whether `encode` computes class probabilities for a task, rather than embeddings, and its parameters.
+
+        Raises:
+            InvalidParameterError: the task is unknown, or a classifier of tokens is asked for texts, or vice versa.
+        """
+        if task not in ("embed", "token_embed", "classify", "token_classify"):
+            raise InvalidParameterError(
+                f"pooling_task must be 'embed', 'classify', 'token_embed' or 'token_classify', not {task!r:.60}; "
+                "for pairs of texts use score",
+                "pooling_task",
+            )
+        info, classes, single = self.engine.model_info, task.endswith("classify"), task.startswith("token")
+        if "classify" in info.tasks and classes and single != (info.pooling in BY_TOKEN):
+            raise InvalidParameterError(f"{info.name} classifies {'texts' if single else 'tokens'}", "pooling_task")
+        params = self.pooling_params(given, classes=classes)
+        if task != "token_embed":
+            return classes, params
+        several = isinstance(params, (list, tuple))
+        each = [replace(one or PoolingParams(), pooling="all") for one in (params if several else [params])]
+        return classes, each if several else each[0]
 
     def close(self) -> None:
         """Close the engine if it was created here."""
@@ -175,21 +177,12 @@ class LLM(ExplainedAttributes):
         tokenization_kwargs: Mapping[str, Any] | None = None,
         mm_processor_kwargs: None = None,
     ) -> list[RequestOutput]:
-        """Continue every prompt; outputs are in the order of the prompts.
+        """Continue every prompt; arguments and errors are as in `InferenceEngine.generate`, except for these.
 
         Args:
-            prompts: a prompt or a list: a text, token ids, or an object with `prompt` or `prompt_token_ids`.
-            sampling_params: one for all prompts, or one for each; None means `get_default_sampling_params()`.
-            use_tqdm: whether to show a progress bar on a terminal, or a function that makes one.
-            lora_request: adapter (`enable_lora`), or pairs of adapters and scales; for all prompts, or a list with one
-                each.
-            priority: one priority for all prompts, or one for each; lower values run first.
+            sampling_params: None means `get_default_sampling_params()`.
             tokenization_kwargs: may have `add_special_tokens`.
             mm_processor_kwargs: refused: the model's files and the engine's settings define how images are prepared.
-
-        Raises:
-            RequestError: a prompt or parameter is invalid; no prompt has run; for a list, the message has its index.
-            CandleVllmError: the engine failed on a request, or was closed in the meantime.
         """
         refuse_given("generate", mm_processor_kwargs=mm_processor_kwargs)
         outputs = fitted(
@@ -327,12 +320,9 @@ class LLM(ExplainedAttributes):
             InvalidParameterError: the task is unknown or not supported.
         """
         refuse_given("encode", tokenization_kwargs=tokenization_kwargs or None)
-        if asks_classes(pooling_task, self.engine.model_info):
-            params = self._opened.pooling_params(pooling_params, classes=True)
-            made = self.engine.classify(prompts, params, use_tqdm=use_tqdm, lora_request=lora_request)
-            return list(map(pooled, made))
-        params = task_params(self._opened.pooling_params(pooling_params), pooling_task)
-        return list(map(pooled, self.engine.embed(prompts, params, use_tqdm=use_tqdm, lora_request=lora_request)))
+        classes, params = self._opened.task_params(pooling_task, pooling_params)
+        call = self.engine.classify if classes else self.engine.embed
+        return list(map(pooled, call(prompts, params, use_tqdm=use_tqdm, lora_request=lora_request)))
 
     @explained(PoolingParams=PoolingParams.__struct_fields__)
     def classify(
@@ -397,7 +387,7 @@ class LLM(ExplainedAttributes):
 
     def get_default_sampling_params(self) -> SamplingParams:
         """Return vLLM's default sampling parameters, overridden by those of the model's files and of the arguments."""
-        return self._opened.defaults.sampling_params()
+        return self._opened.default_sampling_params()
 
     def reset_prefix_cache(self) -> bool:
         """Clear the prefix cache; returns True, as vLLM does on success."""
@@ -434,8 +424,8 @@ class LLM(ExplainedAttributes):
         self, given: SamplingParams | Sequence[SamplingParams] | None
     ) -> SamplingParams | Sequence[SamplingParams]:
         if isinstance(given, (list, tuple)):
-            return [self._opened.defaults.filled(each) for each in given]
-        return self._opened.defaults.filled(given)  # pyrefly: ignore[bad-argument-type]  # which refuses it
+            return [self._opened.sampling_params(each) for each in given]
+        return self._opened.sampling_params(given)  # pyrefly: ignore[bad-argument-type]  # which refuses it
 
 
 class Encoding(dict[str, list[Any]]):
@@ -557,33 +547,6 @@ def adds_special(given: Mapping[str, Any] | None) -> bool:
             "tokenization_kwargs",
         )
     return adds
-
-
-def asks_classes(pooling_task: str, info: ModelInfo) -> bool:
-    """Whether `encode` computes class probabilities rather than embeddings.
-
-    Raises:
-        InvalidParameterError: the task is unknown, or a classifier of tokens is asked for texts, or vice versa.
-    """
-    if pooling_task not in ("embed", "token_embed", "classify", "token_classify"):
-        raise InvalidParameterError(
-            f"pooling_task must be 'embed', 'classify', 'token_embed' or 'token_classify', not {pooling_task!r:.60}; "
-            "for pairs of texts use score",
-            "pooling_task",
-        )
-    classes, single = pooling_task.endswith("classify"), pooling_task.startswith("token")
-    if "classify" in info.tasks and classes and single != (info.pooling in BY_TOKEN):
-        raise InvalidParameterError(f"{info.name} classifies {'texts' if single else 'tokens'}", "pooling_task")
-    return classes
-
-
-def task_params(params: Any, pooling_task: str) -> Any:
-    """Return the pooling parameters for a task; "token_embed" computes an embedding of each token."""
-    if pooling_task != "token_embed":
-        return params
-    if isinstance(params, (list, tuple)):
-        return [task_params(each, pooling_task) for each in params]
-    return replace(params or PoolingParams(), pooling="all")
 
 
 def pooled(made: Embedding | Classification) -> PoolingRequestOutput[PoolingOutput]:

@@ -156,7 +156,6 @@ class AdapterLoader:
         return known.pack(stored.data, stored.digest)
 
     def _packed(self, stored: StoredAdapter) -> tuple[PackedAdapter, tuple[str, ...]]:
-        """Fit and pack an adapter; return it with its notes."""
         fitted, kind = fit_adapter(stored, self._base), stored.kind
         if self._watch is not None and kind is not None and kind not in self._known:
             met = self._met.pop(kind, 0) + 1

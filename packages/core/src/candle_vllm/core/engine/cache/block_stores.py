@@ -53,15 +53,12 @@ class BlockStore(Protocol):
     @property
     def num_bytes(self) -> int:
         """Bytes of its blocks."""
-        ...
 
     def has(self, digest: bytes) -> bool:
         """Whether the store has a block, as far as it knows, so that the caller need not write it."""
-        ...
 
     def may_have(self, digest: bytes) -> bool:
         """Whether the store may have a block, so that the caller should try `read`."""
-        ...
 
     def read(self, digest: bytes) -> Bytes | None:
         """Return a block's bytes; None, or an OSError, if the store does not have the block.
@@ -69,23 +66,18 @@ class BlockStore(Protocol):
         Raises:
             OSError: the block is absent, could not be read, or was damaged; a damaged block is deleted.
         """
-        ...
 
     def write(self, digest: bytes, data: Bytes) -> None:
         """Store a block's bytes; raises OSError if the store fails."""
-        ...
 
     def forget(self, digest: bytes) -> None:
         """Delete a block."""
-        ...
 
     def clear(self) -> None:
         """Delete all blocks of the store's own fingerprint; none of them is found after this call."""
-        ...
 
     def close(self) -> None:
         """Free resources; blocks on disk and in Redis stay."""
-        ...
 
 
 def own_name(fingerprint: str) -> str:

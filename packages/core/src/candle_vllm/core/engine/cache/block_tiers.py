@@ -58,23 +58,19 @@ class BlockMemory(Protocol):
     @property
     def block_bytes(self) -> int:
         """Bytes of a block, all layers together."""
-        ...
 
     @property
     def state_bytes(self) -> int:
         """Bytes of a slot's states, all layers together."""
-        ...
 
     def copy_out(self, place: int, *, state: bool = False) -> Callable[[], Bytes]:
         """Begin to copy a block with the contents that it has after all launched steps.
 
         Returns a function that waits for the bytes and returns them, in any thread, in the cache's own layout.
         """
-        ...
 
     def copy_in(self, place: int, data: Bytes, *, state: bool = False) -> None:
         """Write a block; all steps that are launched later see it."""
-        ...
 
 
 class _Copied:

@@ -77,7 +77,6 @@ class _Ring:
         return self._words[first], self._words[first + 1]
 
     def set_head(self, slot: int, here: int, more: int) -> None:
-        """See `head`."""
         first = slot * (SLOT_BYTES // 4)
         self._words[first], self._words[first + 1] = here, more
 
@@ -192,7 +191,6 @@ class MessageRing:
             self._ring.wake(rank)
 
     def close(self) -> None:
-        """Close the memory's descriptor."""
         self.memory.close()
 
 

@@ -149,7 +149,6 @@ class RankListener:
         self._listener.close()
 
     def _let_in(self) -> None:
-        """Accept a connection, and start a thread for its handshake."""
         connection, (address, *_) = self._listener.accept()
         with self._changed:
             if len(self._strangers) >= _AT_ONCE:

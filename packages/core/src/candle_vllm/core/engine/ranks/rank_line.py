@@ -398,11 +398,7 @@ class RendezvousStore:
             each(value)
 
     def get(self, key: str) -> bytes:
-        """Wait until a key is set; return its value.
-
-        Raises:
-            EngineDeadError: the ranks have ended, or the key was not set in time.
-        """
+        """Return a value once its key is set; raises EngineDeadError if the ranks have ended, or after a timeout."""
         with self._changed:
             there = self._changed.wait_for(lambda: self._closed or key in self._found, _FINDING)
             if self._closed or not there:
@@ -559,11 +555,7 @@ class Batches:
         self._last: Batch | None = None
 
     def batch(self, message: Forward | Next) -> Batch:
-        """Return the batch of a step.
-
-        Raises:
-            ValueError: a `Next` does not fit the previous step.
-        """
+        """Return the batch of a step; raises ValueError for a `Next` that does not fit the previous step."""
         self._last = batch = self._next(message) if isinstance(message, Next) else self._forward(message)
         return batch
 

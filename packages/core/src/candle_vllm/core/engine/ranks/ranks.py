@@ -30,8 +30,9 @@ from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.engine.ranks import rank_line
 from candle_vllm.core.engine.ranks.message_ring import MessageRing, made_ring
 from candle_vllm.core.engine.ranks.nodes import RANK, RankListener, rank_device
+from candle_vllm.core.engine.ranks.rank_line import as_bytes
 from candle_vllm.core.engine.runners.model_runner import Launched, ModelRunner, StepwiseRunner
-from candle_vllm.core.engine.step.batch import AdapterRows, Batch, Ints, StepMemory
+from candle_vllm.core.engine.step.batch import AdapterRows, Batch, Ints
 from candle_vllm.core.errors import AdapterError, CandleVllmError, ConfigError, EngineDeadError, ModelLoadError
 from candle_vllm.core.kernels.collectives import Collective, Notes, ProcessGroup, shared_memory
 from candle_vllm.core.kernels.lora import PackedAdapter
@@ -336,6 +337,12 @@ class Ranks:
         for other in list(self._others.values()):  # others may join at the same time
             if other.process is not None:
                 other.process.kill()
+        self._hang_up()
+        if self._collective is not None:
+            self._collective.abort()
+
+    def _hang_up(self) -> None:
+        for other in list(self._others.values()):
             other.line.end()
             other.side.end()
         if self._ring is not None:
@@ -343,8 +350,6 @@ class Ranks:
         if self._listener is not None:
             self._listener.close()
         self._rendezvous.close()
-        if self._collective is not None:
-            self._collective.abort()
 
     def _gone(self) -> str | None:
         """Return which rank has ended, and how; None if no rank is known to have ended after `_FATE_SECONDS`.
@@ -405,14 +410,7 @@ class Ranks:
     def close(self) -> None:
         """End the other ranks, and wait for the processes that this one started."""
         self._closing = True
-        if self._listener is not None:
-            self._listener.close()
-        self._rendezvous.close()
-        for other in self._others.values():
-            other.line.end()
-            other.side.end()
-        if self._ring is not None:
-            self._ring.end()
+        self._hang_up()
         if self._collective is not None:
             self._collective.close()
         until = time.monotonic() + _ENDING
@@ -482,7 +480,7 @@ class RankedParts:
 
     def offer(self, blocks: Sequence[tuple[int, bytes]]) -> None:
         numbers, digests = zip(*blocks, strict=True)
-        self._broadcast(rank_line.KeepBlocks(rank_line.as_bytes(np.array(numbers)), digests))
+        self._broadcast(rank_line.KeepBlocks(as_bytes(np.array(numbers)), digests))
 
     def read(self, number: int, digests: Sequence[bytes]) -> None:
         """See `BlockParts`; sent at once, outside of steps."""
@@ -492,7 +490,7 @@ class RankedParts:
         """See `BlockParts`; sent in order with the steps."""
         with contextlib.suppress(EngineDeadError):
             self._broadcast_pages()
-        self._broadcast(rank_line.BringBlocks(number, rank_line.as_bytes(np.array(blocks))))
+        self._broadcast(rank_line.BringBlocks(number, as_bytes(np.array(blocks))))
 
     def end(self, number: int, brought: int) -> None:
         self._ranks.broadcast_beside(rank_line.EndReading(number, brought))
@@ -535,8 +533,10 @@ class RankedRunner:
     overlaps = False
 
     def __init__(self, runner: ModelRunner, ranks: Ranks) -> None:
-        self.own = self._runner = runner
-        self.in_flight = runner.in_flight
+        self.own, self.in_flight, self.step_memory = runner, runner.in_flight, runner.step_memory
+        self.hidden_sum = runner.hidden_sum  # the first rank has the whole hidden states
+        # The other ranks get these calls by `sleep`.
+        self.drop_cache, self.restore_cache, self.wake_up = runner.drop_cache, runner.restore_cache, runner.wake_up
         self._ranks = ranks
         self._numbers: dict[int, int] = {}  # numbers of adapters in memory, by their serial numbers
         self._adapters = itertools.count(1)
@@ -549,51 +549,31 @@ class RankedRunner:
         self._sent: Batch | None = None  # the step that was sent last
         self._place = 0  # position of its first row
 
-    @property
-    def step_memory(self) -> StepMemory | None:
-        return self._runner.step_memory
-
     def forward(self, batch: Batch, states: Sequence[SamplingState]) -> None:
         message = self._message(batch)
         self.broadcast_pages()
-        self._together(message, lambda: self._runner.forward(batch, states))
+        self._together(message, lambda: self.own.forward(batch, states))
 
     def draw(self, states: Sequence[SamplingState]) -> Launched:
         """See `ModelRunner`. With several steps in flight, tokens are sampled only when `Launched.tokens` is called."""
         if self.in_flight > 1:
             return _InFlight(self._collect, states)
-        return self._runner.draw(states)
+        return self.own.draw(states)
 
     def collect(self) -> None:
         """See `ModelRunner`; does nothing, because `Launched.tokens` collects the step."""
 
     def _collect(self, states: Sequence[SamplingState]) -> Sequence[SampledTokens]:
         """Collect the oldest step in flight, and return its sampled tokens."""
-        self._together(
-            rank_line.Collect() if self._ranks.config.tensor_parallel_size > 1 else None, self._runner.collect
-        )
-        return self._runner.draw(states).tokens()
+        self._together(rank_line.Collect() if self._ranks.config.tensor_parallel_size > 1 else None, self.own.collect)
+        return self.own.draw(states).tokens()
 
     def score(self, rows: Ints) -> Value:
-        return self._together(rank_line.Score(rank_line.as_bytes(rows)), lambda: self._runner.score(rows))
-
-    def hidden_sum(self, rows: Ints) -> NDArray[np.float64]:
-        """See `ModelRunner`; the first rank has the whole hidden states."""
-        return self._runner.hidden_sum(rows)
+        return self._together(rank_line.Score(as_bytes(rows)), lambda: self.own.score(rows))
 
     def hidden_rows(self, rows: Ints) -> NDArray[np.float32]:
-        assert isinstance(self._runner, StepwiseRunner)
-        return self._runner.hidden_rows(rows)
-
-    def drop_cache(self) -> None:
-        """See `ModelRunner`; the other ranks get the call by `sleep`."""
-        self._runner.drop_cache()
-
-    def restore_cache(self) -> None:
-        self._runner.restore_cache()
-
-    def wake_up(self) -> None:
-        self._runner.wake_up()
+        assert isinstance(self.own, StepwiseRunner)
+        return self.own.hidden_rows(rows)
 
     def load_adapter(self, path: Path) -> int:
         """Make the other ranks begin to load an adapter, while steps run; return its number. Called in one thread."""
@@ -637,10 +617,10 @@ class RankedRunner:
         if adapters is None:
             return None
         return rank_line.Adapters(
-            rank_line.as_bytes(adapters.rows),
+            as_bytes(adapters.rows),
             np.ascontiguousarray(adapters.scales, np.float32).tobytes(),
-            rank_line.as_bytes(adapters.starts),
-            rank_line.as_bytes(adapters.sources),
+            as_bytes(adapters.starts),
+            as_bytes(adapters.sources),
             tuple(self._numbers[each.serial] for each in adapters.adapters),
         )
 
@@ -648,9 +628,7 @@ class RankedRunner:
         """Broadcast changed page table entries, before a step or a block copy needs them."""
         if len(changed := np.flatnonzero(self._page_of != self._broadcast_page_of)):
             self._broadcast_page_of[changed] = self._page_of[changed]
-            self._ranks.broadcast(
-                rank_line.Pages(rank_line.as_bytes(changed), rank_line.as_bytes(self._page_of[changed]))
-            )
+            self._ranks.broadcast(rank_line.Pages(as_bytes(changed), as_bytes(self._page_of[changed])))
 
     def sleep(self, asked: int | frozenset[str]) -> None:
         """Make the other ranks sleep at a level, or wake up tags."""
@@ -658,7 +636,7 @@ class RankedRunner:
 
     def close(self) -> None:
         self._ranks.close()
-        self._runner.close()
+        self.own.close()
 
     def _together(self, message: rank_line.ToRank | None, own: Callable[[], _Result]) -> _Result:
         if message is not None:
@@ -677,27 +655,27 @@ class RankedRunner:
         behind = sent is not None and batch.tokens is sent.tokens and self._place == place + 1
         if behind and batch.goes_on:
             self._tables_version = batch.tables_version
-            return rank_line.Next(rank_line.as_bytes(batch.token_ids), tuple(batch.begun), _states(batch))
-        if batch.drafted and not isinstance(self._runner, StepwiseRunner):
+            return rank_line.Next(as_bytes(batch.token_ids), tuple(batch.begun), _states(batch))
+        if batch.drafted and not isinstance(self.own, StepwiseRunner):
             from candle_vllm.core.engine.runners.device_inputs import by_rows
 
             batch = by_rows(batch)  # the first rank's runner does the same
         known, seen = batch.tables_version is self._tables_version, batch.embedded
         self._tables_version = batch.tables_version
         return rank_line.Forward(
-            rank_line.as_bytes(batch.tokens),
-            rank_line.as_bytes(batch.query_start),
-            rank_line.as_bytes(batch.context_lens),
-            rank_line.as_bytes(batch.sampled_rows),
+            as_bytes(batch.tokens),
+            as_bytes(batch.query_start),
+            as_bytes(batch.context_lens),
+            as_bytes(batch.sampled_rows),
             batch.num_decodes,
-            None if known else rank_line.as_bytes(batch.block_tables),
-            None if batch.ahead is None else rank_line.as_bytes(batch.ahead),
+            None if known else as_bytes(batch.block_tables),
+            None if batch.ahead is None else as_bytes(batch.ahead),
             self._numbered(batch.adapters),
-            None if seen is None else rank_line.Seen(rank_line.as_bytes(seen.rows), seen.vectors.shape[1]),
-            None if batch.turned is None else rank_line.RotaryMessage(*map(rank_line.as_bytes, astuple(batch.turned))),
+            None if seen is None else rank_line.Seen(as_bytes(seen.rows), seen.vectors.shape[1]),
+            None if batch.turned is None else rank_line.RotaryMessage(*map(as_bytes, astuple(batch.turned))),
             _states(batch),
         )
 
 
 def _states(batch: Batch) -> tuple[bytes, ...] | None:
-    return None if batch.states is None else tuple(map(rank_line.as_bytes, batch.states.tables.values()))
+    return None if batch.states is None else tuple(map(as_bytes, batch.states.tables.values()))

@@ -245,7 +245,6 @@ def _needs(config: EngineConfig, loaded: LoadedModel) -> AttentionNeeds:
 
 
 def _pass(steps: Sequence[Work], stream: DeviceStream) -> None:
-    """Run all steps, and wait for them."""
     for work in steps:
         work()
     stream.mark().wait()

@@ -282,7 +282,6 @@ class DeviceRunner(CacheParts):
         return scores[0] if scores else torch.empty(0)
 
     def hidden_sum(self, rows: Ints) -> NDArray[np.float64]:
-        """See `ModelRunner`. Waits for the step."""
         found: list[torch.Tensor] = []
         wanted = Sent(self._stream, rows)
         self._stream.run(lambda: found.append(self._hidden[wanted.there()].float().sum(-2, dtype=torch.float64)))
@@ -433,7 +432,6 @@ class DeviceRunner(CacheParts):
         return smallest, prompt, decoding, *(functools.partial(blank, size) for size in self._mixed[-1:])
 
     def _run_blank(self, batch: Batch) -> None:
-        """Run a step of padding, and its head."""
         tokens = batch.tokens.shape[1]
         border = None if self._borders is None else self._borders.blank(tokens)
         self._stream.run(self._eager(batch, border, measured=True))

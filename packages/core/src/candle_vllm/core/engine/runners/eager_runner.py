@@ -141,7 +141,6 @@ class EagerRunner(CacheParts, StepwiseRunner):
         return _sum_of(self._hidden, rows)
 
     def copy_out(self, place: int, *, state: bool = False) -> Callable[[], memoryview]:
-        """See `BlockMemory`; the block is copied at once."""
         data = torch.cat(self._parts(place, state=state)).cpu().numpy().data
         return lambda: data
 
@@ -398,6 +397,5 @@ def _computing(device: torch.device | Device) -> Iterator[None]:
 
 @torch.inference_mode()
 def _sum_of(hidden: torch.Tensor, rows: Ints) -> NDArray[np.float64]:
-    """See `ModelRunner.hidden_sum`."""
     wanted = hidden[torch.from_numpy(rows).to(hidden.device)].float()
     return wanted.sum(-2, dtype=torch.float64).cpu().numpy()

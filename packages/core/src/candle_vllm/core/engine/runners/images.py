@@ -34,7 +34,6 @@ class TowerRunner(Protocol):
 
         `whole` is the height and width of the image before it was cut, for encoders that join the tiles of a grid.
         """
-        ...
 
 
 def tiles_of(image: ImageInput) -> list[NDArray[np.uint8]]:

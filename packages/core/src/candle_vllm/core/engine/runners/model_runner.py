@@ -26,7 +26,6 @@ class Launched(Protocol):
 
     def tokens(self) -> Sequence[SampledTokens]:
         """Wait for the sampled tokens and return them, one entry for each run in `Batch.drawing`. Called once."""
-        ...
 
 
 class CacheRunner(Protocol):
@@ -35,23 +34,18 @@ class CacheRunner(Protocol):
     @property
     def step_memory(self) -> StepMemory | None:
         """Memory that batches must use for their arrays; None if batches may allocate them."""
-        ...
 
     def drop_cache(self) -> None:
         """Free the memory of the cache; no step may run before `wake_up`."""
-        ...
 
     def restore_cache(self) -> None:
         """Allocate the memory of the cache again; its contents are undefined."""
-        ...
 
     def wake_up(self) -> None:
         """Prepare for steps after weights and cache were allocated and filled again, maybe at different addresses."""
-        ...
 
     def close(self) -> None:
         """End the runner's threads."""
-        ...
 
 
 class ModelRunner(CacheRunner, Protocol):
@@ -74,7 +68,6 @@ class ModelRunner(CacheRunner, Protocol):
             states: sampling states of `batch.drawing`; only their parameters, such as temperature, and the random
                 numbers of the sampled positions are read here.
         """
-        ...
 
     def draw(self, states: Sequence[SamplingState]) -> Launched:
         """Start sampling for the step that `forward` started last or, with several in flight, `collect` collected last.
@@ -82,11 +75,9 @@ class ModelRunner(CacheRunner, Protocol):
         Args:
             states: the sampling states that `forward` got; a state with `reads_tokens` now has all earlier tokens.
         """
-        ...
 
     def collect(self) -> None:
         """If several steps may be in flight, collect the hidden states of the oldest; `draw` then samples for it."""
-        ...
 
     @abstractmethod
     def score(self, rows: Ints) -> Value:
@@ -94,12 +85,10 @@ class ModelRunner(CacheRunner, Protocol):
 
         The logits are an array if steps are recorded, else a tensor.
         """
-        ...
 
     @abstractmethod
     def hidden_sum(self, rows: Ints) -> NDArray[np.float64]:
         """Return sums [..., E] of fp32 hidden states of rows [..., n] of the last step, at most `MAX_HIDDEN_ROWS`."""
-        ...
 
 
 MAX_SCORED_ROWS = 64
@@ -176,11 +165,9 @@ class HeadRunner(CacheRunner, Protocol):
 
         Returns the logits; see `StepwiseRunner.run`.
         """
-        ...
 
     def given_back(self, rows: Ints) -> NDArray[np.float32]:
         """Return the head's hidden states [len(rows), E] of rows of the last step: the input for the next positions."""
-        ...
 
     def draw_rows(self, logits: Value, controls: NDArray[np.float64]) -> tuple[Ints, NDArray[np.float32]]: ...
 

@@ -312,7 +312,6 @@ class RecordedRunner(StepwiseRunner):
         return sum(part.nbytes for part in self._parts(0, state=True))
 
     def copy_out(self, place: int, *, state: bool = False) -> Callable[[], bytearray]:
-        """See `BlockMemory`; the block is copied at once."""
         parts, start = self._parts(place, state=state), 0
         data = bytearray(sum(part.nbytes for part in parts))
         flat = np.frombuffer(data, np.uint8)
@@ -349,7 +348,6 @@ class RecordedRunner(StepwiseRunner):
             drop_pages(memory)
 
     def close(self) -> None:
-        """End the runner's own threads."""
         if self._owns_team:
             self.team.close()
 
@@ -612,7 +610,6 @@ class RecordedEncoderRunner(EncoderRunner):
         return self._hidden.rows(rows).sum(-2, dtype=np.float64)
 
     def close(self) -> None:
-        """End the team's threads."""
         self._team.close()
 
 
@@ -646,13 +643,10 @@ def _caches(
                 cache.fit = np.ones((spec.kv_heads, 3, spec.key_dim), np.float32)
                 cache.fit[:, 0] = 0
             return cache
-        return tuple(StateCache(*map(_zeros, _state_shapes(part, room))) for part in spec.parts)
+        shapes = (((room.slots, *part.shape), (room.running, room.drafts, part.inputs)) for part in spec.parts)
+        return tuple(StateCache(*map(_zeros, each)) for each in shapes)
 
     return cache_specs.layer_caches(specs, make)
-
-
-def _state_shapes(part: cache_specs.StatePart, room: cache_specs.StateRoom) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    return (room.slots, *part.shape), (room.running, room.drafts, part.inputs)
 
 
 def _zeros(shape: tuple[int, ...]) -> NDArray[np.float32]:

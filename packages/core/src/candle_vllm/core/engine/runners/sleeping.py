@@ -40,11 +40,7 @@ MODES: Final = ("abort", "wait")
 
 
 def read_tags(tags: Sequence[str] | None) -> frozenset[str]:
-    """Return the tags to wake up; None or an empty list stands for all tags.
-
-    Raises:
-        InvalidParameterError: `tags` contains an unknown tag.
-    """
+    """Return the tags to wake up, all for None or an empty list; raises InvalidParameterError for an unknown tag."""
     if tags is None:
         return TAGS
     if isinstance(tags, str) or not TAGS.issuperset(tags):

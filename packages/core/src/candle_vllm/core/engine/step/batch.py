@@ -367,7 +367,6 @@ class BatchBuilder:
         return {**rows, "turned": rotary_positions(scheduled, query_start)}
 
     def _state_rows(self, scheduled: Seq[Run], query_start: Ints) -> StateRows:
-        """Return the state slots that a step reads and writes."""
         count, total = len(scheduled), int(query_start[-1])
         if self._memory is None:
             memory = StateRows(query_start, *np.empty((3, count), np.int64), *np.empty((2, total), np.int64))

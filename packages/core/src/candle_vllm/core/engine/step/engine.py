@@ -7,6 +7,7 @@ all other methods belong to the thread that runs the steps.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import time
@@ -53,6 +54,7 @@ class _Flight(msgspec.Struct, frozen=True, eq=False):
     began: float  # when the launch began, by `time.monotonic`
 
 
+@dataclasses.dataclass(eq=False, repr=False)
 class Engine:
     """Scheduler, model and the live sequences.
 
@@ -61,46 +63,39 @@ class Engine:
         scheduler: the queues, and the blocks of the cache.
         preparation: turns requests into sequences.
         drafter: proposes draft tokens; None without speculative decoding.
-
-    Attributes:
-        adapters: the adapters that requests may name; None without LoRA.
         images: encodes images and holds their embeddings; None for a text-only model.
         offloaded: the offloaded blocks (KV tiers); None without KV offloading.
         sleeper: frees memory and loads it again; None if the model was not loaded from files.
+
+    Attributes:
+        adapters: the adapters that requests may name; None without LoRA.
         draft_failures: first message of each exception type that drafting raised; answers continue without drafts.
     """
 
-    def __init__(
-        self,
-        runner: ModelRunner,
-        scheduler: Scheduler | WholeTexts,
-        preparation: Preparation,
-        drafter: Drafter | None = None,
-        images: ImageStore | None = None,
-        offloaded: OffloadedBlocks | OffloadedPrefixes | None = None,
-        sleeper: Sleeper | None = None,
-    ) -> None:
-        self.runner = runner
-        self.scheduler = scheduler
+    runner: ModelRunner
+    scheduler: Scheduler | WholeTexts
+    preparation: Preparation
+    _drafter: Drafter | None = None
+    images: ImageStore | None = None
+    offloaded: OffloadedBlocks | OffloadedPrefixes | None = None
+    sleeper: Sleeper | None = None
+
+    def __post_init__(self) -> None:
+        runner, scheduler, preparation = self.runner, self.scheduler, self.preparation
         self.prepare = preparation.prepare
         self.check_structured_outputs = preparation.check_structured_outputs
         self.max_model_len = preparation.max_model_len
         self.adapters: AdapterStore | None = preparation.adapters
-        self.images = images
-        self.offloaded = offloaded
-        self.sleeper = sleeper
         self.cache_bytes = 0  # size of the KV cache, states included; 0 for an encoder
         self.state_bytes = 0  # part of `cache_bytes` for states of layers
         self.index_bytes = 0  # see `CachePlan`
-        self._preparation = preparation
-        self._drafter = drafter
         block_size = scheduler.blocks.block_size if scheduler.blocks.num_blocks else 0
         self._batches = BatchBuilder(
-            block_size, runner.step_memory, images=images is not None, adapters=self.adapters is not None
+            block_size, runner.step_memory, images=self.images is not None, adapters=self.adapters is not None
         )
         self._sampling: tuple[list[LiveSequence], list[SamplingState]] = ([], [])  # sequences of the last step
         self._max_flights = max(runner.in_flight, 1 + runner.overlaps)  # the step that reaches it collects the oldest
-        assert drafter is None or self._max_flights == 1
+        assert self._drafter is None or self._max_flights == 1
         self._flights: deque[_Flight] = deque()  # in launch order
         self._live: dict[Sequence, Live] = {}
         self._requests: dict[str, list[Live]] = {}
@@ -383,7 +378,7 @@ class Engine:
             live = self._live.get(sequence) if sequence.index == 0 else None
             if live is None or len(sequence.tokens) > sequence.num_prompt_tokens:
                 continue
-            if item.wanted:
+            if item.start + item.count == sequence.num_prompt_tokens:
                 self._counts["prompt_tokens"] += sequence.num_prompt_tokens
                 self._counts["cached_prompt_tokens"] += sequence.num_cached_tokens or 0
             if sequence.request.params.prompt_progress and item.start + item.count > live.reported:
@@ -463,8 +458,6 @@ class Engine:
         if run.start + run.count < sequence.num_prompt_tokens:
             return []
         assert isinstance(live, PooledText)
-        self._counts["prompt_tokens"] += sequence.num_prompt_tokens
-        self._counts["cached_prompt_tokens"] += sequence.num_cached_tokens or 0
         try:
             output = live.finish()
         except Exception as error:
@@ -473,13 +466,12 @@ class Engine:
 
     def close(self) -> None:
         """Free the model's caches, and end the threads of the drafter, adapters, KV tiers and grammars."""
-        for part in (self._drafter, self.adapters, self.offloaded, self.runner, self._preparation):
+        for part in (self._drafter, self.adapters, self.offloaded, self.runner, self.preparation):
             if part is not None:
                 part.close()
 
 
 def _failed(live: Live, error: Exception) -> TokenOutput:
-    """Return the last output of a sequence that failed."""
     if isinstance(error, RequestError):
         return live.end(FinishReason.ERROR, error)
     return live.end(FinishReason.ERROR, f"the engine failed on this request: {type(error).__name__}: {error}")

@@ -45,27 +45,65 @@ class PooledText(Live):
     def __init__(self, sequence: Sequence, plan: PoolingPlan) -> None:
         super().__init__(sequence)
         sequence.max_length = sequence.num_prompt_tokens + 1
-        self.pooler = Pooler(plan, sequence.request.prompt_token_ids)
+        self._plan = plan
+        self._rows: list[NDArray[np.float64]] = []
+        self._sum: NDArray[np.float64] | None = None
+        self._next = sequence.num_prompt_tokens - 1 if plan.method.positions == "last" else 0
+        self._end = 1 if plan.method.positions == "first" else sequence.num_prompt_tokens
 
     @property
     def reads_rows(self) -> bool:
         return True
 
     def read_rows(self, run: Run, offset: int, runner: ModelRunner) -> None:
-        wanted = self.pooler.wanted(run.start, run.start + run.count)
+        wanted = range(max(run.start, self._next), min(run.start + run.count, self._end))  # a preempted text runs again
+        assert not wanted or wanted.start == self._next, "a needed position was left out"
         for first in range(0, len(wanted), MAX_HIDDEN_ROWS):
             rows = np.array(wanted[first : first + MAX_HIDDEN_ROWS], np.int64) + (offset - run.start)
-            self.pooler.add(runner.hidden_sum(rows[:, None] if self.pooler.plan.reads_states else rows), len(rows))
+            self._add(runner.hidden_sum(rows[:, None] if self._plan.reads_states else rows), len(rows))
+
+    def _add(self, total: NDArray[np.float64], positions: int) -> None:
+        """Add the sum [E] of the next positions' hidden states; if the plan `reads_states`, states [positions, E]."""
+        if self._plan.by_token:
+            self._rows.append(total)
+        else:
+            if (weights := self._plan.method.weights) is not None:
+                total = weights(np.arange(self._next, self._next + positions)) @ total
+            self._sum = total if self._sum is None else self._sum + total
+        self._next += positions
 
     def finish(self) -> TokenOutput:
-        """Return the only output; called when the text's last token has been run.
-
-        Raises:
-            CandleVllmError: an element of the vector is not finite.
-        """
-        vector, plan = self.pooler.vector(), self.pooler.plan
+        """Return the only output, once the last token has run; raises CandleVllmError if a vector is not finite."""
+        vector, plan = self._vector(), self._plan
         vectors = len(vector) // plan.dimensions if plan.method.gives == "vectors" else None
         return msgspec.structs.replace(self.end(FinishReason.STOP), pooled=vector, vectors=vectors)
+
+    def _vector(self) -> array[float]:
+        """Return the vector, or the concatenated vectors of all positions, float32; raises as `finish`."""
+        assert self._next >= self._end, "a needed position was not added"
+        plan, head = self._plan, self._plan.head
+        if plan.by_token:
+            pooled, sparse = np.concatenate(self._rows), plan.method.gives == "weights"
+            if head is not None:
+                token_ids = self.request.prompt_token_ids
+                pooled = head.by_token(pooled, token_ids, activate=plan.activate, sparse=sparse)
+        else:
+            assert self._sum is not None
+            pooled = self._sum / plan.method.divisor(self.sequence.num_prompt_tokens)
+            if head is not None:
+                pooled = head(pooled, activate=plan.activate)
+        pooled = pooled[..., : plan.dimensions]
+        if plan.normalize:
+            pooled = pooled / np.maximum(np.linalg.norm(pooled, axis=-1, keepdims=True), _SMALLEST_NORM)
+        with np.errstate(over="ignore"):
+            numbers = pooled.astype(np.float32)
+        if not np.isfinite(numbers).all():
+            raise CandleVllmError(
+                "the model returned values that are not finite (NaN or infinite): its weights are damaged"
+            )
+        made = array("f")
+        made.frombytes(numbers.tobytes())
+        return made
 
 
 class ScoredText(PooledText):
@@ -86,75 +124,3 @@ class ScoredText(PooledText):
 
     def finish(self) -> TokenOutput:
         return self.end(FinishReason.STOP)
-
-
-class Pooler:
-    """Accumulates the hidden states of a text's positions that a plan needs.
-
-    Args:
-        plan, token_ids: how the hidden states are pooled, and the tokens of the text.
-    """
-
-    def __init__(self, plan: PoolingPlan, token_ids: Seq[int]) -> None:
-        self.plan = plan
-        self.token_ids = token_ids
-        self.num_positions = num_positions = len(token_ids)
-        self._rows: list[NDArray[np.float64]] = []
-        self._next = num_positions - 1 if plan.method.positions == "last" else 0
-        self._end = 1 if plan.method.positions == "first" else num_positions
-        self._sum: NDArray[np.float64] | None = None
-
-    def wanted(self, start: int, end: int) -> range:
-        """Return the needed positions in `start:end` that were not added yet: a preempted text is run again."""
-        missing = range(max(start, self._next), min(end, self._end))
-        assert not missing or missing.start == self._next, "a needed position was left out"
-        return missing
-
-    def add(self, total: NDArray[np.float64], positions: int) -> None:
-        """Add the sum [E] of the next positions' hidden states; if the plan `reads_states`, states [positions, E]."""
-        if self.plan.by_token:
-            self._rows.append(total)
-        else:
-            if (weights := self.plan.method.weights) is not None:
-                total = weights(np.arange(self._next, self._next + positions)) @ total
-            self._sum = total if self._sum is None else self._sum + total
-        self._next += positions
-
-    def vector(self) -> array[float]:
-        """Return the vector, or the concatenated vectors of all positions, float32.
-
-        Raises:
-            CandleVllmError: an element is not finite.
-        """
-        assert self._next >= self._end, "a needed position was not added"
-        plan, head = self.plan, self.plan.head
-        if plan.by_token:
-            pooled, sparse = np.concatenate(self._rows), plan.method.gives == "weights"
-            if head is not None:
-                pooled = head.by_token(pooled, self.token_ids, activate=plan.activate, sparse=sparse)
-        else:
-            assert self._sum is not None
-            pooled = self._sum / plan.method.divisor(self.num_positions)
-            if head is not None:
-                pooled = head(pooled, activate=plan.activate)
-        pooled = pooled[..., : plan.dimensions]
-        if plan.normalize:
-            pooled = pooled / np.maximum(np.linalg.norm(pooled, axis=-1, keepdims=True), _SMALLEST_NORM)
-        return as_array(pooled)
-
-
-def as_array(values: NDArray[np.float64]) -> array[float]:
-    """Convert a vector to an `array` of float32 elements.
-
-    Raises:
-        CandleVllmError: an element is not finite.
-    """
-    with np.errstate(over="ignore"):
-        numbers = values.astype(np.float32)
-    if not np.isfinite(numbers).all():
-        raise CandleVllmError(
-            "the model returned values that are not finite (NaN or infinite): its weights are damaged"
-        )
-    made = array("f")
-    made.frombytes(numbers.tobytes())
-    return made

@@ -82,7 +82,6 @@ class PoolingCalls:
     # ---- scores ------------------------------------------------------------------------------------------------------
 
     def score(self, pairs: Sequence[Pair], *, use_tqdm: Bar) -> list[ScoreOutput]:
-        """See `InferenceEngine.score`."""
         if self._is_cross_encoder:
             entries = self._pairs(pairs)
             return _scores(entries, self._window(entries).run(use_tqdm=use_tqdm))
@@ -90,7 +89,6 @@ class PoolingCalls:
         return _products(pairs, _outputs("embed", entries, self._window(entries).run(use_tqdm=use_tqdm)), self._longest)
 
     async def ascore(self, pairs: Sequence[Pair]) -> list[ScoreOutput]:
-        """See `InferenceEngine.ascore`."""
         if self._is_cross_encoder:
             entries = await self.apart(self._pairs, pairs)
             return _scores(entries, await self._window(entries).arun())
@@ -115,7 +113,6 @@ class PoolingCalls:
         return math.inf if self.info.pooling == "sparse" else 1.0
 
     def _texts(self, inputs: Prompt | Sequence[Prompt], params: Params, task: TextTask) -> list[Entry]:
-        """Make a checked request for each text."""
         prompts = as_prompts(inputs)
         each = _each_params(params, len(prompts))
         uses = each_adapter_uses(self.lora_request, len(prompts))
@@ -148,7 +145,6 @@ class PoolingCalls:
         return list(entries.values())
 
     def _pairs(self, pairs: Sequence[Pair]) -> list[Entry]:
-        """Make a checked request for each pair, for a cross-encoder."""
         _check_pairs(pairs)
         uses = each_adapter_uses(self.lora_request, 1)[0]
         entries = []

@@ -56,11 +56,7 @@ class Preparation(ABC):
         """
 
     def check_structured_outputs(self, params: StructuredOutputsParams) -> None:
-        """Compile and cache the grammar of structured outputs, as for a request.
-
-        Raises:
-            InvalidParameterError: the schema or grammar is not valid or not supported.
-        """
+        """Compile and cache a request's grammar; raises InvalidParameterError if it is not valid or not supported."""
         raise NotImplementedError
 
     def _entries(self, uses: Seq[AdapterUse]) -> Entries:
@@ -121,6 +117,7 @@ class EncoderPreparation(Preparation):
         return PoolingPlan(POOLING_METHODS["cls"], normalize=False, dimensions=count, head=head, activate=activate)
 
 
+@dataclasses.dataclass(eq=False)
 class DecoderPreparation(Preparation):
     """Turns requests to a decoder into sequences.
 
@@ -138,38 +135,30 @@ class DecoderPreparation(Preparation):
         answer_window: see `ModelConfig`.
     """
 
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        eos_token_ids: Seq[int],
-        vocab_size: int,
-        max_model_len: int,
-        *,
-        pooling: ModelPooling | None = None,
-        head: PooledHead | None = None,
-        seed: int | None = None,
-        adapters: AdapterStore | None = None,
-        images: VisionInput | None = None,
-        open_objects: bool = False,
-        answer_window: int | None = None,
-    ) -> None:
-        self.adapters = adapters
-        self._answer_window = answer_window
-        self._images = images
-        self._tokenizer, self._suppressed = tokenizer, [[index] for index in tokenizer.suppressed_token_ids]
-        self._eos_token_ids = tuple(eos_token_ids)
-        self._ends = frozenset(eos_token_ids)  # shared by all sequences
-        self._vocab_size = vocab_size
-        self.max_model_len = max_model_len
-        self._pooling, self._head = pooling, head
-        self._grammars = LlguidanceBackend(tokenizer, vocab_size, self._eos_token_ids, open_objects=open_objects)
+    tokenizer: Tokenizer
+    eos_token_ids: tuple[int, ...]
+    vocab_size: int
+    max_model_len: int
+    _: dataclasses.KW_ONLY
+    pooling: ModelPooling | None = None
+    head: PooledHead | None = None
+    seed: dataclasses.InitVar[int | None] = None
+    adapters: AdapterStore | None = None
+    images: VisionInput | None = None
+    open_objects: bool = False
+    answer_window: int | None = None
+
+    def __post_init__(self, seed: int | None) -> None:
+        tokenizer, vocab_size, ends = self.tokenizer, self.vocab_size, self.eos_token_ids
+        self._suppressed, self._ends = [[index] for index in tokenizer.suppressed_token_ids], frozenset(ends)
+        self._grammars = LlguidanceBackend(tokenizer, vocab_size, ends, open_objects=self.open_objects)
         self._breakers = BreakerTable(tokenizer, vocab_size)
         self._seeds = random.Random(seed) if seed is not None else random.SystemRandom()  # noqa: S311
 
     def prepare(self, request: GenerationRequest) -> Seq[Live]:
         if isinstance(request, PoolingRequest):
             return [self._prepare_pooled(request)]
-        max_length = check_request(request, self._vocab_size, self.max_model_len)
+        max_length = check_request(request, self.vocab_size, self.max_model_len)
         params, prompt = request.params, request.prompt_token_ids
         entries = self._entries(request.adapters) if request.adapters else ()
         placed = self._placed(request) if request.images else ()
@@ -179,8 +168,8 @@ class DecoderPreparation(Preparation):
             params,
             prompt,
             seed=None if params.seed is not None else self._seeds.getrandbits(63),
-            vocab_size=self._vocab_size,
-            eos_token_ids=self._eos_token_ids,
+            vocab_size=self.vocab_size,
+            eos_token_ids=self.eos_token_ids,
             bad_word_token_ids=self._bad_words(params.bad_words) if params.bad_words else self._suppressed,
             grammar=None if form is None else self._grammar(form, params),
             thoughts=self._thoughts(params, prompt) if thinks else None,
@@ -192,15 +181,15 @@ class DecoderPreparation(Preparation):
         for index, own in enumerate(states):
             images = tuple(msgspec.structs.replace(each) for each in placed)
             sequence = Sequence(request, index, order=-1, entries=entries, images=images)
-            sequence.answer_window = self._answer_window
-            made.append(LiveSequence(sequence, own, self._tokenizer, self._ends, max_length, predicted))
+            sequence.answer_window = self.answer_window
+            made.append(LiveSequence(sequence, own, self.tokenizer, self._ends, max_length, predicted))
         return made
 
     def _placed(self, request: GenerationRequest) -> list[PlacedImage]:
         """Return a request's images with their positions in the prompt."""
-        if self._images is None:
+        if self.images is None:
             raise InvalidParameterError("image: the model takes text only", "image")
-        made, vision = list[PlacedImage](), self._images
+        made, vision = list[PlacedImage](), self.images
         for image, places in zip(request.images, vision.places(request.prompt_token_ids, request.images)):
             number, shift = len(made), made[-1].shift if made else 0
             spans = vision.spans(image, places, len(request.prompt_token_ids), self.room)
@@ -212,34 +201,33 @@ class DecoderPreparation(Preparation):
         self._grammars.compile(params)
 
     def close(self) -> None:
-        """End the threads that compute grammar masks."""
         self._grammars.close()
 
     def _prepare_pooled(self, request: PoolingRequest) -> PooledText:
-        classes = self._head is not None and bool(self._head.labels)
-        if (request.task != "embed") != classes or self._pooling is None:
+        classes = self.head is not None and bool(self.head.labels)
+        if (request.task != "embed") != classes or self.pooling is None:
             raise InvalidParameterError(
                 "the model has a head for scores or classes and gives no vectors: request scores or classes"
                 if classes
                 else "the model gives vectors and has no head for scores or classes: request vectors",
                 "task",
             )
-        check_pooling_request(request, self._vocab_size, self.max_model_len)
-        plan = self._pooling.plan(request.pooling, self._head)
+        check_pooling_request(request, self.vocab_size, self.max_model_len)
+        plan = self.pooling.plan(request.pooling, self.head)
         whole = plan.method.positions != "last"  # the prefix cache has no hidden states
         params = msgspec.structs.replace(request.params, seed=0, skip_reading_prefix_cache=whole)
         sequence = Sequence(msgspec.structs.replace(request, params=params), 0, order=-1)
-        sequence.answer_window = self._answer_window
+        sequence.answer_window = self.answer_window
         sequence.entries = self._entries(request.adapters) if request.adapters else ()
         sequence.images = tuple(self._placed(request)) if request.images else ()
         return PooledText(sequence, plan)
 
     def _grammar(self, form: StructuredOutputsParams, params: SamplingParams) -> GrammarState:
-        held_back = self._eos_token_ids if params.ignore_eos else ()
-        return GrammarState(self._grammars, form, self._vocab_size, held_back)
+        held_back = self.eos_token_ids if params.ignore_eos else ()
+        return GrammarState(self._grammars, form, self.vocab_size, held_back)
 
     def _thoughts(self, params: SamplingParams, prompt: Seq[int]) -> ThoughtCount:
-        text = self._tokenizer
+        text = self.tokenizer
 
         def encode(mark: str, special: bool = True) -> Seq[int]:
             return text.encode(mark, add_special_tokens=False, parse_special=special)
@@ -248,7 +236,7 @@ class DecoderPreparation(Preparation):
         return ThoughtCount(ThoughtLimit(budget, encode, text.token_bytes, text.special_token_ids))
 
     def _prediction(self, text: str) -> Prediction:
-        tokens = self._tokenizer.encode(text, add_special_tokens=False, parse_special=False)
+        tokens = self.tokenizer.encode(text, add_special_tokens=False, parse_special=False)
         if len(tokens) > self.max_model_len:
             raise InvalidParameterError(
                 f"prediction has {len(tokens)} tokens, but prompt and answer together at most {self.max_model_len}",
@@ -259,7 +247,7 @@ class DecoderPreparation(Preparation):
     def _bad_words(self, words: Seq[str]) -> list[list[int]]:
         """Return the token ids of each bad word at the start of a text, and after a space, and suppressed tokens."""
         texts = [text for word in words for text in (word, " " + word.lstrip())]
-        ids = self._tokenizer.encode_batch(texts, add_special_tokens=False)
+        ids = self.tokenizer.encode_batch(texts, add_special_tokens=False)
         return [*filter(None, ids), *self._suppressed]
 
 

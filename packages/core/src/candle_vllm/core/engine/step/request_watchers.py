@@ -106,27 +106,21 @@ class RequestWatch(Protocol):
 
     def reject(self, error: Exception) -> None:
         """Note that the engine refused the request with this error."""
-        ...
 
     def take(self, piece: TokenOutput) -> None:
         """Note an output, before the caller gets it; the last one of a sequence has its finish reason."""
-        ...
 
     def pooled(self, outputs: Pooled) -> None:
         """Note the vectors, scores or classes that go to the caller."""
-        ...
 
     def fail(self, error: Exception) -> None:
         """Note that the caller gets this error."""
-        ...
 
     def close(self) -> None:
         """Note that the caller has closed the request before its end."""
-        ...
 
     def drop(self) -> None:
         """Note that the caller has dropped the request. It must take no lock: a finaliser calls it at any point."""
-        ...
 
 
 class RequestWatcher(Protocol):
@@ -134,7 +128,6 @@ class RequestWatcher(Protocol):
 
     def begin(self, info: RequestInfo) -> RequestWatch:
         """Return the observer of a request that is about to be checked and queued."""
-        ...
 
 
 @contextmanager

@@ -51,11 +51,12 @@ from __future__ import annotations
 
 import bisect
 import collections
+import dataclasses
 import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Seq
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import msgspec
 
@@ -89,6 +90,7 @@ class OffloadedAdmission(Protocol):
     def left(self, sequence: object) -> None: ...
 
 
+@dataclasses.dataclass(eq=False, repr=False)
 class Scheduler:
     """Chooses the runs of each step; owns the queues.
 
@@ -105,34 +107,23 @@ class Scheduler:
         states: slots of layers' states; None if no layer keeps a state.
     """
 
-    def __init__(
-        self,
-        blocks: BlockManager,
-        max_num_seqs: int,
-        max_num_batched_tokens: int,
-        *,
-        reproducible: bool = False,
-        draft_rows: int = 0,
-        adapters: AdapterAdmission | None = None,
-        images: ImageAdmission | None = None,
-        offloaded: OffloadedAdmission | None = None,
-        in_flight: int = 1,
-        states: StatePool | None = None,
-    ) -> None:
-        assert max_num_batched_tokens >= max_num_seqs
-        self.blocks = blocks
-        self.max_num_seqs = max_num_seqs
-        self.max_num_batched_tokens = max_num_batched_tokens
-        self.reproducible = reproducible
-        self.draft_rows = draft_rows
-        self.adapters = adapters
-        self.images = images
-        self.offloaded = offloaded
-        self.in_flight = in_flight
-        self.states = states
-        self.windows = blocks if isinstance(blocks, WindowedBlocks) else None  # None without sliding windows
-        if states is not None:
-            blocks.forgot = states.forget
+    blocks: BlockManager
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    _: dataclasses.KW_ONLY
+    reproducible: bool = False
+    draft_rows: int = 0
+    adapters: AdapterAdmission | None = None
+    images: ImageAdmission | None = None
+    offloaded: OffloadedAdmission | None = None
+    in_flight: int = 1
+    states: StatePool | None = None
+
+    def __post_init__(self) -> None:
+        assert self.max_num_batched_tokens >= self.max_num_seqs
+        self.windows = self.blocks if isinstance(self.blocks, WindowedBlocks) else None  # None without sliding windows
+        if self.states is not None:
+            self.blocks.forgot = self.states.forget
         self.has_drafts = False  # whether a running sequence has drafts
         self.running: list[Sequence] = []  # in serving order, like `waiting`
         self.waiting: list[Sequence] = []
@@ -195,7 +186,6 @@ class Scheduler:
         return step
 
     def _schedule(self) -> Step:
-        """Schedule a step from the queues."""
         if self._is_outranked:
             collections.deque(self._admit(self.running[-1].rank, preempts=True), maxlen=0)
         scheduled, prompts, drafts = self._schedule_decodes()
@@ -596,6 +586,7 @@ class _Going:
         return self._begins.get((self.left - ahead) % self._size, ())
 
 
+@dataclasses.dataclass(eq=False, repr=False)
 class WholeTexts:
     """Scheduler of an encoder, which has no cache: each text runs whole, in one step.
 
@@ -605,18 +596,16 @@ class WholeTexts:
         adapters: see `Scheduler`.
     """
 
-    num_preemptions = 0
-    states = None
-    running: tuple[Sequence, ...] = ()  # a text runs in one step only
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    adapters: AdapterAdmission | None = None
+    num_preemptions: ClassVar[int] = 0
+    states: ClassVar[None] = None
+    running: ClassVar[tuple[Sequence, ...]] = ()  # a text runs in one step only
     stats = Scheduler.stats
 
-    def __init__(
-        self, max_num_seqs: int, max_num_batched_tokens: int, adapters: AdapterAdmission | None = None
-    ) -> None:
+    def __post_init__(self) -> None:
         self.blocks = BlockManager(0, 1)
-        self.adapters = adapters
-        self.max_num_seqs = max_num_seqs
-        self.max_num_batched_tokens = max_num_batched_tokens
         self.waiting: list[Sequence] = []
 
     def add(self, sequence: Sequence) -> None:

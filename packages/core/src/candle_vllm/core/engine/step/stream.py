@@ -15,7 +15,7 @@ import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Generic, NoReturn, Protocol, Self, TypeVar
 
 from candle_vllm.core.engine.outputs import FinishReason, GenerationOutput, OutputCollector, TokenOutput
@@ -44,7 +44,6 @@ class Receiver(Protocol[T_contra]):
 
     def end(self, error: Exception | None = None, /) -> None:
         """End the stream; called once, after the last item. With an error, items are missing."""
-        ...
 
 
 @dataclasses.dataclass(eq=False, repr=False)
@@ -314,14 +313,17 @@ def run_all(
     """
     sink = _Mailbox()
     collectors: dict[str, tuple[int, OutputCollector]] = {}
-    ahead = iter(enumerate(todo))
+    ahead = deque(enumerate(todo))
     try:
         with shown_bar("prompts", len(todo), use_tqdm) as advance:
-            waiting = next(ahead, None)
-            while waiting or collectors:
-                if waiting is not None and _try_submit(thread, waiting, sink, collectors):
-                    waiting = next(ahead, None)
-                elif collectors:
+            while ahead or collectors:
+                with suppress(EngineOverloadedError):
+                    while ahead:
+                        position, (request, prepared) = ahead[0]
+                        thread.submit(prepared, sink)
+                        collectors[request.request_id] = position, OutputCollector(request)
+                        ahead.popleft()
+                if collectors:
                     yield sink.next_finished(collectors)
                     advance()
                 else:
@@ -341,21 +343,6 @@ def shown_bar(what: str, total: int, shown: Bar) -> Iterator[Callable[[], object
 
     with (shown if callable(shown) else tqdm)(total=total, desc=what, dynamic_ncols=True) as bar:
         yield bar.update
-
-
-def _try_submit(
-    thread: RequestRunner,
-    entry: tuple[int, tuple[GenerationRequest, Sequence[Any]]],
-    sink: _Mailbox,
-    collectors: dict[str, tuple[int, OutputCollector]],
-) -> bool:
-    position, (request, prepared) = entry
-    try:
-        thread.submit(prepared, sink)
-    except EngineOverloadedError:
-        return False
-    collectors[request.request_id] = position, OutputCollector(request)
-    return True
 
 
 class _Mailbox:
@@ -443,11 +430,7 @@ class Window:
         self._outputs: list[TokenOutput | None] = [None] * len(entries)
 
     def run(self, *, use_tqdm: Bar) -> list[TokenOutput]:
-        """Run all requests and return their outputs in order; blocks the calling thread.
-
-        Raises:
-            CandleVllmError: see `run_all`.
-        """
+        """Run all requests and return their outputs in order; blocks the calling thread. Raises as `run_all`."""
         mailbox = _Mailbox()
         try:
             with shown_bar("texts", len(self._entries), use_tqdm) as advance:

@@ -46,11 +46,9 @@ class Sink(Protocol):
     @property
     def loop(self) -> asyncio.AbstractEventLoop | None:
         """The event loop in which `put` must be called; None for any thread."""
-        ...
 
     def put(self, item: Delivery) -> None:
         """Take one output, or the error that ends the request."""
-        ...
 
 
 _Item = tuple[Sink, TokenOutput]
@@ -128,13 +126,6 @@ class _Client:
         return joined(held)
 
 
-class Prepared(Protocol):
-    """One sequence of a checked request: a `Live` or a `Payload`."""
-
-    @property
-    def request(self) -> GenerationRequest: ...
-
-
 class PreparingEngine(Protocol):
     """The part of an engine that prepares requests, before they are submitted to a `RequestRunner`."""
 
@@ -174,7 +165,6 @@ class StepEngine(PreparingEngine, Protocol):
     @property
     def waits(self) -> bool:
         """True while a step would do nothing, until `wake` or another command."""
-        ...
 
     def add(self, prepared: Sequence[Any]) -> None: ...
 
@@ -230,8 +220,8 @@ class EngineThread:
         """False if the thread has stopped or failed."""
         return self._thread.is_alive() and self._dead is None and not self._closing
 
-    def submit(self, prepared: Sequence[Prepared], sink: Sink) -> None:
-        """Submit a prepared request to the engine; its outputs go to `sink`.
+    def submit(self, prepared: Sequence[Any], sink: Sink) -> None:
+        """Submit a request's prepared sequences (`Live`, `Payload`) to the engine; its outputs go to `sink`.
 
         Raises:
             EngineOverloadedError: too many sequences are live.
@@ -282,10 +272,7 @@ class EngineThread:
         return bool(self._asleep)
 
     def sleep(self, level: int, mode: str) -> None:
-        """Refuse new requests, abort all others or wait until they end, then free memory.
-
-        Args:
-            level, mode: see `InferenceEngine.sleep`.
+        """Refuse new requests, abort all others or wait until they end, then free memory; see `InferenceEngine.sleep`.
 
         Raises:
             CandleVllmError: the engine cannot sleep at this level, or memory is too small.
