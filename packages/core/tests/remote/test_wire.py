@@ -17,6 +17,8 @@ import pytest
 import zmq
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer as Backend
+from tokenizers import models
 
 from candle_vllm.core import EngineConfig, SamplingParams, StructuredOutputsParams, errors
 from candle_vllm.core.engine.outputs import (
@@ -47,6 +49,7 @@ from candle_vllm.core.remote.wire import (
     encode,
     make_error,
 )
+from candle_vllm.core.text.tokenizer import Tokenizer
 from candle_vllm.core.vision.inputs import ImageInput
 
 STATS = EngineStats(
@@ -85,6 +88,17 @@ def linked(*names: str) -> Iterator[tuple[RemoteLink, list[bytes]]]:
     yield link, messages
     link.close()
     context.destroy()
+
+
+def test_the_parent_s_tokenizer_is_the_child_s() -> None:
+    """With the marks that only a GGUF file's ids name, and without types of a pair's texts, if the model has none."""
+    vocabulary = {text: index for index, text in enumerate(["<unk>", "a", "b", "<A>", "<B>"])}
+    backend = Backend(models.WordLevel(vocabulary, unk_token="<unk>"))
+    own = Tokenizer(backend, bos_token_id=1, types_pairs=False, named_ids={"fim_pre": 3, "fim_suf": 4})
+    own.cover(9)
+    sent = wire.Reader(wire.TokenizerParts).read(encode(wire.TokenizerParts.of(own))).tokenizer()
+    assert (sent.vocab_size, sent.bos_token_id, sent.types_pairs) == (9, 1, False)
+    assert sent.infill == own.infill is not None
 
 
 def test_a_refused_request_has_no_outputs() -> None:

@@ -804,7 +804,7 @@ def test_compared_elements_outlive_their_lexer(backend: LlguidanceBackend, vocab
     grammar = backend.compile(spec)
     go_on(grammar, vocabulary, '["ok","')
     for lost, tokens in (  # type: ignore[attr-defined]
-        (grammar._inner._text, grammar._trie.ll),
+        (grammar._text, grammar._trie.ll),
         (grammar._arrays._twin, LLTokenizer("byte")),
     ):
         lost._start = lost.matcher = broken(tokens)

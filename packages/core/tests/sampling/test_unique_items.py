@@ -16,9 +16,9 @@ import pytest
 
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.core.sampling.device_edits import mask_flags
-from candle_vllm.core.sampling.grammar import Grammar
 from candle_vllm.core.sampling.json_schema import Budget, compilable_schema
 from candle_vllm.core.sampling.llguidance_backend import LlguidanceBackend
+from candle_vllm.core.sampling.llguidance_grammar import LlguidanceGrammar
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.core.sampling.unique_sites import Sites
 from packages.core.tests.sampling.schema_texts import accepts
@@ -108,7 +108,7 @@ def form(schema: Any, **more: Any) -> StructuredOutputsParams:
     return StructuredOutputsParams(json=schema, **more)
 
 
-def allowed(grammar: Grammar, words: Words) -> list[int]:
+def allowed(grammar: LlguidanceGrammar, words: Words) -> list[int]:
     bits = np.zeros(-(-words.vocab_size // 32), np.int32)
     grammar.fill_mask(bits)
     return np.flatnonzero(mask_flags(bits, words.vocab_size)).tolist()

@@ -24,8 +24,8 @@ from candle_vllm.core import (
     SamplingParams,
     StructuredOutputsParams,
 )
-from candle_vllm.core.sampling.grammar import Grammar
 from candle_vllm.core.sampling.llguidance_backend import LlguidanceBackend
+from candle_vllm.core.sampling.llguidance_grammar import LlguidanceGrammar
 from packages.core.tests.toy_encoder import toy_encoder_config, write_toy_encoder
 from tests.waiting import until
 
@@ -102,7 +102,7 @@ def test_a_grammar_is_compiled_outside_the_event_loop(engine: InferenceEngine, m
     threads: list[threading.Thread] = []
     compile_grammar = LlguidanceBackend.compile
 
-    def noted(backend: LlguidanceBackend, spec: StructuredOutputsParams) -> Grammar:
+    def noted(backend: LlguidanceBackend, spec: StructuredOutputsParams) -> LlguidanceGrammar:
         threads.append(threading.current_thread())
         return compile_grammar(backend, spec)
 

@@ -11,8 +11,8 @@ from typing import Any
 import jsonschema
 import pytest
 
-from candle_vllm.core.sampling.grammar import Grammar
 from candle_vllm.core.sampling.llguidance_backend import LlguidanceBackend
+from candle_vllm.core.sampling.llguidance_grammar import LlguidanceGrammar
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.core.text.tokenizer import ChatConventions
 from candle_vllm.openai import parse_chat_request
@@ -95,7 +95,7 @@ class Model:
         return parse(engine, text if cut else [text], whole)
 
 
-def compiled(vocabulary: Vocabulary, spec: StructuredOutputsParams) -> Callable[[], Grammar]:
+def compiled(vocabulary: Vocabulary, spec: StructuredOutputsParams) -> Callable[[], LlguidanceGrammar]:
     backend = LlguidanceBackend(vocabulary, vocabulary.vocab_size, [vocabulary.end])
     return lambda: backend.compile(spec)
 

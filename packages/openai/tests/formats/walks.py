@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
-from candle_vllm.core.sampling.grammar import Grammar
 from candle_vllm.core.sampling.llguidance_backend import LlguidanceBackend
+from candle_vllm.core.sampling.llguidance_grammar import LlguidanceGrammar
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 
 END = "<end of text>"
@@ -47,7 +47,7 @@ class Vocabulary:
         parts = re.split("(" + "|".join(map(re.escape, names)) + ")", text)
         return [index for part in parts for index in ([self.special[part]] if part in self.special else part.encode())]
 
-    def compiler(self, lark: str) -> Callable[[], Grammar]:
+    def compiler(self, lark: str) -> Callable[[], LlguidanceGrammar]:
         """Makes grammars at the start of a text."""
         spec = StructuredOutputsParams(grammar=lark)
         return lambda: self._backend.compile(spec)
@@ -74,7 +74,7 @@ class Vocabulary:
         return ids
 
 
-def accepts(grammar: Grammar, ids: Sequence[int]) -> tuple[int, bool]:
+def accepts(grammar: LlguidanceGrammar, ids: Sequence[int]) -> tuple[int, bool]:
     """How many of the tokens may come, and whether the text may end behind them."""
     for taken, token in enumerate(ids):
         if not grammar.accept(token):
@@ -82,7 +82,7 @@ def accepts(grammar: Grammar, ids: Sequence[int]) -> tuple[int, bool]:
     return len(ids), grammar.may_end
 
 
-def allowed(grammar: Grammar, size: int) -> list[int]:
+def allowed(grammar: LlguidanceGrammar, size: int) -> list[int]:
     """Ids of the tokens that may come next."""
     bits = np.zeros(-(-size // 32), np.int32)
     grammar.fill_mask(bits)
@@ -90,7 +90,7 @@ def allowed(grammar: Grammar, size: int) -> list[int]:
 
 
 def walk(
-    grammar: Grammar,
+    grammar: LlguidanceGrammar,
     vocabulary: Vocabulary,
     rng: random.Random,
     *,

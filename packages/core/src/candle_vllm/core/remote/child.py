@@ -95,15 +95,7 @@ def describe(engine: ChildEngine) -> wire.Ready:
     tokenizer, template, pooling, vision = engine.parts
     return wire.Ready(
         info=engine.model_info,
-        tokenizer=wire.TokenizerParts(
-            backend=tokenizer.backend.to_str(),
-            vocab_size=tokenizer.vocab_size,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_ids=tokenizer.eos_token_ids,
-            special_tokens=tokenizer.special_tokens,
-            chat_template=tokenizer.chat_template,
-            response_template=None if tokenizer.response_template is None else dict(tokenizer.response_template),
-        ),
+        tokenizer=wire.TokenizerParts.of(tokenizer),
         template=None if template is None else template.source,
         pooling=pooling,
         max_step_tokens=engine.max_step_tokens,

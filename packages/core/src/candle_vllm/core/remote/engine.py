@@ -10,9 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Unpack
 
-from msgspec.structs import asdict
-from tokenizers import Tokenizer as Backend
-
 from candle_vllm.core.config import EngineConfig, EngineSettings, config_of, require_one
 from candle_vllm.core.engine.adapters.adapter_store import AdapterCall
 from candle_vllm.core.engine.model_info import AdapterInfo
@@ -21,10 +18,9 @@ from candle_vllm.core.errors import EngineDeadError
 from candle_vllm.core.remote.link import RemoteLink, RemoteThread
 from candle_vllm.core.remote.payloads import RequestWriter
 from candle_vllm.core.remote.process import EngineProcess
-from candle_vllm.core.remote.wire import Ready, TokenizerParts
+from candle_vllm.core.remote.wire import Ready
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.core.text.chat_template import ChatTemplate
-from candle_vllm.core.text.tokenizer import Tokenizer
 from candle_vllm.core.vision.fetching import ImageSources
 from candle_vllm.core.vision.prompts import VisionInput
 
@@ -125,21 +121,13 @@ class _Texts:
     """The model's tokenizer, template and image processing, as the engine's process reported them in `Ready`."""
 
     def __init__(self, ready: Ready, config: EngineConfig) -> None:
-        self.tokenizer = _tokenizer(ready.tokenizer)
+        self.tokenizer = ready.tokenizer.tokenizer()
         self.template = None if ready.template is None else ChatTemplate(ready.template, self.tokenizer.special_tokens)
         self.vision: VisionInput | None = None
         if ready.vision is not None:
             from candle_vllm.core.assembly.tower import vision_input_of
 
             self.vision = vision_input_of(ready.vision, self.tokenizer, config)
-
-
-def _tokenizer(parts: TokenizerParts) -> Tokenizer:
-    given = asdict(parts)
-    size = given.pop("vocab_size")
-    tokenizer = Tokenizer(Backend.from_str(given.pop("backend")), **given)
-    tokenizer.cover(size)
-    return tokenizer
 
 
 def _shut_down(thread: RemoteThread, link: RemoteLink, process: EngineProcess, owner: int) -> None:

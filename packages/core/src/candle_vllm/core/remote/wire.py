@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final, TypeVar
 
 import msgspec
+from tokenizers import Tokenizer as Backend
 
 from candle_vllm.core import errors
 from candle_vllm.core.engine.adapters.adapter_store import AdapterCall
@@ -22,7 +23,7 @@ from candle_vllm.core.engine.stats import EngineStats
 from candle_vllm.core.errors import CandleVllmError, ConfigError, RequestError
 from candle_vllm.core.pooling import ModelPooling
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
-from candle_vllm.core.text.tokenizer import ChatTemplateSource
+from candle_vllm.core.text.tokenizer import ChatTemplateSource, Tokenizer
 from candle_vllm.core.vision.prompts import VisionDescription
 
 MAX_FRAME: Final = 1 << 28  # maximum bytes of a message; images and log-probabilities of a whole prompt are the largest
@@ -100,6 +101,32 @@ class TokenizerParts(msgspec.Struct, frozen=True, kw_only=True):
     special_tokens: dict[str, str]
     chat_template: ChatTemplateSource | None
     response_template: dict[str, Any] | None
+    types_pairs: bool
+    named_ids: dict[str, int]
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer) -> TokenizerParts:
+        """Return the parts of a tokenizer."""
+        response = tokenizer.response_template
+        return cls(
+            backend=tokenizer.backend.to_str(),
+            vocab_size=tokenizer.vocab_size,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_ids=tokenizer.eos_token_ids,
+            special_tokens=tokenizer.special_tokens,
+            chat_template=tokenizer.chat_template,
+            response_template=None if response is None else dict(response),
+            types_pairs=tokenizer.types_pairs,
+            named_ids=tokenizer.named_ids,
+        )
+
+    def tokenizer(self) -> Tokenizer:
+        """Return a tokenizer with these parts."""
+        given = msgspec.structs.asdict(self)
+        size = given.pop("vocab_size")
+        tokenizer = Tokenizer(Backend.from_str(given.pop("backend")), **given)
+        tokenizer.cover(size)
+        return tokenizer
 
 
 class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):

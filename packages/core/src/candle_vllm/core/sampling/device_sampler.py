@@ -23,7 +23,7 @@ from candle_vllm.core.kernels.device_stream import DeviceStream, Mark, Sent, Wor
 from candle_vllm.core.kernels.sampling.contract import DeviceEdits
 from candle_vllm.core.sampling.device_edits import HostEdits, Narrowing, OccurrenceTable, has_edits, on_host
 from candle_vllm.core.sampling.params import SamplingParams
-from candle_vllm.core.sampling.rare_edits import process_row
+from candle_vllm.core.sampling.processors import process_row
 from candle_vllm.core.sampling.sampler import LogprobRow, SampledToken, Token, sampled_tokens
 from candle_vllm.core.sampling.state import SamplingState
 
@@ -87,7 +87,10 @@ class DeviceSampler:
         surprises = Surprises.of(self._stream, states) if edited else None
         if surprises is not None:
             self._stream.run(lambda: surprises.take(self._logits, self.ids))
-        return self._sampled_rows(states, logprobs, surprises)
+        self._turn = (self._turn + 1) % _PIECES
+        staged, result = self._staged[self._turn], self._result
+        self._stream.run(lambda: copy(staged, result))
+        return SampledRows(self._stream.mark(), self._staged_arrays[self._turn], states, logprobs, surprises)
 
     def forget_counts(self, states: Sequence[SamplingState]) -> None:
         """Recount the tokens of these sequences before their next edit: another sampler has sampled some tokens."""
@@ -184,14 +187,6 @@ class DeviceSampler:
 
         self._stream.run(work)
         return standing
-
-    def _sampled_rows(
-        self, states: Sequence[SamplingState], logprobs: StandingRows | None, surprises: Surprises | None
-    ) -> SampledRows:
-        self._turn = (self._turn + 1) % _PIECES
-        staged, result = self._staged[self._turn], self._result
-        self._stream.run(lambda: copy(staged, result))
-        return SampledRows(self._stream.mark(), self._staged_arrays[self._turn], states, logprobs, surprises)
 
 
 class StandingRows:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Grammars: interface of structured output backends, and the grammar state of a sequence (step 7 of a request's life).
+"""Grammar state of a sequence (step 7 of a request's life).
 
-A backend compiles grammars for one vocabulary. A grammar has a position in a text and determines which tokens may
-follow: the mask. The next mask depends only on the tokens so far, so a thread of the backend begins to compute it when
-the last token is known, and the engine waits for the mask only before logits are masked.
+A grammar (`LlguidanceGrammar`) has a position in a text and determines which tokens may follow: the mask. The next mask
+depends only on the tokens so far, so a thread of the backend begins to compute it when the last token is known, and the
+engine waits for the mask only before logits are masked.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import contextlib
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,59 +22,10 @@ from candle_vllm.core.sampling.structured import StructuredOutputsParams
 
 if TYPE_CHECKING:
     from candle_vllm.core.sampling.llguidance_backend import LlguidanceBackend
+    from candle_vllm.core.sampling.llguidance_grammar import LlguidanceGrammar
 
 _WALK_SECONDS = 0.005  # after it, `_walk` begins no further mask, because the other sequences of the step wait
 _FEW = 64  # if more tokens than this are allowed, the grammar is not asked for forced tokens
-
-
-class Grammar(Protocol):
-    """Grammar of one text, at the text's current position. One thread at a time may use it."""
-
-    def fill_mask(self, bits: NDArray[np.int32]) -> None:
-        """Write the mask of the next token.
-
-        Args:
-            bits: [ceil(V / 32)] int32, contiguous; bit i % 32 of word i // 32 becomes 1 if token i may follow. If the
-                text may end, the end tokens may follow.
-
-        Raises:
-            InvalidParameterError: more time or memory is needed than one token, or all texts of the grammar, may take.
-        """
-        ...
-
-    def accept(self, token_id: int) -> bool:
-        """Advance by a token. Return False, and become unusable, if it may not follow or a limit is reached."""
-        ...
-
-    def fresh(self) -> Grammar:
-        """Return the same grammar at the start of another text; cheap, and allowed in any thread at any time."""
-        ...
-
-    def rollback(self, count: int) -> None:
-        """Undo the last `count` accepted tokens."""
-        ...
-
-    def copy(self) -> Grammar | None:
-        """Copy at the same position, for looking ahead; None if a copy costs too much, or could end the text."""
-        ...
-
-    def legal(self, token_ids: Sequence[int]) -> int:
-        """Return how many of these tokens may follow in a row, up to an end token; does not advance. 0 if unknown."""
-        ...
-
-    def ff_tokens(self) -> list[int]:
-        """Return the forced next tokens, as the tokenizer tokenizes their text; often empty."""
-        ...
-
-    @property
-    def may_end(self) -> bool:
-        """Whether the text may end here."""
-        ...
-
-    @property
-    def exhausted(self) -> bool:
-        """Whether only the end may follow."""
-        ...
 
 
 class GrammarState:
@@ -101,7 +52,7 @@ class GrammarState:
         spec: StructuredOutputsParams,
         vocab_size: int,
         held_back: Sequence[int] = (),
-        grammar: Grammar | None = None,
+        grammar: LlguidanceGrammar | None = None,
     ) -> None:
         self._failure: InvalidParameterError | None = None
         self.exhausted = False  # a grammar that allows only the empty text is refused
@@ -170,17 +121,17 @@ class GrammarState:
         return self._failure
 
     def legal(self, token_ids: Sequence[int]) -> int:
-        """See `Grammar`."""
+        """See `LlguidanceGrammar`."""
         self._filling.result()
         return 0 if self.exhausted else self._grammar.legal(token_ids)
 
-    def ahead(self) -> Grammar | None:
-        """Return `Grammar.copy` for queries about later tokens; None also if the grammar has ended or failed."""
+    def ahead(self) -> LlguidanceGrammar | None:
+        """Return the grammar's `copy` for queries about later tokens; None also if the grammar has ended or failed."""
         self._filling.result()
         return None if self.exhausted or self._failure is not None else self._grammar.copy()
 
     def forced(self) -> list[int]:
-        """See `Grammar.ff_tokens`. Does not wait for a mask that has not begun."""
+        """See `LlguidanceGrammar.ff_tokens`. Does not wait for a mask that has not begun."""
         self._filling.result()
         if self.exhausted or self._failure is not None:
             return []
@@ -233,7 +184,7 @@ class GrammarState:
                 self._fill_mask(bits, grammar)
                 self._ahead.append((token, bits))
 
-    def _fill_mask(self, bits: NDArray[np.int32], grammar: Grammar) -> None:
+    def _fill_mask(self, bits: NDArray[np.int32], grammar: LlguidanceGrammar) -> None:
         """Write the mask, without the tokens that are held back unless no other token is allowed."""
         grammar.fill_mask(bits)
         others = bits.copy() if self._held_back else bits

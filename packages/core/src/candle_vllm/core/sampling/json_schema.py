@@ -364,9 +364,7 @@ def close_objects(root: dict[str, Any]) -> None:
         elif known or not shared:
             continue
         together[id(schema)] = shared
-        parts = [part for name in LISTS for part in schema.get(name, ())]
-        parts += [part for name in MAPS for part in schema.get(name, {}).values()]
-        parts += [schema[name] for name in SINGLE if name in schema]
+        parts = [part for part, _ in _parts(schema, "")]
         if "$ref" in schema:
             parts.append(_target(root, schema["$ref"]))
         waiting += [(part, shared) for part in parts]

@@ -25,7 +25,6 @@ from candle_vllm.core.sampling.token_trie import TokenTrie, Vocabulary
 if TYPE_CHECKING:
     from candle_vllm.core.sampling.llguidance_compiler import Compiled, Compiler
     from candle_vllm.core.sampling.llguidance_grammar import LlguidanceGrammar
-    from candle_vllm.core.sampling.unique_items import ComparedGrammar
 
 MAX_CACHED = 64  # maximum number of compiled grammars in the cache
 MAX_CACHED_CHARACTERS = 4 << 20  # maximum characters of these, unless there is only one; each takes about 30 bytes
@@ -77,7 +76,7 @@ class LlguidanceBackend:
                 self._workers = ThreadPoolExecutor(min(4, os.cpu_count() or 1), "candle-vllm-grammar")
             return self._workers
 
-    def compile(self, spec: StructuredOutputsParams) -> LlguidanceGrammar | ComparedGrammar:
+    def compile(self, spec: StructuredOutputsParams) -> LlguidanceGrammar:
         """Compile a grammar, at the start of a text.
 
         Raises:
@@ -87,7 +86,7 @@ class LlguidanceBackend:
         with _awaited_at_the_end():
             return self._compile(spec)
 
-    def _compile(self, spec: StructuredOutputsParams) -> LlguidanceGrammar | ComparedGrammar:
+    def _compile(self, spec: StructuredOutputsParams) -> LlguidanceGrammar:
         compiler = self._built()
         key = hashlib.blake2b(_described(spec)).digest()
         with self._lock:

@@ -18,7 +18,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from llguidance import LLMatcher, LLTokenizer, regex_to_lark
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, regex_to_lark
 
 from candle_vllm.core.sampling import lark
 from candle_vllm.core.sampling.json_schema import Budget
@@ -28,7 +28,7 @@ from candle_vllm.core.sampling.structured import StructuredOutputsParams, check_
 from candle_vllm.core.sampling.token_trie import TokenTrie
 
 if TYPE_CHECKING:
-    from candle_vllm.core.sampling.unique_items import Compared, ComparedGrammar
+    from candle_vllm.core.sampling.unique_items import Compared
 
 _OPTIONS = '%llguidance {"no_forcing": true}'
 _NAMES = MappingProxyType({"json": "JSON schema", "json_object": "JSON object", "structural_tag": "structural tag"})
@@ -75,7 +75,7 @@ class Compiler:
         text = json.dumps({"grammars": grammars}, ensure_ascii=False)
         check_whole(f"the {name}", text)
         check_time(name, text)
-        form = Form(partial(LLMatcher, self._trie.ll, text, log_level=0, limits=limits()))
+        form = Form(partial(LLMatcher, self._trie.ll, text, log_level=0, limits=LIMITS))
         matcher = form.start()
         if matcher.is_error():
             raise refused(f"the {name} is not supported or wrong: {shortened(matcher.get_error())}")
@@ -87,14 +87,13 @@ class Compiler:
         compared = self._compared(spec, grammars[1]) if budget.compared else None
         return Compiled(form, len(text) if compared is None else 2 * len(text), compared)
 
-    def grammar(self, compiled: Compiled) -> LlguidanceGrammar | ComparedGrammar:
+    def grammar(self, compiled: Compiled) -> LlguidanceGrammar:
         """Return a grammar of a compiled form, at the start of a text."""
-        grammar = LlguidanceGrammar(compiled.form, self._trie)
         if compiled.compared is None:
-            return grammar
+            return LlguidanceGrammar(compiled.form, self._trie)
         from candle_vllm.core.sampling.unique_items import ComparedGrammar
 
-        return ComparedGrammar(grammar, compiled.compared, self._trie)
+        return ComparedGrammar(compiled.form, compiled.compared, self._trie)
 
     def _compared(self, spec: StructuredOutputsParams, form: lark.Grammar) -> Compared:
         from candle_vllm.core.sampling.unique_items import Compared
@@ -103,7 +102,7 @@ class Compiler:
         assert spec.json is not None
         alone = [{"name": "top", "lark_grammar": f"{_OPTIONS}\nstart: @form"}, form]
         text = json.dumps({"grammars": alone})
-        twin = Form(partial(LLMatcher, LLTokenizer("byte"), text, log_level=0, limits=limits()))
+        twin = Form(partial(LLMatcher, LLTokenizer("byte"), text, log_level=0, limits=LIMITS))
         marks = (None if mark is None else self._mark(mark) for mark in (spec.reasoning_start, spec.reasoning_end))
         return Compared(Sites(parsed_json("json", spec.json)), twin, *marks)
 
@@ -135,7 +134,7 @@ class Compiler:
         """Refuse a pattern that matches more than JSON's whitespace: the text would not be JSON."""
         more = f"start: MORE\nMORE: /{regex_to_lark(pattern, '')}/ & ~/[ \\t\\r\\n]*/"
         check_time("whitespace_pattern", more)
-        matcher = LLMatcher(self._trie.ll, more, log_level=0, limits=limits())
+        matcher = LLMatcher(self._trie.ll, more, log_level=0, limits=LIMITS)
         if matcher.is_error():
             raise refused(f"whitespace_pattern is not supported or wrong: {shortened(matcher.get_error())}")
         bits = np.zeros(self._trie.words, np.int32)
@@ -187,14 +186,13 @@ class Compiler:
 # ---- limits of llguidance's work for one form ------------------------------------------------------------------------
 
 
-if TYPE_CHECKING:
-    from llguidance import LLParserLimits
-
 _LIMITS: Mapping[str, Any] = MappingProxyType({
     "max_lexer_states": 60_000,  # of each form; a state takes up to 2 kB
     "max_grammar_size": 200_000,
     "verbose_errors": False,
 })  # fmt: skip
+LIMITS = LLParserLimits(**_LIMITS)
+"""The limits that llguidance enforces."""
 MOST_COMPILING = 10
 """Maximum seconds of a trial compilation, see `check_time`."""
 _FEW = 1024  # a grammar of at most this many characters, without repetitions such as `{3,9}`, compiles in time
@@ -212,13 +210,6 @@ except (ImportError, OSError, ValueError):
 limits = LLParserLimits(**json.loads(sys.argv[1]))
 LLMatcher(LLTokenizer("byte"), sys.stdin.buffer.read().decode(), log_level=0, limits=limits)
 """
-
-
-def limits() -> LLParserLimits:
-    """Return the limits that llguidance enforces."""
-    from llguidance import LLParserLimits
-
-    return LLParserLimits(**_LIMITS)
 
 
 def check_time(name: str, text: str) -> None:

@@ -163,7 +163,7 @@ def cannot_go_on(matcher: LLMatcher) -> InvalidParameterError:
 
 
 class LlguidanceGrammar:
-    """Position of one text in a grammar; see `Grammar`."""
+    """Position of one text in a grammar, which one thread at a time may use."""
 
     def __init__(self, form: Form, trie: TokenTrie) -> None:
         self._form = form
@@ -172,6 +172,15 @@ class LlguidanceGrammar:
         self._behind_end = 0  # end tokens after the end of the text
 
     def fill_mask(self, bits: NDArray[np.int32]) -> None:
+        """Write the mask of the next token.
+
+        Args:
+            bits: [ceil(V / 32)] int32, contiguous; bit i % 32 of word i // 32 becomes 1 if token i may follow. If the
+                text may end, the end tokens may follow.
+
+        Raises:
+            InvalidParameterError: more time or memory is needed than one token, or all texts of the grammar, may take.
+        """
         trie = self._trie
         whole = bits if len(bits) == trie.words else np.zeros(trie.words, np.int32)
         if not self._text.fill_mask(whole):  # the mask would allow only an end
@@ -179,21 +188,25 @@ class LlguidanceGrammar:
         np.bitwise_and(whole[: len(bits)], trie.usable, out=bits)
 
     def accept(self, token_id: int) -> bool:
+        """Advance by a token. Return False, and become unusable, if it may not follow or a limit is reached."""
         if self.exhausted:
             self._behind_end += token_id in self._trie.eos_ids
             return token_id in self._trie.eos_ids
         return self._text.consume(token_id)
 
     def fresh(self) -> LlguidanceGrammar:
+        """Return the same grammar at the start of another text; cheap, and allowed in any thread at any time."""
         return LlguidanceGrammar(self._form, self._trie)
 
     def rollback(self, count: int) -> None:
+        """Undo the last `count` accepted tokens."""
         inside = max(0, count - self._behind_end)
         self._behind_end -= count - inside
         if inside:
             self._text.rollback(inside)
 
     def copy(self) -> LlguidanceGrammar | None:
+        """Copy at the same position, for looking ahead; None if a copy costs too much, or could end the text."""
         if self._text.is_alone:
             return None
         other = copy(self)
@@ -201,12 +214,16 @@ class LlguidanceGrammar:
         return other
 
     def legal(self, token_ids: Sequence[int]) -> int:
+        """Return how many of these tokens may follow in a row, up to an end token; does not advance. 0 if unknown."""
         ends = self._trie.eos_ids
         inside = list(itertools.takewhile(lambda token: token not in ends, token_ids))
         return 0 if self.exhausted or self._text.is_alone else self._text.matcher.validate_tokens(inside)
 
     def ff_tokens(self) -> list[int]:
-        """See `Grammar`. The last token is left out, because the following text might change the tokenization."""
+        """Return the forced next tokens, as the tokenizer tokenizes their text; often empty.
+
+        The last token is left out, because the following text might change the tokenization.
+        """
         if self.exhausted:
             return []
         # On a copy: after this call, a matcher at a forced special token cannot compute its next mask.
@@ -218,8 +235,10 @@ class LlguidanceGrammar:
 
     @property
     def may_end(self) -> bool:
+        """Whether the text may end here."""
         return self._text.matcher.is_accepting()
 
     @property
     def exhausted(self) -> bool:
+        """Whether only the end may follow."""
         return self._text.matcher.is_stopped() and not self._text.matcher.is_error()

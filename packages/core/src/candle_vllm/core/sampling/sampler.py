@@ -412,7 +412,8 @@ class _Rows:
         (self.vocab_size,) = {state.vocab_size for state in states} or {0}
         self.asking = [row for row, state in enumerate(states) if state.params.logprobs is not None]
         self.may_edit = any(state.may_edit for state in states)
-        self.settling = [row for row, state in enumerate(states) if settles(state)]
+        params = [state.params for state in states]
+        self.settling = [row for row, each in enumerate(params) if each.mirostat or each.logits_processors]
         self.only_samples = not (self.asking or self.may_edit)
         self.controls = controls(states)
         if place is not None:
@@ -468,11 +469,6 @@ def sampled_tokens(token_ids: Sequence[int], largest: Sequence[float]) -> list[T
     if math.isfinite(sum(largest)):  # then all of them are finite
         return list(token_ids)
     return [_sampled_token(token, peak) for token, peak in zip(token_ids, largest, strict=True)]
-
-
-def settles(state: SamplingState) -> bool:
-    """Return whether a sequence needs `commit_sampled` after each sampled token."""
-    return state.params.mirostat > 0 or bool(state.params.logits_processors)
 
 
 def commit_sampled(tokens: list[Token], logits: Value, rows: Sequence[int], states: Sequence[SamplingState]) -> None:

@@ -30,24 +30,16 @@ _KEPT = 1024  # maximum number of cached tokenizations of forced texts, which ar
 
 
 class Vocabulary(Protocol):
-    """Tokenizer interface that a grammar backend needs."""
+    """The part of `Tokenizer` that a grammar backend needs."""
 
     @property
-    def vocab_size(self) -> int:
-        """One more than the highest token id."""
-        ...
+    def vocab_size(self) -> int: ...
 
-    def token_bytes(self, token_id: int) -> bytes:
-        """Return the bytes that a token adds to a text; for a special token, its name."""
-        ...
+    def token_bytes(self, token_id: int) -> bytes: ...
 
-    def is_special(self, token_id: int) -> bool:
-        """Whether a token is special: it structures the text and is not part of it."""
-        ...
+    def is_special(self, token_id: int) -> bool: ...
 
-    def encode(self, text: str, add_special_tokens: bool = True, *, parse_special: bool = True) -> list[int]:
-        """Tokenize a text."""
-        ...
+    def encode(self, text: str, add_special_tokens: bool = True, *, parse_special: bool = True) -> list[int]: ...
 
 
 class TokenTrie:

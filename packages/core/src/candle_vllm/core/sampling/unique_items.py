@@ -130,7 +130,7 @@ class Unrepeated:
         """Remove the tokens that would repeat an element from a mask.
 
         Args:
-            bits: the mask, see `Grammar.fill_mask`.
+            bits: the mask, see `LlguidanceGrammar.fill_mask`.
         """
         elements = self._elements
         if self._mode == "string":
@@ -348,47 +348,44 @@ class _Reasoning:
         return b""
 
 
-class ComparedGrammar:
-    """Grammar that also forbids tokens that would repeat an element of an array; see `Grammar`.
+class ComparedGrammar(LlguidanceGrammar):
+    """Grammar that also forbids tokens that would repeat an element of an array.
 
     Args:
         compared: data to find the elements that must differ.
     """
 
-    def __init__(self, inner: LlguidanceGrammar, compared: Compared, trie: TokenTrie) -> None:
-        self._inner = inner
+    def __init__(self, form: Form, compared: Compared, trie: TokenTrie) -> None:
+        super().__init__(form, trie)
         self._compared = compared
-        self._trie = trie
         self._said: list[int] = []
         self._begin()
 
     def fill_mask(self, bits: NDArray[np.int32]) -> None:
-        self._inner.fill_mask(bits)
+        super().fill_mask(bits)
         np.bitwise_and(bits, self._kept(), out=bits)
         if not bits.any():
             raise refused("the grammar cannot go on here: the array already has every element that its schema allows")
 
     def accept(self, token_id: int) -> bool:
-        ended = self._inner.exhausted
-        if not (ended or self._allows(token_id)) or not self._inner.accept(token_id):
+        if not (self.exhausted or self._allows(token_id)) or not super().accept(token_id):
             return False
         self._say(token_id)
         return True
 
     def fresh(self) -> ComparedGrammar:
-        return ComparedGrammar(self._inner.fresh(), self._compared, self._trie)
+        return ComparedGrammar(self._form, self._compared, self._trie)
 
     def copy(self) -> None:
-        """See `Grammar`: None, because the copy would have to read the whole text again."""
+        """Return None, because the copy would have to read the whole text again."""
 
     def rollback(self, count: int) -> None:
-        """See `Grammar`. The remaining text is read again."""
-        self._inner.rollback(count)
-        self._follow(self._said[: len(self._said) - count])
+        super().rollback(count)
+        self._follow(self._said[: len(self._said) - count])  # reads the remaining text again
 
     def legal(self, token_ids: Sequence[int]) -> int:
         said, legal = list(self._said), 0
-        for token in token_ids[: self._inner.legal(token_ids)]:
+        for token in token_ids[: super().legal(token_ids)]:
             if not self._allows(token):
                 break
             legal += 1
@@ -399,16 +396,8 @@ class ComparedGrammar:
         return legal
 
     def ff_tokens(self) -> list[int]:
-        tokens = self._inner.ff_tokens()
+        tokens = super().ff_tokens()
         return tokens[: self.legal(tokens)]
-
-    @property
-    def may_end(self) -> bool:
-        return self._inner.may_end
-
-    @property
-    def exhausted(self) -> bool:
-        return self._inner.exhausted
 
     def _begin(self) -> None:
         compared = self._compared

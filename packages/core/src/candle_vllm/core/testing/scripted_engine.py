@@ -13,7 +13,7 @@ import math
 import re
 import uuid
 from array import array
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal, NamedTuple, Unpack
@@ -169,7 +169,7 @@ class ScriptedEngine:
         self._script = script
         self._default_sampling = dict(default_sampling or {})
         self._live: set[str] = set()
-        self._finished: dict[str, int] = {}
+        self._finished = Counter[str]()
         self._generated = 0
         self._info = ModelInfo(
             name=name,
@@ -481,28 +481,28 @@ class ScriptedEngine:
             raise InvalidParameterError(f"a request with id {request.request_id!r} is running", "request_id")
 
     def _sequence(self, request: GenerationRequest, index: int) -> ScriptedSequence:
-        script = self._script
+        script, tokenizer = self._script, self.tokenizer
         if callable(script):
             ids = request.prompt_token_ids
-            bare = ids[1:] if ids[0] == self.tokenizer.bos_token_id else ids
+            bare = ids[1:] if ids[0] == tokenizer.bos_token_id else ids
             script = script(self.detokenize(bare, skip_special_tokens=False))
         room = self._info.max_model_len - len(request.prompt_token_ids)
         return ScriptedSequence(
             request,
             index,
-            [_step_tokens(piece, self.tokenizer) for piece in script],
-            eos_token_id=self.tokenizer.eos_token_id,
-            token_bytes=self.tokenizer.token_bytes,
+            [list(piece) if isinstance(piece, bytes) else tokenizer.encode(piece, False) for piece in script],
+            eos_token_id=tokenizer.eos_token_id,
+            token_bytes=tokenizer.token_bytes,
             max_tokens=min(request.params.max_tokens or room, room),
             num_cached_tokens=self.num_cached_tokens,
-            special_tokens=self.tokenizer.special_tokens,
+            special_tokens=tokenizer.special_tokens,
         )
 
     def note_piece(self, piece: TokenOutput) -> None:
         """Count a `TokenOutput` of a stream."""
         self._generated += len(piece.token_ids)
         if piece.finish_reason is not None:
-            self._finished[piece.finish_reason] = self._finished.get(piece.finish_reason, 0) + 1
+            self._finished[piece.finish_reason] += 1
 
     def note_end(self, request_id: str, *, aborted: bool) -> None:
         """Remove a request whose stream has ended."""
@@ -585,10 +585,6 @@ def _chatml(message: Mapping[str, Any]) -> str:
     if isinstance(content, list):
         content = "".join(part.get("text", f"<{part['type']}>") for part in content)
     return f"<|im_start|>{message['role']}\n{content}{calls}<|im_end|>\n"
-
-
-def _step_tokens(piece: str | bytes, tokenizer: ByteTokenizer) -> list[int]:
-    return list(piece) if isinstance(piece, bytes) else tokenizer.encode(piece, add_special_tokens=False)
 
 
 def _vector(ids: Sequence[int], plan: PoolingPlan) -> array[float]:

@@ -81,22 +81,17 @@ class TemplateProbe:
     """Chat template that is tested by rendering.
 
     A template that takes too long is not rendered again; this counts as a refusal.
+
+    Attributes:
+        prompt: the prompt of a user's message with a tool; None if the template refuses it.
+        plain_prompt: the same prompt without tools; None if the template refuses it.
     """
 
     def __init__(self, template: ChatTemplate) -> None:
         self._template = template
         self._seconds = 0.0  # of processor time used so far
-        self._prompts = {shown: self._render([_ASK], _TOOLS if shown else None) for shown in (True, False)}
-
-    @property
-    def prompt(self) -> str | None:
-        """The prompt of a user's message with a tool; None if the template refuses it."""
-        return self._prompts[True]
-
-    @property
-    def plain_prompt(self) -> str | None:
-        """The same prompt without tools; None if the template refuses it."""
-        return self._prompts[False]
+        self.prompt = self._render([_ASK], _TOOLS)
+        self.plain_prompt = self._render([_ASK], None)
 
     def calls(
         self,
@@ -130,20 +125,20 @@ class TemplateProbe:
         A template that collects system messages at the beginning changes the prompt's beginning with each new one, so
         that the prefix cache cannot be used.
         """
-        text = self._render(messages, _TOOLS if self._prompts[False] is None else None)
+        text = self._render(messages, _TOOLS if self.plain_prompt is None else None)
         places = [-1 if text is None else text.find(one["content"]) for one in messages]
         return -1 not in places and places == sorted(places)
 
     def shows_images(self, messages: Sequence[Mapping[str, Any]]) -> bool:
         """Whether an image of a tool result, the last message, is written like a user's image, or both are left out."""
-        tools = None if self._prompts[True] is None else _TOOLS
+        tools = None if self.prompt is None else _TOOLS
         mark = self._image_mark(tools) or self._image_mark(None)
         return not mark or self.writes([*messages[:-1], {**messages[-1], "content": _SEEN}], mark, tools=tools)
 
     def takes_image_parts(self) -> bool:
         """Whether an image part of a user's message is written, in prompts with and without tools."""
-        kinds = [shown for shown, text in self._prompts.items() if text is not None]
-        return all(self._image_mark(_TOOLS if shown else None) for shown in kinds)
+        given = ((_TOOLS, self.prompt), (None, self.plain_prompt))
+        return all(self._image_mark(tools) for tools, text in given if text is not None)
 
     def _image_mark(self, tools: Sequence[Mapping[str, Any]] | None) -> str:
         """Return what the template writes for an image part of a user's message; "" for nothing, or for JSON of it."""
@@ -155,15 +150,14 @@ class TemplateProbe:
 
     def wants_parts(self) -> bool:
         """Whether the template writes texts only if they are parts of a content."""
-        plain = self._prompts[False]
-        if plain is not None and str(_ASK["content"]) in plain:
+        if self.plain_prompt is not None and str(_ASK["content"]) in self.plain_prompt:
             return False
         parts = [{"type": "text", "text": _ASK["content"]}]
         return self.writes([{**_ASK, "content": parts}], str(_ASK["content"]))
 
     def _written(self, message: Mapping[str, Any]) -> Written | None:
         text = self._render([_ASK, message], _TOOLS, prompt=False)
-        return None if text is None else split(self._prompts[True] or "", text)
+        return None if text is None else split(self.prompt or "", text)
 
     def _render(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None, *, prompt: bool = True

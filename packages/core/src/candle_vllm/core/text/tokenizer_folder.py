@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import base64
 import logging
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from candle_vllm.core.text.pretokenizers import PRE_TOKENIZERS
 from candle_vllm.core.text.sentencepiece import read_sentencepiece
 from candle_vllm.core.text.special_tokens import CHATML, end_of_turn_ids
 from candle_vllm.core.text.token_bytes import BYTE_ALPHABET
+from candle_vllm.core.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -43,21 +44,8 @@ _BERT = ("BertTokenizer", "DistilBertTokenizer")
 _FLAGS = ("lstrip", "rstrip", "normalized", "single_word", "special")
 
 
-@dataclass
-class FolderParts:
-    """Contents of a folder's tokenizer files: the arguments of `Tokenizer`."""
-
-    backend: Backend
-    bos_token_id: int | None = None
-    eos_token_ids: list[int] = field(default_factory=list)
-    special_tokens: dict[str, str] = field(default_factory=dict)
-    chat_template: str | dict[str, str] | None = None
-    response_template: dict[str, Any] | None = None
-    types_pairs: bool = True
-
-
-def load_folder(folder: Path) -> FolderParts:
-    """Read the tokenizer files of `folder`; errors as `Tokenizer.from_folder`."""
+def load_folder(folder: Path) -> Tokenizer:
+    """Load the tokenizer of `folder`; errors as `Tokenizer.from_folder`."""
     path = folder / "tokenizer_config.json"
     config = _read_json(path)
     backend, known = _load_backend(folder, config)
@@ -69,8 +57,8 @@ def load_folder(folder: Path) -> FolderParts:
     names = known | {name: _content(value) for name, value in named.items()}
     ids = {name: backend.token_to_id(text) for name, text in names.items()}
     _frame(backend, config, names, path)
-    return FolderParts(
-        backend=backend,
+    return Tokenizer(
+        backend,
         bos_token_id=ids.get("bos_token"),
         eos_token_ids=_eos_ids(backend, ids.get("eos_token")),
         special_tokens=names,

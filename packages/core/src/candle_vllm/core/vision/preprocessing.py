@@ -147,7 +147,6 @@ class TileRule(Rule, frozen=True, kw_only=True, tag=True):
     splits: bool
 
     def cut(self, height: int, width: int) -> Cut:
-        """See `Rule`."""
         rows = columns = 1
         if self.splits:
             height, width = self._second(*self._first(height, width))
@@ -156,7 +155,6 @@ class TileRule(Rule, frozen=True, kw_only=True, tag=True):
         return Cut(*grid, self.tile, self.tile)
 
     def tiles(self, picture: Picture) -> NDArray[np.uint8]:
-        """See `Rule`."""
         cut, tile = self.cut(picture.height, picture.width), self.tile
         rows, columns = max(cut.rows, 1), max(cut.columns, 1)
         first = resized(picture.pixels, *self._first(picture.height, picture.width), self.resample)
@@ -190,12 +188,10 @@ class FitRule(Rule, frozen=True, kw_only=True, tag=True):
     cell: int
 
     def cut(self, height: int, width: int) -> Cut:
-        """See `Rule`."""
         height, width = (-(-side // self.cell) * self.cell for side in self._shrunk(height, width))
         return Cut(0, 0, height, width)
 
     def tiles(self, picture: Picture) -> NDArray[np.uint8]:
-        """See `Rule`."""
         cut = self.cut(picture.height, picture.width)
         return resized(picture.pixels, cut.height, cut.width, self.resample)[None]
 
@@ -226,7 +222,6 @@ class StretchRule(Rule, frozen=True, kw_only=True, tag=True):
     middle: int = 0
 
     def cut(self, height: int, width: int) -> Cut:
-        """See `Rule`."""
         longer, other = max(height, width), min(height, width)
         if self.middle:
             require_ratio(height, width)
@@ -239,7 +234,6 @@ class StretchRule(Rule, frozen=True, kw_only=True, tag=True):
         return Cut(rows, columns, self.tile, self.tile)
 
     def tiles(self, picture: Picture) -> NDArray[np.uint8]:
-        """See `Rule`."""
         cut, parts = self.cut(picture.height, picture.width), [picture.pixels]
         if self.middle:
             shorter = min(picture.height, picture.width)
@@ -289,12 +283,10 @@ class AreaRule(Rule, frozen=True, kw_only=True, tag=True):
         return self.most // self.cell**2 + (self.longest + math.isqrt(self.most)) // self.cell + 2
 
     def cut(self, height: int, width: int) -> Cut:
-        """See `Rule`."""
         height, width = self._size(height, width)
         return Cut(0, 0, height, width, joined=(height // self.cell + 2, 0) if self.lined else None)
 
     def tiles(self, picture: Picture) -> NDArray[np.uint8]:
-        """See `Rule`."""
         return resized(picture.pixels, *self._size(picture.height, picture.width), self.resample)[None]
 
     def _size(self, height: int, width: int) -> tuple[int, int]:
