@@ -11,8 +11,17 @@ from msgspec import UNSET
 from candle_vllm.core.errors import CandleVllmError
 from candle_vllm.openai.protocol.chat import ChatTokenLogprob
 from candle_vllm.openai.task import ImagePart, Part
-from candle_vllm.responses.api.call_writers import CallWriter, CustomWriter, FunctionWriter, McpCallWriter
-from candle_vllm.responses.api.item_writers import ItemWriter, MessageWriter, OutputLog, ReasoningWriter, new_id
+from candle_vllm.responses.api.item_writers import (
+    CallWriter,
+    CustomWriter,
+    FunctionWriter,
+    ItemWriter,
+    McpCallWriter,
+    MessageWriter,
+    OutputLog,
+    ReasoningWriter,
+    new_id,
+)
 from candle_vllm.responses.api.tool_plan import ToolPlan
 from candle_vllm.responses.protocol.items import Phase
 from candle_vllm.responses.protocol.response import McpApprovalRequestOut

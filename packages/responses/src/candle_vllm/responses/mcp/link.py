@@ -23,8 +23,7 @@ from candle_vllm.responses.mcp.connection import ConnectionLostError, McpConnect
 from candle_vllm.responses.mcp.http import http_auth
 from candle_vllm.responses.mcp.peer import McpServerError, Peer
 from candle_vllm.responses.mcp.server_config import McpServerConfig
-from candle_vllm.responses.mcp.supervisor import LinkState, Supervisor
-from candle_vllm.responses.mcp.tool_list import ToolList
+from candle_vllm.responses.mcp.supervisor import LinkState, Supervisor, ToolList
 from candle_vllm.responses.tools.names import tool_name
 from candle_vllm.responses.tools.schemas import MAX_SCHEMA, ArgumentsChecker
 from candle_vllm.responses.tools.tool import (

@@ -12,7 +12,7 @@ import msgspec
 from sqlalchemy import ColumnElement, Connection, and_, delete, func, insert, not_, or_, select, update
 
 from candle_vllm.responses.store.backend import Bounds, Held, Order, Place
-from candle_vllm.responses.store.database import Database
+from candle_vllm.responses.store.database import Database, tables_of
 from candle_vllm.responses.store.entries import (
     ACTIVE,
     MAX_ID,
@@ -23,7 +23,6 @@ from candle_vllm.responses.store.entries import (
     StoreLimitError,
 )
 from candle_vllm.responses.store.room import NAMES_AT_ONCE, ROWS_AT_ONCE, Room
-from candle_vllm.responses.store.tables import tables_of
 
 MAX_WAITING = 1024  # maximum number of calls that wait for the database
 
