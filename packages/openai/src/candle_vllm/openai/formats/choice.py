@@ -54,7 +54,6 @@ class Choice:
 
     @property
     def layout(self) -> Layout:
-        """The layout with both formats."""
         return Layout(self.reasoning, self.tools)
 
     @property
@@ -400,7 +399,6 @@ def _writes(body: Body, kind: str, field: Mapping[str, Any], opened: str) -> boo
 
 
 def _json_row(field: Mapping[str, Any], opens: tuple[str, ...]) -> ToolFormat | str:
-    """Build a row for calls that are JSON between marks."""
     function = field.get("transform")
     for _ in range(2):
         function = function.get("function", function) if isinstance(function, Mapping) else function

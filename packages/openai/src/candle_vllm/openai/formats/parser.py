@@ -69,7 +69,6 @@ class OutputParser:
 
     @property
     def num_calls(self) -> int:
-        """Number of calls that have begun."""
         return self._output.calls.count
 
     def feed(self, *parts: str) -> list[Event]:
@@ -178,7 +177,6 @@ class TextFlow:
         self._again = 0  # characters that were parsed again
 
     def run(self) -> Need[None]:
-        """Parse the message."""
         if self._in_reasoning and self._pairs:
             yield from self._reasoning(next(iter(self._pairs)))
         fresh = True

@@ -186,11 +186,9 @@ class CallWriter(ItemWriter):
 
     @property
     def arguments(self) -> str:
-        """The arguments so far."""
         return "".join(self._arguments)
 
     def add(self, delta: str) -> None:
-        """Add a delta of the arguments."""
         self._arguments.append(delta)
 
 

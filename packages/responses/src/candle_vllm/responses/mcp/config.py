@@ -313,7 +313,6 @@ class Variables:
     A "$" without a "{" after it is a plain dollar sign.
 
     Args:
-        environ: environment variables.
         workspace: value of `${workspaceFolder}`.
         inputs: answers, which take precedence over the environment's `MCP_INPUT_<ID>` and the input's own default.
         declared: inputs that the file declares, by id.

@@ -52,7 +52,6 @@ class McpLink:
     """The connection to one server; it belongs to the event loop in which it was started.
 
     Args:
-        config: configuration of the server.
         server: an `mcp` server object of this process, used instead of the configuration's command or URL.
         public_only: whether only hosts with public addresses are allowed. An untrusted user who names the address could
             otherwise reach this machine's network.
@@ -171,8 +170,6 @@ class McpLink:
         Cancelling the coroutine notifies the server.
 
         Args:
-            name: name of the tool on the server.
-            arguments: arguments of the tool.
             timeout: seconds for the whole call; None uses the configuration's timeout.
             report: receives the progress that the server reports.
 
@@ -251,7 +248,6 @@ class McpLink:
 
 
 def _progress(report: Report | None) -> Any:
-    """Return the SDK's callback for progress."""
     if report is None:
         return None
 

@@ -105,7 +105,6 @@ class ToolWatch:
     """Lists and watches the tools of one server; a new connection keeps the last list until it has its own.
 
     Args:
-        peer: the server.
         changed: called when the list of tools has changed.
         wake: set when the state of a connection changes.
 
@@ -227,7 +226,6 @@ class Supervisor:
 
     Attributes:
         state, error, connections: values that a link reports: the state, the last error, and the number of connections.
-        connection: current connection, or None.
         transports: transports to try, in order; after a success, only the one that connected.
         settled: set after each attempt, and at the end.
 
@@ -253,7 +251,6 @@ class Supervisor:
 
     @property
     def listed(self) -> ToolList | None:
-        """The tools of the last connection."""
         return self._watch.listed
 
     @property
@@ -273,7 +270,6 @@ class Supervisor:
         self._task = asyncio.create_task(self._supervise(), name=f"mcp {self._peer.config.name}")
 
     async def stop(self) -> None:
-        """End the connection and all attempts."""
         self._closing = True
         self._wake.set()
         if self.connection is not None:

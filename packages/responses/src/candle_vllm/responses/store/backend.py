@@ -134,12 +134,10 @@ class StoreOptions:
 
     @property
     def place(self) -> Place:
-        """Location of the store."""
         return Place(self.url, "responses", "store of responses", SETTING)
 
     @property
     def bounds(self) -> Bounds:
-        """Limits of the store."""
         return Bounds(
             self.max_records,
             size=self.max_bytes,

@@ -309,7 +309,6 @@ class Tables:
 
 @cache
 def tables_of(name: str) -> Tables:
-    """Return the tables of a store."""
     return Tables(name)
 
 

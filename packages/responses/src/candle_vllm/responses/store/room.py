@@ -32,10 +32,6 @@ class Room:
         """Delete entries until the new data fits; return the number of deleted entries.
 
         Args:
-            owner: owner of the new data.
-            size: number of new bytes.
-            rows: number of new rows.
-            keep: row that must not be deleted.
             beyond_share: whether the owner may exceed its share of the store.
 
         Raises:

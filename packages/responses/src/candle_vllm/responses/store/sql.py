@@ -51,13 +51,9 @@ class SqlBackend:
     Every method locks in one order, so that servers cannot deadlock: an entry's row, then `Room.make`, then its parts.
 
     Args:
-        place: location of the store.
-        bounds: limits of the store.
         clock: returns seconds since 1970.
 
     Attributes:
-        tables: tables of this store.
-        database: the database that holds the tables.
         open, close, owner: methods of the database.
     """
 
@@ -74,7 +70,6 @@ class SqlBackend:
 
     @property
     def now(self) -> int:
-        """Current time of the store."""
         return int(self._clock() * 1000)
 
     # ---- entries -----------------------------------------------------------------------------------------------------
