@@ -25,8 +25,7 @@ from candle_vllm.openai.anthropic import (
     parse_messages_request,
     to_anthropic_error,
 )
-from candle_vllm.openai.anthropic.request import OutputConfig, ThinkingOn
-from candle_vllm.openai.anthropic.tools import Tool
+from candle_vllm.openai.anthropic.request import OutputConfig, ThinkingOn, Tool
 from candle_vllm.openai.protocol.fields import WireModel
 
 TOOL = {"name": "f", "description": "d", "input_schema": {"type": "object", "properties": {"a": {"type": "string"}}}}

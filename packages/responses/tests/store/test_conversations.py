@@ -16,10 +16,9 @@ from candle_vllm.responses.api.conversations import Conversations, ConversationU
 from candle_vllm.responses.api.response_store import TURN_MS, ResponseStore
 from candle_vllm.responses.api.stored_items import PageRequest
 from candle_vllm.responses.store.backend import Held, Order, Place
-from candle_vllm.responses.store.database import connect_to
+from candle_vllm.responses.store.database import connect_to, tables_of
 from candle_vllm.responses.store.entries import CONVERSATION, Entry, NotStoredError, StoreLimitError, parts_of
 from candle_vllm.responses.store.sql import SqlBackend
-from candle_vllm.responses.store.tables import tables_of
 from tests.postgres_server import new_database
 from tests.waiting import until
 

@@ -20,7 +20,7 @@ from candle_vllm.core.errors import ConfigError, InvalidParameterError
 from candle_vllm.openai.fair_threads import asker
 from candle_vllm.responses.api.response_store import LEASE_MS, ResponseStore
 from candle_vllm.responses.store.backend import BACKENDS, Bounds, Held, Place, StoreOptions, backend_at
-from candle_vllm.responses.store.database import WAIT_SECONDS, connect_to
+from candle_vllm.responses.store.database import VERSION, WAIT_SECONDS, connect_to, tables_of
 from candle_vllm.responses.store.entries import (
     RESPONSE,
     Entry,
@@ -31,7 +31,6 @@ from candle_vllm.responses.store.entries import (
     StoreUnavailableError,
 )
 from candle_vllm.responses.store.sql import SqlBackend
-from candle_vllm.responses.store.tables import VERSION, tables_of
 from tests.postgres_server import new_database
 from tests.waiting import PATIENCE, until
 

@@ -25,10 +25,9 @@ from sqlalchemy import (
 
 from candle_vllm.responses.api.conversations import ConversationCreateRequest, Conversations
 from candle_vllm.responses.store.backend import Bounds, Held, Place, StoreOptions
-from candle_vllm.responses.store.database import connect_to
+from candle_vllm.responses.store.database import VERSION, connect_to, tables_of
 from candle_vllm.responses.store.entries import CONVERSATION, Entry
 from candle_vllm.responses.store.sql import SqlBackend
-from candle_vllm.responses.store.tables import VERSION, tables_of
 
 NOW = 1_700_000_000_000
 HOUR = 3_600_000
@@ -246,7 +245,7 @@ async def test_a_step_that_fails_leaves_the_old_store(shared_url: str, clock, mo
         raise ValueError("the machine goes off")
 
     with monkeypatch.context() as patch:
-        patch.setattr("candle_vllm.responses.store.tables._copy", fails)
+        patch.setattr("candle_vllm.responses.store.database._copy", fails)
         store = SqlBackend(place, Bounds(10), clock)
         with pytest.raises(ValueError, match="goes off"):
             await store.open()

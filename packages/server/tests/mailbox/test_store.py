@@ -17,9 +17,8 @@ from sqlalchemy import create_engine, update
 
 from candle_vllm.core.errors import ConfigError
 from candle_vllm.responses.store.backend import Place
-from candle_vllm.responses.store.database import connect_to
+from candle_vllm.responses.store.database import VERSION, connect_to, tables_of
 from candle_vllm.responses.store.entries import StoreUnavailableError
-from candle_vllm.responses.store.tables import VERSION, tables_of
 from candle_vllm.server.mailbox.options import MailboxOptions
 from candle_vllm.server.mailbox.store import MailboxStore, Status, StoredAnswer
 

@@ -68,7 +68,6 @@ class OpenAIAdapter(ExplainedAttributes):
     `to_error` converts errors to responses. `SyncOpenAIAdapter` is for programs without an event loop.
 
     Attributes:
-        planner: plans how answers are parsed and constrained.
         embedding: answers requests for vectors, classes and scores, also in the forms of other APIs than OpenAI's.
     """
 

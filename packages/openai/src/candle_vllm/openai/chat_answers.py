@@ -54,7 +54,6 @@ class AnswerWriter(ABC, Generic[Chunk]):
         self._fields: dict[str, Any] = {"usage": None} if request.include_usage else {}  # of chunks without progress
 
     def write(self, events: Sequence[Event]) -> list[Chunk]:
-        """Convert events to chunks."""
         return list(filter(None, map(self._written, events)))
 
     @abstractmethod

@@ -401,7 +401,6 @@ def _usage(outputs: Sequence[EmbeddingOutput | ClassificationOutput | ScoreOutpu
 
 
 def _listed(kind: type[_List], request_id: str, name: str, data: Iterable[Any], outputs: Sequence[Any]) -> _List:
-    """Build a list response with the current time."""
     return kind(data=tuple(data), id=request_id, created=int(time.time()), model=name, usage=_usage(outputs))
 
 

@@ -107,7 +107,6 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
         draft_tokens, accepted_draft_tokens: draft tokens that were verified and accepted.
         predicted_tokens, accepted_predicted_tokens: tokens of the client's `prediction`, once per choice, and how many
             of them occur in the answers.
-        final: whether this is the last event.
     """
 
     prompt_tokens: int

@@ -151,7 +151,6 @@ class FairThreads:
         """Run a function in one of the threads, in the context of the caller, and return its result.
 
         Args:
-            work: the function.
             who: the asker; None uses the asker of this context.
             ended: called once the work has ended or can no longer start: before this coroutine ends, or later in the
                 event loop if the coroutine was cancelled and the work continues.

@@ -50,7 +50,6 @@ class AnswerPlanner:
 
     Args:
         conventions: the chat conventions that the model was trained with.
-        model_type: the model's architecture.
         tool_parser, reasoning_parser: names of formats; None uses the model's own.
         thinking: default for the limit on reasoning and for the message that ends it; a limit below 0 means no limit.
 
@@ -175,7 +174,6 @@ def stop_marks(
     """Return where stop strings apply: in the text of an answer, not in its reasoning or calls.
 
     Args:
-        reasoning: the model's reasoning format, if it has one.
         form: the model's tool-call format, whose marks begin and end calls.
         tools: names of the tools that may be called; without tools, text in the form of a call is text.
         special: names of the special tokens in marks. Text may contain an opening mark of reasoning that is no special
@@ -249,7 +247,6 @@ def constrain(
     Args:
         structured: constraint on the content, if there is one.
         form: the model's tool-call format, even if no tool is offered; None if it is unknown.
-        use: the tools and the tool choice.
         reasoning: format of the reasoning that may precede the answer; None if no reasoning can.
         in_reasoning: whether the prompt has already opened the reasoning.
         special: special tokens of the vocabulary, by name.

@@ -59,12 +59,10 @@ class PreparedChat(NamedTuple):
     """A conversation, ready to be submitted.
 
     Attributes:
-        prompt: token ids of the prompt.
         params: sampling parameters, with the constraint on answers.
         answers: how answers are parsed.
         text: the prompt as text.
         remarks: warnings to the client about the constraint.
-        images: preprocessed images of the prompt.
         unseen: images that are not read yet: their files or addresses, and their paths in the request.
         loose: tools whose schemas do not constrain calls, and the reasons.
     """
@@ -252,7 +250,6 @@ class TaskPreparation:
             return prepared._replace(params=params, answers=answers, remarks=_remarks(task, loose))
 
     def _check_grammars(self, task: Task) -> None:
-        """Refuse custom tools whose grammar is invalid."""
         for tool in task.tools.tools:
             if tool.grammar is None:
                 continue

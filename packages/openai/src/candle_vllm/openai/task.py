@@ -217,8 +217,6 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
         model: name of the model in the request; None uses the served model.
         continued: whether the last message is the beginning of the answer.
         opens_answer: vLLM's `add_generation_prompt`; None means True unless the last message is `continued`.
-        variables: variables of the chat template.
-        documents: documents for the chat template.
         chat_template: replaces the model's template.
         add_special_tokens: whether special tokens are added to the rendered text or the prompts.
         thinking: limit on the reasoning; None uses the server's limit.
@@ -232,8 +230,6 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
         adapter: LoRA adapter that the request names in a field of its own; `model` contains its name too.
         lora: scales of LoRA adapters by llama.cpp id; None uses the named adapter, or the default scales.
         priority: lower values run first.
-        request_id: id given by the caller.
-        paths: names of the fields in the request.
     """
 
     paths: Paths

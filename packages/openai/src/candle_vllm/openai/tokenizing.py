@@ -48,12 +48,6 @@ class TokenizingAdapter:
     """Answers tokenize and detokenize requests with the tokenizer of one engine.
 
     Every method raises `RequestError` for an invalid request.
-
-    Attributes:
-        engine: provides the tokenizer.
-        preparation: prepares conversations.
-        names: names of the served model.
-        work: threads for long texts.
     """
 
     engine: EngineLike

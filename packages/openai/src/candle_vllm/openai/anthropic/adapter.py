@@ -25,11 +25,12 @@ from candle_vllm.openai.anthropic.request import (
     MessagesRequest,
     ThinkingOff,
     ThinkingOn,
+    Tool,
+    ToolNameChoice,
     parse_count_tokens_request,
     parse_messages_request,
 )
 from candle_vllm.openai.anthropic.tool_input import ToolInput, parsed_input
-from candle_vllm.openai.anthropic.tools import Tool, ToolNameChoice
 from candle_vllm.openai.anthropic.turns import read_turns
 from candle_vllm.openai.events import Begun, CallBegun, CallText, Ended, Event, Head, Progress, Text, Thought, Usage
 from candle_vllm.openai.fair_threads import apart

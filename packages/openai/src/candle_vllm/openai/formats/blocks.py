@@ -40,7 +40,6 @@ class Blocks:
     body: Body = _CALL
 
     def states(self, tools: Collection[str]) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
-        """See `layout.Flow.states`."""
         kinds = {**dict.fromkeys(self.texts, ""), self.thoughts: THOUGHTS, self.call: CALL if tools else ""}
         within = {**dict.fromkeys(self.ends, ""), self.start: "header"}
         return {"": {**kinds, **within}, "header": kinds, THOUGHTS: within, CALL: within}, {}

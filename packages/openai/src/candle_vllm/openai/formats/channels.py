@@ -71,7 +71,6 @@ class Harmony:
     body_open: str = ""
 
     def states(self, tools: Collection[str]) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
-        """See `layout.Flow.states`."""
         people = {f"{one}{self.message}": "" for one in self.people}
         thoughts = {f"{one.removeprefix(self.channel)}{self.message}": THOUGHTS for one in self.reasoning}
         headers = dict.fromkeys(filter(None, (self.start, self.channel)), "header")
@@ -169,7 +168,6 @@ class Headed:
     answer: str = "all"
 
     def states(self, tools: Collection[str]) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
-        """See `layout.Flow.states`."""
         heads = {f"{name}\n": CALL for name in tools} | {f"{self.answer}\n": ""}
         marks = {f"{self.mark}{head}": to for head, to in heads.items()}
         return {"": marks, CALL: marks}, heads

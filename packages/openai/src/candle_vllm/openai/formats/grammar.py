@@ -62,7 +62,6 @@ def tool_grammar(
         form: the model's tool-call format; the grammar writes calls in its first body.
         tools: tools that may be called; at least one.
         mode: whether a call is required.
-        parallel: whether more than one call is allowed.
         reasoning: the model's reasoning format; reasoning is free text.
         in_reasoning: whether the prompt has already opened the reasoning, with the first pair of marks.
         special: texts of the vocabulary's special tokens -> their ids.

@@ -45,7 +45,6 @@ class ReasoningFormat:
     """Reasoning between two marks.
 
     Attributes:
-        name: name of the format.
         open, close: the marks.
         others: further pairs of opening and closing marks.
         strays: marks that have no meaning for the parser, such as marks around an answer; the answer omits them.
@@ -104,7 +103,6 @@ class ToolFormat:
     """Format of the tool calls in a message.
 
     Attributes:
-        name: name of the format.
         opens: marks that begin calls.
         bodies: call formats that may follow such a mark; the first that matches is used.
         names: marks that begin both calls and their body, such as a function's tag without an enclosing tag.
@@ -205,7 +203,6 @@ class SpecialText:
     """Text of one sequence with special tokens as characters; special tokens outside of marks are removed.
 
     Args:
-        bound: the layout.
         keep: whether special tokens outside of marks stay as text.
     """
 

@@ -143,14 +143,12 @@ class RawArgument:
         self._empty = True
 
     def add(self, text: str) -> None:
-        """Add more of the text."""
         if self._empty and self._key:
             self._emit("{" + json.dumps(self._key, ensure_ascii=False) + ': "')
         self._empty = False
         self._emit(escaped(text) if self._key else text)
 
     def end(self) -> None:
-        """End the text."""
         if self._empty:
             self._emit("{}")
         elif self._key:

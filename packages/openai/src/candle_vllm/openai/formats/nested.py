@@ -95,7 +95,6 @@ class _Arguments:
         return name if end else ""
 
     def _value(self, schema: Mapping[str, Any], depth: int) -> Need[bool]:
-        """Parse a value and the tag that closes it."""
         reader = self._reader
         kinds = schema_kinds(schema, self._schema)
         text = kinds.is_string

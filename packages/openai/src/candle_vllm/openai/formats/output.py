@@ -37,7 +37,6 @@ class CallSink:
     """The calls of one message, as events.
 
     Args:
-        emit: receives events.
         tools: tools of the request, by name.
         make_id: call index -> id, for calls whose id is missing, invalid or repeated.
         most: maximum number of calls; further calls are left out. None means no limit.
@@ -90,7 +89,6 @@ class CallSink:
             self._emit(CallStart(index, own, name))
 
     def arguments(self, text: str) -> None:
-        """Add text to the current call's arguments."""
         if self._shown:
             self._parts.append(text)
 
@@ -130,7 +128,6 @@ class Output:
         names: see `CallSink`; also for marks that prove to be plain text.
 
     Attributes:
-        calls: receives calls.
         thinking: whether the parser is inside the reasoning.
     """
 
@@ -213,7 +210,6 @@ def _named(text: str, names: Mapping[str, str]) -> str:
 
 
 def _join(events: list[Event], run: list[str]) -> None:
-    """Append the texts in `run` to the last event."""
     if run:
         last = events[-1]
         assert isinstance(last, TextPiece)
@@ -225,7 +221,6 @@ class _Text:
     """Text whose trailing white space is held back; after a separation, leading white space is dropped.
 
     Args:
-        emit: receives the text.
         joined: inserted between two parts; white space at the end of the first part replaces it, unless it is "".
     """
 

@@ -67,7 +67,6 @@ class Reader:
 
     Attributes:
         text, at: the received text, and the offset up to which it is consumed.
-        ended: whether all text has arrived.
         lenient: whether a parser may close what is open at the end; if not, `whole` is False.
         begun: the beginning of a marker at the end of truncated text, which `until` did not pass to its sink.
     """
@@ -116,7 +115,6 @@ class Reader:
         return size
 
     def since_mark(self) -> str:
-        """Return the text consumed since the mark."""
         return "".join(self._kept or ()) + self.text[self._from : self.at]
 
     def attempt(self, parser: Need[bool], *, back: bool) -> Need[bool]:
@@ -128,7 +126,6 @@ class Reader:
         return done
 
     def forget(self) -> None:
-        """Remove the mark."""
         self._kept = None
 
     def put_back(self, text: str) -> None:
@@ -151,7 +148,6 @@ class Reader:
         return self.text[start : self.at]
 
     def skip_space(self) -> Need[None]:
-        """Consume white space."""
         if self.at < len(self.text) and self.text[self.at] not in SPACE:
             return
         while True:

@@ -235,7 +235,6 @@ class _Arguments:
         return closed
 
     def _plain_text(self, sink: Sink) -> Need[bool]:
-        """Parse a string up to `text_end`."""
         sink('"')
         ends = markers(self._shape.text_end)
         mark = yield from self._reader.until(ends, lambda text: sink(escaped(text)), inside=True)
@@ -341,7 +340,6 @@ class _Inner:
         self.ended = False
 
     def add(self, text: str) -> None:
-        """Add a delta of the value."""
         if self._first:
             self._first = False
             self._paired = text.startswith("\n")

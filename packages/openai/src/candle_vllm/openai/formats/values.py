@@ -73,7 +73,6 @@ ANYTHING = Kinds(frozenset(SPELLINGS), text=True)
 
 
 def kinds_of(kind: str) -> Kinds:
-    """Return the values of one JSON type."""
     return Kinds(frozenset(), text=True) if kind == "string" else Kinds(frozenset({kind}))
 
 

@@ -28,9 +28,6 @@ def begin_response(request: ResponsesRequest, *, model: str, stored: bool, defau
     """Return a response in progress, or queued if it runs in the background.
 
     Args:
-        request: validated request.
-        model: model name in the response.
-        stored: whether the response will be stored.
         defaults: sampling values for fields that the request does not set.
     """
     conversation = request.conversation_id

@@ -59,10 +59,6 @@ class ServerUrls:
     def check(self, url: str, field: str) -> bool:
         """Return whether a pattern names the host without "*"; if not, the caller connects to public addresses only.
 
-        Args:
-            url: URL of a request.
-            field: path of the URL in the request.
-
         Raises:
             InvalidParameterError: the URL is invalid, or its scheme is http and its host is not loopback.
             UnsupportedParameterError: no pattern allows it; a "*" in the host, or alone, allows no loopback host.

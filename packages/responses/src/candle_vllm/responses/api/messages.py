@@ -36,7 +36,6 @@ class Translated(NamedTuple):
     """The conversation of a request.
 
     Attributes:
-        messages: messages of its task.
         approved: ids of approved calls that end the conversation, with their approvals' paths; these run first.
         listed: labels of the MCP servers whose tool lists are in the conversation already.
     """
@@ -57,7 +56,6 @@ def translate(items: Sequence[Placed], instructions: str | None, names: ToolName
     Args:
         items: history and input, without references.
         instructions: text that precedes all messages.
-        names: returns the names of MCP tools.
         max_images: as in `CallResults`.
 
     Raises:

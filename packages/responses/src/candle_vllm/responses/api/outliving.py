@@ -33,7 +33,6 @@ class Chunks(Generic[T]):
 
     Attributes:
         size: bytes of the buffered chunks.
-        finished: whether the answer has ended.
         next_number: number of the next chunk; chunks are counted from 0.
     """
 
@@ -81,7 +80,6 @@ class Chunks(Generic[T]):
             )
 
     def __iter__(self) -> Iterator[T]:
-        """Iterate over the buffered chunks."""
         return iter(self._chunks)
 
     async def read(self, after: int = -1) -> AsyncGenerator[T, None]:
@@ -111,8 +109,6 @@ class Work(Generic[T]):
 
     Args:
         chunks: chunks of the answer; closed at the end.
-        seconds: time limit of the task.
-        take: called with each chunk.
         end: called after the chunks were closed, with None or the exception that ended them: TimeoutError after the
             time limit, CancelledError if the task was cancelled or `take` raised it.
     """

@@ -76,12 +76,10 @@ class Responder:
     """Answers requests. Every method raises `RequestError` for an invalid request, and the errors of the model.
 
     Args:
-        model: answers tasks.
         count: counts the tokens of a task's prompt; None if they cannot be counted.
         servers: source of MCP servers; None allows no server.
         store: store of responses; None stores nothing.
         memory: responses of the client's connection, which requests may continue; None holds none.
-        options: limits and defaults.
     """
 
     def __init__(
@@ -124,7 +122,6 @@ class Responder:
         """Check a request, and return its stream, not yet started; close the stream even if it is never started.
 
         Args:
-            request: checked request, or an object.
             owner: owner of the response if it is stored.
             keep: False if the caller stores the response and adds it to its conversation.
             at_once: whether to return before the conversation's turn and MCP servers are ready. The started stream then

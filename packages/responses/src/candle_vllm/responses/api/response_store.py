@@ -67,7 +67,6 @@ class ResponseStore:
                 await self._store.close()
 
     async def backend(self) -> SqlBackend:
-        """Return the backend, opened."""
         if self._store is None:
             async with self._opening:
                 if self._store is None:
@@ -114,13 +113,7 @@ class ResponseStore:
             raise stored.NotStoredError("Response", response_id, "response_id")
 
     async def change(self, owner: str, response_id: str, status: str, response: bytes) -> bool:
-        """Write the progress or the end of a queued or running response; False if another task ended or deleted it.
-
-        Args:
-            owner, response_id: owner and id of the response.
-            status: status of the response object.
-            response: response object as JSON.
-        """
+        """Write the progress or the end of a queued or running response; False if another task ended or deleted it."""
         store, what = await self.backend(), (stored.RESPONSE, owner, response_id, response)
         if status in stored.ACTIVE:
             return await store.change(*what, status=status, lease=store.now + LEASE_MS)

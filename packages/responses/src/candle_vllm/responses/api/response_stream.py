@@ -29,7 +29,6 @@ class ResponseStream:
     """An iterator of events. Closing it (`aclose`) ends the response.
 
     Args:
-        writer: writes the events.
         work: puts events (`put`) until the response has ended.
         input_items: items of the request, each with an id, as they are stored.
         opened: resources of the response, closed after the last event or with the stream.

@@ -112,7 +112,6 @@ def entry_of(owner: str, response: Response, given: Sequence[Mapping[str, Any]])
 
     Args:
         owner: owner of the response; "" without API keys.
-        response: response as the client gets it.
         given: items of the request without its history, each with an id.
     """
     return Entry(

@@ -49,9 +49,6 @@ class Prepared(NamedTuple):
     """A request that can be answered.
 
     Attributes:
-        request: the checked request.
-        plan: tools of the request.
-        made: conversation of the request.
         defaults: sampling values for fields that the request does not set.
     """
 
@@ -138,9 +135,6 @@ class TaskMaker:
         """Open the MCP servers of a checked request, and translate the request; raises `RequestError`.
 
         Args:
-            request: the request.
-            items: history and input.
-            stack: closes the servers.
             check: whether to check that a task can be made; this is always checked if approved calls run first.
         """
         servers = await self._open(request, stack)
@@ -251,7 +245,6 @@ def _checked(item: Mapping[str, Any], field: str) -> InputItem:
 
 
 def has_servers(request: PromptFields) -> bool:
-    """Whether a request names MCP servers."""
     return bool(_servers_of(request))
 
 

@@ -35,9 +35,6 @@ class PlannedTool(NamedTuple):
     Attributes:
         kind: type of the tool, which defines its format and who runs it.
         name: name without the prefix of a namespace or an MCP server.
-        path: path of the tool in the request.
-        namespace: namespace of a function or a custom tool.
-        server: label of an MCP server.
         grammar: Lark grammar of a custom tool's input.
     """
 
@@ -55,9 +52,7 @@ class ToolPlan(msgspec.Struct, kw_only=True):
     Attributes:
         by_name: tools by the names that the model uses.
         shown: all tools in the form for chat templates: first the tools that run here, then the client's.
-        registry: tools that run here.
         approval: approval rule of each tool that runs here.
-        choice: tool choice.
         servers: MCP servers of the request, with their tools or the reason why these cannot be listed.
         offered: by server label, the server's tools that the model is shown.
     """
@@ -78,7 +73,6 @@ class ToolPlan(msgspec.Struct, kw_only=True):
         return tool_name(label, name)
 
     def needs_approval(self, name: str) -> bool:
-        """Whether a tool needs an approval before it runs."""
         return self.approval.get(name) == "always"
 
     def use(self, choice: Choice, *, parallel: bool | None) -> ToolUse:

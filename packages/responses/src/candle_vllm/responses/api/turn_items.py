@@ -11,8 +11,17 @@ from msgspec import UNSET
 from candle_vllm.core.errors import CandleVllmError
 from candle_vllm.openai.protocol.chat import ChatTokenLogprob
 from candle_vllm.openai.task import ImagePart, Part
-from candle_vllm.responses.api.call_writers import CallWriter, CustomWriter, FunctionWriter, McpCallWriter
-from candle_vllm.responses.api.item_writers import ItemWriter, MessageWriter, OutputLog, ReasoningWriter, new_id
+from candle_vllm.responses.api.item_writers import (
+    CallWriter,
+    CustomWriter,
+    FunctionWriter,
+    ItemWriter,
+    McpCallWriter,
+    MessageWriter,
+    OutputLog,
+    ReasoningWriter,
+    new_id,
+)
 from candle_vllm.responses.api.tool_plan import ToolPlan
 from candle_vllm.responses.protocol.items import Phase
 from candle_vllm.responses.protocol.response import McpApprovalRequestOut
@@ -43,12 +52,10 @@ class TurnItems:
     # ---- text, reasoning and calls of the model ----------------------------------------------------------------------
 
     def begin_turn(self) -> None:
-        """Record that a new turn begins."""
         self._has_items_this_turn = self._called_this_turn = False
         self._began = True  # calls that were approved have ended
 
     def text(self, text: str, logprobs: tuple[Any, ...]) -> None:
-        """Add a delta of a message."""
         if isinstance(self._open, MessageWriter):
             self._open.add(text, logprobs)
             return
@@ -59,7 +66,6 @@ class TurnItems:
             self._begin_message()
 
     def thoughts(self, text: str) -> None:
-        """Add a delta of the reasoning."""
         writer = self._open
         if not isinstance(writer, ReasoningWriter):
             self._name_phase("commentary")
@@ -70,7 +76,6 @@ class TurnItems:
         writer.add(text)
 
     def begin_call(self, call_id: str, name: str) -> None:
-        """Begin a call."""
         self._name_phase("commentary")
         self._end_output()
         self._space = []
@@ -88,7 +93,6 @@ class TurnItems:
         self._calls[call_id] = self._current = self._begin(writer)
 
     def arguments(self, call_id: str, delta: str) -> None:
-        """Add a delta of a call's arguments."""
         if call_id not in self._with_item:
             return  # an approval request has the arguments, too; other calls have no item
         if (writer := self._calls.get(call_id)) is None or writer is not self._current:
@@ -107,7 +111,6 @@ class TurnItems:
     # ---- approvals and results of calls ------------------------------------------------------------------------------
 
     def ask(self, call: ToolCall) -> None:
-        """Write the approval request of a call."""
         tool = self._plan.by_name.get(call.name)
         self._with_item.add(call.id)
         label, name = (tool.server or "", tool.name) if tool else ("", call.name)

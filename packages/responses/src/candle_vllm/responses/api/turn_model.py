@@ -31,14 +31,12 @@ class TurnModel:
     """Answers the turns of one response.
 
     Args:
-        model: answers tasks.
         max_tokens: maximum number of tokens of all turns together, or None.
         truncate: whether old turns may be left out.
 
     Attributes:
         entered: called when the engine has accepted a turn.
         grew: whether the prompt may have grown since the request, by turns or by results of tools.
-        eyes: image input of the model.
     """
 
     def __init__(self, model: ChatModel, *, max_tokens: int | None = None, truncate: bool = False) -> None:

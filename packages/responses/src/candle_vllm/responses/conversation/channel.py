@@ -42,7 +42,6 @@ class EventChannel(Generic[T]):
             self._news.set()
 
     def close(self, error: BaseException | None = None) -> None:
-        """Close the channel, with an error or without."""
         self._closed = True
         self._errors += [] if error is None else [error]
         self._news.set()

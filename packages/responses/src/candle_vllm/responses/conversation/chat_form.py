@@ -40,7 +40,6 @@ class ChatTranscript(Transcript):
 
     @property
     def messages(self) -> list[ChatMessage]:
-        """A copy of all messages."""
         return [*_copied(self._given), *map(chat_message, self.added)]
 
     def request(

@@ -54,7 +54,6 @@ class InProcessModel:
 
     @asynccontextmanager
     async def stream(self, request: Task | Mapping[str, Any]) -> AsyncGenerator[AsyncIterator[Event]]:
-        """See `ChatModel`."""
         if isinstance(request, Task):
             events = await self._adapter.answer(lambda: request)
         else:

@@ -173,7 +173,6 @@ class HttpModel:
         return f"HttpModel({self._url.host!r}, model={self._model!r})"
 
     async def aclose(self) -> None:
-        """Close the connections."""
         await self._client.aclose()
 
     @asynccontextmanager

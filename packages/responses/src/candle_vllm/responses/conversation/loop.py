@@ -80,9 +80,7 @@ class ConversationLoop:
     """Runs conversations, any number of them concurrently.
 
     Args:
-        model: answers the turns.
         tools: tools that the model may call; they are read again before each turn.
-        options: limits and approval.
         auto_approve: returns True for a tool that needs no approval, whatever the policy.
     """
 
@@ -143,7 +141,6 @@ class ConversationLoop:
 
         Args:
             transcript: gets the new messages, even if the run ends early.
-            ask: makes the request of the next turn.
             names: names of the tools that the caller runs.
             approved, denied: as in `run`.
         """

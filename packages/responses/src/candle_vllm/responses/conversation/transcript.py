@@ -49,7 +49,6 @@ class Transcript:
 
     @property
     def grew(self) -> bool:
-        """Whether a turn or a result was added."""
         return bool(self._messages or self._results)
 
     @property
@@ -71,7 +70,6 @@ class Transcript:
         self._results, self._begun = {}, set()
 
     def begin(self, call: ToolCall) -> None:
-        """Record that a call has begun to run."""
         self._begun.add(call.id)
 
     def add_result(self, result: ToolResult, parts: tuple[Part, ...] = ()) -> None:

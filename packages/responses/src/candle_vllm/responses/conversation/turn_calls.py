@@ -117,11 +117,7 @@ class TurnCalls:
 
     Attributes:
         tools: registry of the tools; only tools that the options allow are used.
-        options: approval and limits.
-        decisions: earlier decisions about calls.
         client_names: names of the tools that the caller runs.
-        transcript: receives the results.
-        channel: receives the events.
         pictures: decides which images of results the model sees.
         allowed: names of the tools that the latest turn may call (`tool_choice`); None means all.
     """

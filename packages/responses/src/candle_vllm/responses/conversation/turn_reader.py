@@ -60,7 +60,6 @@ class TurnReader:
         return []
 
     def finish(self) -> events.TurnFinished:
-        """Return the whole turn."""
         whole = FinishReason.TOOL_CALLS if self._calls else FinishReason.STOP
         return events.TurnFinished(
             number=self._number,

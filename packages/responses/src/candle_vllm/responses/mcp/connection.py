@@ -37,7 +37,6 @@ class McpConnection:
     """One connection.
 
     Args:
-        peer: the server.
         kind: transport; not used for a server in this process.
         mode: version negotiation: "auto" tries the newer protocol first, "legacy" uses only the older one.
         wake: called when the connection ends, when the tools change, and when `in_doubt` is set.
@@ -69,7 +68,6 @@ class McpConnection:
 
     @property
     def is_down(self) -> bool:
-        """Whether the connection has ended or is ending."""
         return self._down.is_set()
 
     @property
@@ -212,7 +210,6 @@ class McpConnection:
             self.note_tools_changed()
 
     def note_tools_changed(self) -> None:
-        """Note that the server's tools have changed."""
         self.tools_changed = True
         self._wake()
 

@@ -74,7 +74,6 @@ class McpFleet:
 
     @property
     def links(self) -> dict[str, McpLink]:
-        """The links by the servers' names."""
         return dict(self._links)
 
     async def start(self) -> None:

@@ -182,7 +182,6 @@ class HttpNotes:
             _limit(request, _NOTICE_SECONDS)
 
     async def on_response(self, response: httpx2.Response) -> None:
-        """Record the status, and limit the body."""
         self.status = response.status_code
         if response.status_code in (400, 404) and "mcp-session-id" in response.request.headers:
             self._session_doubted()
@@ -271,7 +270,6 @@ class PublicTransport(httpx2.AsyncBaseTransport):
             request.url = url
 
     async def aclose(self) -> None:
-        """Close the connections."""
         await self._inner.aclose()
 
 

@@ -23,8 +23,7 @@ from candle_vllm.responses.mcp.connection import ConnectionLostError, McpConnect
 from candle_vllm.responses.mcp.http import http_auth
 from candle_vllm.responses.mcp.peer import McpServerError, Peer
 from candle_vllm.responses.mcp.server_config import McpServerConfig
-from candle_vllm.responses.mcp.supervisor import LinkState, Supervisor
-from candle_vllm.responses.mcp.tool_list import ToolList
+from candle_vllm.responses.mcp.supervisor import LinkState, Supervisor, ToolList
 from candle_vllm.responses.tools.names import tool_name
 from candle_vllm.responses.tools.schemas import MAX_SCHEMA, ArgumentsChecker
 from candle_vllm.responses.tools.tool import (
@@ -53,7 +52,6 @@ class McpLink:
     """The connection to one server; it belongs to the event loop in which it was started.
 
     Args:
-        config: configuration of the server.
         server: an `mcp` server object of this process, used instead of the configuration's command or URL.
         public_only: whether only hosts with public addresses are allowed. An untrusted user who names the address could
             otherwise reach this machine's network.
@@ -172,8 +170,6 @@ class McpLink:
         Cancelling the coroutine notifies the server.
 
         Args:
-            name: name of the tool on the server.
-            arguments: arguments of the tool.
             timeout: seconds for the whole call; None uses the configuration's timeout.
             report: receives the progress that the server reports.
 
@@ -252,7 +248,6 @@ class McpLink:
 
 
 def _progress(report: Report | None) -> Any:
-    """Return the SDK's callback for progress."""
     if report is None:
         return None
 

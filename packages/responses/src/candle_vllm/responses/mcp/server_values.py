@@ -67,7 +67,6 @@ class Checks:
         return checked
 
     def texts(self, setting: str, value: Any, *, most: int = MAX_ITEMS, empty: bool = False) -> tuple[str, ...]:
-        """Check a list of strings."""
         if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
             self.fail(setting, f"must be a list of strings, not {_kind(value)}")
         items = tuple(value)
@@ -76,7 +75,6 @@ class Checks:
         return tuple(self.text(f"{setting}[{number}]", item, empty=empty) for number, item in enumerate(items))
 
     def variables(self, setting: str, value: Any) -> dict[str, str]:
-        """Check environment variables."""
         for name, text in self._mapping(setting, value).items():
             if not name or "=" in name or "\0" in name or len(name) > MAX_LABEL:
                 self.fail(setting, f"has the name {name!r:.60}, which no environment variable can have")
@@ -84,7 +82,6 @@ class Checks:
         return dict(value)
 
     def http_headers(self, setting: str, value: Any) -> dict[str, str]:
-        """Check HTTP headers."""
         seen: set[str] = set()
         for name, text in self._mapping(setting, value).items():
             if not _HEADER_NAME.fullmatch(name):
@@ -98,7 +95,6 @@ class Checks:
         return dict(value)
 
     def address(self, setting: str, value: Any) -> str:
-        """Check an http or https address."""
         url = self.one_line(setting, value, most=MAX_URL)
         try:
             parts = urlsplit(url)
@@ -112,11 +108,9 @@ class Checks:
         return url
 
     def folder(self, setting: str, value: Any) -> Path:
-        """Check a path."""
         return value if isinstance(value, Path) else Path(self.text(setting, value, most=MAX_URL))
 
     def flag(self, setting: str, value: Any) -> bool:
-        """Check a boolean."""
         if not isinstance(value, bool):
             self.fail(setting, f"must be true or false, not {_kind(value)}")
         return value
@@ -184,9 +178,7 @@ class OAuthClient:
     """Credentials of a program that requests its own token (OAuth client credentials).
 
     Attributes:
-        client_id: id of the program.
         client_secret: secret, which is sent only to the authorization server.
-        scopes: requested scopes.
         issuer: address of the authorization server that may get the secret; None lets the MCP server choose it: only
             for an MCP server that may know the secret.
     """

@@ -10,21 +10,209 @@ no tools of the server are known.
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import random
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import AsyncIterator, Callable
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import anyio
+from mcp import MCPError
+from mcp.client.subscriptions import SubscriptionLost
 from mcp_types.version import MODERN_PROTOCOL_VERSIONS
+from pydantic import ValidationError
 
-from candle_vllm.responses.mcp.connection import McpConnection
+from candle_vllm.responses.mcp.connection import SESSION_LOST, ConnectionLostError, McpConnection
 from candle_vllm.responses.mcp.peer import Peer
 from candle_vllm.responses.mcp.processes import to_the_end
-from candle_vllm.responses.mcp.tool_list import ToolList, ToolWatch
+from candle_vllm.responses.mcp.server_config import McpServerConfig
 from candle_vllm.responses.mcp.transports import NO_SUCH_TRANSPORT, Kind, kinds
 
+if TYPE_CHECKING:
+    from mcp_types import Tool
+
 logger = logging.getLogger(__name__)
+
+MAX_PAGES = 100
+MAX_TOOLS = 1000
+MAX_BYTES = 4 * 1024 * 1024  # bytes of all definitions as JSON
+_DEBOUNCE = 0.2  # seconds between a notification that the tools changed and their listing
+_MIN_BETWEEN_LISTS, _MAX_BETWEEN_LISTS = 1.0, 16.0  # seconds; doubled with each failure
+_PING_SECONDS = 5.0
+_FIRST_DELAY, _LAST_DELAY = 1.0, 60.0  # seconds before a lost subscription is opened again
+_ACK_SECONDS = 10.0
+
+
+class ToolList(NamedTuple):
+    """The tools that a server offers.
+
+    Attributes:
+        tools: tools by name, in the server's order.
+        notes: sentences about tools that were left out, at most 20.
+    """
+
+    tools: dict[str, Tool]
+    notes: tuple[str, ...]
+
+
+async def list_tools(connection: McpConnection, config: McpServerConfig) -> ToolList:
+    """Request the list page by page, and return the allowed tools; each request may take `connect_timeout`.
+
+    Raises:
+        ConnectionLostError, TimeoutError, MCPError, ValidationError, RuntimeError: a page could not be fetched.
+    """
+    tools: dict[str, Tool] = {}
+    notes: list[str] = []
+    size = 0
+    async for tool in _all_tools(connection, config.connect_timeout, notes):
+        if not config.allows(tool.name):
+            continue
+        if tool.execution is not None and tool.execution.task_support == "required":
+            notes.append(f"the tool {tool.name[:100]!r} is left out: it runs only as a task, which is not supported")
+            continue
+        if tool.name in tools:
+            notes.append(f"it lists the tool {tool.name[:100]!r} twice; the second is left out")
+            continue
+        size += len(json.dumps(tool.model_dump(mode="json", by_alias=True, exclude_none=True)))
+        if len(tools) >= MAX_TOOLS or size > MAX_BYTES:
+            limit = f"{MAX_TOOLS} tools" if len(tools) >= MAX_TOOLS else f"{MAX_BYTES} bytes of definitions"
+            notes.append(f"it lists more than {limit}; the tools after the first {len(tools)} are left out")
+            break
+        tools[tool.name] = tool
+    return ToolList(tools, tuple(notes[:20]))
+
+
+async def _all_tools(connection: McpConnection, seconds: float, notes: list[str]) -> AsyncIterator[Any]:
+    if not connection.client.server_capabilities.tools:
+        return
+    cursor: str | None = None
+    seen: set[str] = set()
+    for _ in range(MAX_PAGES):
+        page = await connection.run(connection.client.list_tools(cursor=cursor), seconds)
+        for tool in page.tools:
+            yield tool
+        cursor = page.next_cursor
+        if cursor is None:
+            return
+        if cursor in seen:
+            notes.append("its list of tools repeats a cursor; later pages are left out")
+            return
+        seen.add(cursor)
+    notes.append(f"its list of tools has more than {MAX_PAGES} pages; the rest is left out")
+
+
+class ToolWatch:
+    """Lists and watches the tools of one server; a new connection keeps the last list until it has its own.
+
+    Args:
+        changed: called when the list of tools has changed.
+        wake: set when the state of a connection changes.
+
+    Attributes:
+        listed: the last list; None before the first.
+    """
+
+    def __init__(self, peer: Peer, *, changed: Callable[[ToolList], None], wake: asyncio.Event) -> None:
+        self._peer = peer
+        self._changed = changed
+        self._wake = wake
+        self.listed: ToolList | None = None
+
+    async def list(self, connection: McpConnection) -> str | None:
+        """List the tools, and call `changed` if they changed; return a sentence if listing fails, or None."""
+        connection.tools_changed = False
+        try:
+            found = await list_tools(connection, self._peer.config)
+        except TimeoutError:
+            seconds = self._peer.config.connect_timeout
+            return f"it did not list its tools within {seconds:g} seconds (connect_timeout)"
+        except ConnectionLostError as error:
+            return self._peer.redact(str(error))
+        except (MCPError, ValidationError, RuntimeError, ExceptionGroup) as error:
+            return f"its list of tools: {self._peer.sentence(error)}"
+        changed = self.listed is None or found.tools != self.listed.tools
+        self.listed = found
+        for note in found.notes:
+            self._peer.note(note)
+        if changed:
+            try:
+                self._changed(found)
+            except Exception:
+                logger.exception("MCP server %.100r: the callback for changed tools failed", self._peer.config.name)
+        return None
+
+    async def follow(self, connection: McpConnection) -> None:
+        """Watch a connection until it ends: list changed tools, and ping if the session may no longer exist."""
+        listener: asyncio.Task[None] | None = None
+        pause = _MIN_BETWEEN_LISTS
+        capability = connection.client.server_capabilities.tools
+        if capability and capability.list_changed and connection.client.protocol_version in MODERN_PROTOCOL_VERSIONS:
+            listener = asyncio.create_task(listen_for_changes(connection, self._peer.note))
+        try:
+            while not connection.is_down:
+                await self._wake.wait()
+                self._wake.clear()
+                if connection.in_doubt and not connection.is_down:
+                    await self._ping(connection)
+                if connection.tools_changed and not connection.is_down:
+                    await self._sleep(connection, _DEBOUNCE)
+                    why = await self.list(connection)
+                    if why is None:
+                        pause = _MIN_BETWEEN_LISTS
+                    else:
+                        self._peer.note(f"the tools could not be listed again: {why}")
+                        connection.tools_changed, pause = True, min(_MAX_BETWEEN_LISTS, 2 * pause)
+                    await self._sleep(connection, pause)
+        finally:
+            if listener is not None:
+                listener.cancel()
+                await asyncio.gather(listener, return_exceptions=True)
+
+    async def _sleep(self, connection: McpConnection, seconds: float) -> None:
+        """Sleep, at most until the connection ends or is in doubt; `wake` is set afterwards, so no change is missed."""
+        deadline = asyncio.get_running_loop().time() + seconds
+        with anyio.move_on_at(deadline):
+            while not (connection.is_down or connection.in_doubt):
+                await self._wake.wait()
+                self._wake.clear()
+        self._wake.set()
+
+    async def _ping(self, connection: McpConnection) -> None:
+        try:
+            await connection.run(connection.client.session.send_ping(), _PING_SECONDS)
+        except (MCPError, ValidationError, RuntimeError, TimeoutError, ConnectionLostError):
+            connection.end(SESSION_LOST)
+        connection.in_doubt = False
+
+
+async def listen_for_changes(connection: McpConnection, note: Callable[[str], None]) -> None:
+    """Subscribe to changes of the tools until the connection ends, or the server refuses the subscription.
+
+    The protocol does not repeat lost notifications, so the tools are listed again after a lost subscription.
+    """
+    delay = _FIRST_DELAY
+    while not connection.is_down:
+        began = asyncio.get_running_loop().time()
+        try:
+            await _listen(connection)
+        except (SubscriptionLost, TimeoutError) as error:
+            note(f"the subscription to changes of tools was lost: {type(error).__name__}")
+        except (MCPError, RuntimeError) as error:
+            note(f"it refuses the subscription to changes of tools: {str(error)[:200]}")
+            return
+        if asyncio.get_running_loop().time() - began > _LAST_DELAY:
+            delay = _FIRST_DELAY
+        await asyncio.sleep(delay)
+        delay = min(_LAST_DELAY, 2 * delay)
+        connection.note_tools_changed()
+
+
+async def _listen(connection: McpConnection) -> None:
+    async with asyncio.timeout(_ACK_SECONDS) as limit, connection.client.listen(tools_list_changed=True) as events:
+        limit.reschedule(None)
+        async for _ in events:
+            connection.note_tools_changed()
+
 
 LinkState = Literal["connecting", "ready", "failed", "closed", "disabled"]
 
@@ -38,7 +226,6 @@ class Supervisor:
 
     Attributes:
         state, error, connections: values that a link reports: the state, the last error, and the number of connections.
-        connection: current connection, or None.
         transports: transports to try, in order; after a success, only the one that connected.
         settled: set after each attempt, and at the end.
 
@@ -64,7 +251,6 @@ class Supervisor:
 
     @property
     def listed(self) -> ToolList | None:
-        """The tools of the last connection."""
         return self._watch.listed
 
     @property
@@ -84,7 +270,6 @@ class Supervisor:
         self._task = asyncio.create_task(self._supervise(), name=f"mcp {self._peer.config.name}")
 
     async def stop(self) -> None:
-        """End the connection and all attempts."""
         self._closing = True
         self._wake.set()
         if self.connection is not None:

@@ -53,7 +53,6 @@ class Opening:
 
     @property
     def status(self) -> int | None:
-        """The last HTTP status, or None."""
         return self._notes.status
 
     @asynccontextmanager
@@ -189,7 +188,6 @@ class WatchedStream:
     The SDK ends a connection's requests without notifying its owner, which would not reconnect until the next call.
 
     Args:
-        inner: read stream of the transport.
         ended: called with a sentence when the stream ends, perhaps more than once.
         log: called with a line for each invalid message, and with the notes of `mend`.
     """

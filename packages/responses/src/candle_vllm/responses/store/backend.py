@@ -21,11 +21,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from contextvars import Context
 from dataclasses import dataclass, field
 from importlib import import_module
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from candle_vllm.core.errors import CandleVllmError, ConfigError
 
@@ -134,12 +134,10 @@ class StoreOptions:
 
     @property
     def place(self) -> Place:
-        """Location of the store."""
         return Place(self.url, "responses", "store of responses", SETTING)
 
     @property
     def bounds(self) -> Bounds:
-        """Limits of the store."""
         return Bounds(
             self.max_records,
             size=self.max_bytes,
@@ -154,30 +152,10 @@ class StoreOptions:
 # ---- which backend a URL opens ---------------------------------------------------------------------------------------
 
 
-class BackendUrl(NamedTuple):
-    """The URLs of a scheme.
-
-    Attributes:
-        runs: module of this folder, and its class, which is made with (place, bounds, clock) and has the methods of
-            `SqlBackend`; imported by `backend_at`.
-        rest: what follows the scheme in messages; "" for an alias of a scheme, which messages omit.
-        short: likewise, for the help of flags.
-    """
-
-    runs: str
-    rest: str = ""
-    short: str = ""
-
-
-SQL = "sql:SqlBackend"
-BACKENDS: Mapping[str, BackendUrl] = {
-    "sqlite:///": BackendUrl(SQL, "path", "path"),
-    "postgresql://": BackendUrl(SQL, "user:password@host/database", "..."),
-    "postgresql+psycopg://": BackendUrl(SQL),
-    "postgres://": BackendUrl(SQL),
-}
-URLS = [scheme + row.rest for scheme, row in BACKENDS.items() if row.rest]
-SHORT_URLS = [scheme + row.short for scheme, row in BACKENDS.items() if row.short]
+BACKENDS = ("sqlite:///", "postgresql://", "postgresql+psycopg://", "postgres://")
+"""Beginnings of the URLs of SQL databases; the last two are aliases."""
+URLS = ("sqlite:///path", "postgresql://user:password@host/database")  # in messages
+SHORT_URLS = ("sqlite:///path", "postgresql://...")  # in the help of flags
 
 
 def backend_at(place: Place, bounds: Bounds, clock: Callable[[], float]) -> Any:
@@ -186,12 +164,9 @@ def backend_at(place: Place, bounds: Bounds, clock: Callable[[], float]) -> Any:
     Raises:
         ConfigError: the place is neither `memory` nor a URL of `BACKENDS`.
     """
-    named = (row.runs for scheme, row in BACKENDS.items() if place.url.startswith(scheme))
-    runs = SQL if place.url == MEMORY else next(named, None)
-    if runs is None:
+    if place.url != MEMORY and not place.url.startswith(BACKENDS):
         raise wrong_url(place)
-    module, _, name = runs.partition(":")
-    return getattr(import_module(f"{__package__}.{module}"), name)(place, bounds, clock)
+    return import_module(f"{__package__}.sql").SqlBackend(place, bounds, clock)  # SQLAlchemy is slow to import
 
 
 async def open_backend(place: Place, bounds: Bounds, clock: Callable[[], float]) -> Any:

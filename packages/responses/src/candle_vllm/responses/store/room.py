@@ -10,8 +10,8 @@ from sqlalchemy import ColumnElement, Connection, and_, delete, func, insert, no
 
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.responses.store.backend import Bounds, Place
+from candle_vllm.responses.store.database import Tables
 from candle_vllm.responses.store.entries import ACTIVE, CONVERSATION, EntryItem, StoreFullError, StoreLimitError
-from candle_vllm.responses.store.tables import Tables
 
 NAMES_AT_ONCE = 500  # ids in one statement
 ROWS_AT_ONCE = 100  # rows that one statement reads
@@ -32,10 +32,6 @@ class Room:
         """Delete entries until the new data fits; return the number of deleted entries.
 
         Args:
-            owner: owner of the new data.
-            size: number of new bytes.
-            rows: number of new rows.
-            keep: row that must not be deleted.
             beyond_share: whether the owner may exceed its share of the store.
 
         Raises:

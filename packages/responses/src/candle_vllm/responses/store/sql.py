@@ -12,7 +12,7 @@ import msgspec
 from sqlalchemy import ColumnElement, Connection, and_, delete, func, insert, not_, or_, select, update
 
 from candle_vllm.responses.store.backend import Bounds, Held, Order, Place
-from candle_vllm.responses.store.database import Database
+from candle_vllm.responses.store.database import Database, tables_of
 from candle_vllm.responses.store.entries import (
     ACTIVE,
     MAX_ID,
@@ -23,7 +23,6 @@ from candle_vllm.responses.store.entries import (
     StoreLimitError,
 )
 from candle_vllm.responses.store.room import NAMES_AT_ONCE, ROWS_AT_ONCE, Room
-from candle_vllm.responses.store.tables import tables_of
 
 MAX_WAITING = 1024  # maximum number of calls that wait for the database
 
@@ -52,13 +51,9 @@ class SqlBackend:
     Every method locks in one order, so that servers cannot deadlock: an entry's row, then `Room.make`, then its parts.
 
     Args:
-        place: location of the store.
-        bounds: limits of the store.
         clock: returns seconds since 1970.
 
     Attributes:
-        tables: tables of this store.
-        database: the database that holds the tables.
         open, close, owner: methods of the database.
     """
 
@@ -75,7 +70,6 @@ class SqlBackend:
 
     @property
     def now(self) -> int:
-        """Current time of the store."""
         return int(self._clock() * 1000)
 
     # ---- entries -----------------------------------------------------------------------------------------------------

@@ -67,7 +67,6 @@ async def check(registry: ToolRegistry, call: ToolCall, *, max_chars: int = DEFA
 
 
 def denied(checked: Checked, *, max_chars: int = DEFAULT_MAX_CHARS) -> ToolResult:
-    """Return the result of a call that was denied."""
     text = "The user did not agree to this call, so it was not run. Do not call it again with the same arguments."
     return not_run(checked.call, checked.definition.server, "denied", text, max_chars)
 

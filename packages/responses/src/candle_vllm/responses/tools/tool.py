@@ -80,7 +80,6 @@ class ToolOutput(msgspec.Struct, frozen=True, kw_only=True):
     """The output of a tool.
 
     Attributes:
-        content: parts in order.
         structured: JSON value in addition to the parts, or None.
         is_error: whether the tool reports a failure; the content says why, and the model may try again.
     """
@@ -91,7 +90,6 @@ class ToolOutput(msgspec.Struct, frozen=True, kw_only=True):
 
     @classmethod
     def of_text(cls, text: str, *, is_error: bool = False) -> ToolOutput:
-        """Return an output of a single text."""
         return cls(content=(ContentPart(kind="text", text=text),), is_error=is_error)
 
 
@@ -107,7 +105,6 @@ class ToolResult(msgspec.Struct, frozen=True, kw_only=True):
     """The result of one call.
 
     Attributes:
-        call: call of the model.
         server: label of the MCP server; None for a Python function or a tool that does not exist.
         status: "completed"; "failed" if the tool failed or its output is refused; otherwise why it has no output.
             "not_run" is a complete call in an answer that reached its token limit.

@@ -53,7 +53,6 @@ class Branch(NamedTuple):
     """One type that a value may have.
 
     Attributes:
-        type: JSON type of the value.
         schema: further constraints; only keywords of this type.
         values: the allowed values; None if `schema` alone describes them.
     """
@@ -67,7 +66,6 @@ class Root:
     """The schema of one tool's arguments.
 
     Args:
-        tool: the tool.
         schema: schema of the tool's arguments; references in it are relative to the whole schema.
         grammar: a user's Lark grammar that every string in the arguments must follow.
 

@@ -176,8 +176,6 @@ class Context:
 
     Attributes:
         writer: receives the rules.
-        form: the model's tool-call format.
-        tools: tools that may be called.
         loose: names of the tools whose arguments are not checked by their schemas: any object is allowed.
         many: whether a message may have more than one call.
     """
