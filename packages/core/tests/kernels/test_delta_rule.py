@@ -113,7 +113,7 @@ class Reference:
     def run(self, inputs: Inputs, rows: StateRows, positions: np.ndarray) -> np.ndarray:
         given = [torch.from_numpy(x).to(self.dtype) for x in inputs]
         how = {"scale": self.sizes.scale, "normed": self.normed and not self.sizes.elements}
-        made = reference.delta_rule(*given, self.gates, self.cache, tensors(rows), **how)
+        made = reference.delta_rule(given, self.gates, self.cache, tensors(rows), **how)
         return made.float().numpy()
 
     def state(self, slot: int) -> np.ndarray:

@@ -176,7 +176,7 @@ def test_without_numba_the_reference_draws(monkeypatch: pytest.MonkeyPatch) -> N
     states = [SamplingState(entry, [1, 2], vocab_size=901, eos_token_ids=[0]) for entry in params]
     logits = noise(4, 901)
     compiled = [SampledToken.of(token) for token in Sampler().sample(logits.clone(), states)]
-    monkeypatch.setattr(kernels, "compiled", lambda: False)
+    monkeypatch.setattr(kernels, "can_compile", lambda: False)
     Sampler.prepare(torch.device("cpu"))
     plain = [SampledToken.of(token) for token in Sampler().sample(logits.clone(), states)]
     assert [token.token_id for token in plain] == [token.token_id for token in compiled]

@@ -62,7 +62,7 @@ class Kernel:
         normed = self.normed and not self.sizes.elements
         self.chunked += in_chunks(given[0], tables.positions, normed=normed)
         found = triton.delta_rule(
-            *given,
+            given,
             self.gates,
             self.cache,
             tables,

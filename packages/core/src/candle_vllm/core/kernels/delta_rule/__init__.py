@@ -45,6 +45,7 @@ attention).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from candle_vllm.core.kernels.delta_rule.layout import DeltaGates, gate_sizes, kept_inputs, state_shape
@@ -83,25 +84,19 @@ def delta_rule(
     if isinstance(q, Recorded):
         return q.delta_rule(k, v, a, b, gates=gates, cache=cache, scale=scale, normed=normed)
     assert rows is not None
-    _check(q, k, v, a, b, gates, cache)
+    inputs = (q, k, v, a, b)
+    _check(inputs, gates, cache)
     if on_gpu(q):
         from candle_vllm.core.kernels.delta_rule import triton
 
-        return triton.delta_rule(q, k, v, a, b, gates, cache, rows, scale=scale, normed=normed)
+        return triton.delta_rule(inputs, gates, cache, rows, scale=scale, normed=normed)
     from candle_vllm.core.kernels.delta_rule import reference
 
-    return reference.delta_rule(q, k, v, a, b, gates, cache, rows, scale=scale, normed=normed)
+    return reference.delta_rule(inputs, gates, cache, rows, scale=scale, normed=normed)
 
 
-def _check(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    a: torch.Tensor,
-    b: torch.Tensor,
-    gates: DeltaGates,
-    cache: StateCache,
-) -> None:
+def _check(inputs: Sequence[torch.Tensor], gates: DeltaGates, cache: StateCache) -> None:
+    q, k, v, a, b = inputs
     tokens, key_heads, key_dim = q.shape
     _, heads, value_dim = v.shape
     assert k.shape == q.shape

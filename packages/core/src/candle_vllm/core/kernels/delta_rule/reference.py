@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,19 +17,10 @@ if TYPE_CHECKING:
 
 
 def delta_rule(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    a: torch.Tensor,
-    b: torch.Tensor,
-    gates: DeltaGates,
-    cache: StateCache,
-    rows: StateRows,
-    *,
-    scale: float,
-    normed: bool = True,
+    inputs: Sequence[torch.Tensor], gates: DeltaGates, cache: StateCache, rows: StateRows, *, scale: float, normed: bool
 ) -> torch.Tensor:
-    """See the contract in the package."""
+    """See the contract in the package; the inputs are q, k, v, a and b."""
+    q, k, v, a, b = inputs
     wide_q, wide_k, wide_v = q.float(), k.float(), v.float()
     if normed:
         wide_q, wide_k = (x * torch.rsqrt(x.square().sum(-1, keepdim=True) + EPS) for x in (wide_q, wide_k))
@@ -41,13 +33,13 @@ def delta_rule(
     if gates.least:
         decay = torch.exp(gates.least * torch.sigmoid(-gates.decay * shifted))
     strength = gates.strength * torch.sigmoid(b.float()) if corrects else time
-    inputs = torch.cat([wide_k.flatten(1), wide_v.flatten(1), decay, strength], 1)
+    taken_in = torch.cat([wide_k.flatten(1), wide_v.flatten(1), decay, strength], 1)
     first = k[0].numel() + v[0].numel() + decays
     by_element = None if decays else from_tiles(gates.decay, v.shape[2])
 
     def behind(state: torch.Tensor, taken: torch.Tensor) -> torch.Tensor:
         """Return the state [Hv, Dk, Dv] after a token with the inputs `taken`, a kept row."""
-        key, value, decay, strength = taken.split([k[0].numel(), v[0].numel(), decays, inputs.shape[1] - first])
+        key, value, decay, strength = taken.split([k[0].numel(), v[0].numel(), decays, taken_in.shape[1] - first])
         key, strength = key.reshape(k.shape[1:]).repeat_interleave(group, 0), strength.reshape(heads, -1)
         decay = torch.exp(by_element * strength[:, None]) if by_element is not None else decay.reshape(heads, -1, 1)
         state, value = state * decay, value.reshape(v.shape[1:])
@@ -64,13 +56,13 @@ def delta_rule(
         for taken in cache.kept[slot, :replays]:
             state = behind(state, taken)
         for t in range(start, end):
-            state = behind(state, inputs[t])
+            state = behind(state, taken_in[t])
             read = (wide_q[t].repeat_interleave(group, 0).unsqueeze(2) * state).sum(1)
             y[t] = read if corrects else read + gates.skip.reshape(heads, -1) * wide_v[t]
             if stores[t] >= 0:
                 cache.states[stores[t]] = to_tiles(state)
             if keeps[t] >= 0:
-                cache.kept[slot, keeps[t]] = inputs[t]
+                cache.kept[slot, keeps[t]] = taken_in[t]
     return y
 
 

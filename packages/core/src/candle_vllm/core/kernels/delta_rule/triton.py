@@ -7,6 +7,7 @@ writes the new kept rows, if the step can have draft tokens.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -84,19 +85,10 @@ def keep_kernel(
 
 
 def delta_rule(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    a: torch.Tensor,
-    b: torch.Tensor,
-    gates: DeltaGates,
-    cache: StateCache,
-    rows: StateRows,
-    *,
-    scale: float,
-    normed: bool = True,
+    inputs: Sequence[torch.Tensor], gates: DeltaGates, cache: StateCache, rows: StateRows, *, scale: float, normed: bool
 ) -> torch.Tensor:
-    """See the contract in the package."""
+    """See the contract in the package; the inputs are q, k, v, a and b."""
+    q, k, v, a, b = inputs
     tokens, heads, value_dim = v.shape
     key_heads, key_dim = k.shape[1:]
     states, kept = cache
@@ -110,16 +102,15 @@ def delta_rule(
     out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     if not out.numel():
         return out
-    inputs = {"q": q, "k": k, "v": v, "a": a, "b": b}
     strides = dict(zip(STRIDES, (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2], a.stride(0), b.stride(0))))
     strides |= dict(zip(CACHE_STRIDES, (states.stride(0), *kept.stride()[:2])))
-    given: dict[str, Any] = {**inputs, "decay": gates.decay, "bias": gates.bias, "out": out, "states": states}
     keeps = tables.pop("keeps")
-    given |= {"kept": kept, **tables, "most": gates.strength, "scale": scale, **strides}
+    given: dict[str, Any] = {"q": q, "k": k, "v": v, "a": a, "b": b, "decay": gates.decay, "bias": gates.bias}
+    given |= {"out": out, "states": states, "kept": kept, **tables, "skip": gates.skip}
+    given |= {"most": gates.strength, "scale": scale, **strides}
     each = gates.decay.numel() // heads if gates.decay.dim() == 1 else 0
     how: dict[str, Any] = {"normed": normed, "corrects": gates.skip is None, "each": each, "least": gates.least}
     form = form_of(key_heads, heads, key_dim, value_dim, **how)
-    given["skip"] = gates.skip
     if each and in_chunks(q, rows.positions, normed=normed):
         assert rows.positions.is_contiguous()
         scan_chunks(len(rows.slots), given, rows.positions, form)

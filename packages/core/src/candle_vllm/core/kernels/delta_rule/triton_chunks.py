@@ -292,25 +292,14 @@ def _inverse(alike, decays, norms, strengths):
 
 
 @triton.jit
-def _take_chunk(
-    state,
-    first,
-    q,  # as in `triton_scan.scan_rows`
-    k,
-    v,
-    out,
-    matrices,  # of the chunk and value head
-    factors,
-    q_token,
-    k_token,
-    v_token,
-    row,
-    column,
-    skip,  # used if not CORRECTS
-    scaled,  # of the chunk and value head, used if EACH > 1
-    FORM: tl.constexpr,
-):
-    """Write the results of a whole chunk; return the state after the chunk."""
+def _take_chunk(state, first, pointers, strides, matrices, factors, scaled, skip, row, column, FORM: tl.constexpr):
+    """Write the results of a whole chunk; return the state after the chunk.
+
+    pointers, strides, row, column: as in `triton_scan.scan_rows`. skip: used if not CORRECTS.
+    matrices, factors, scaled: of the chunk and value head; `scaled` is used if EACH > 1.
+    """
+    q, k, v, _a, _b, out = pointers
+    q_token, k_token, v_token, _a_token, _b_token = strides
     CHUNK: tl.constexpr = _CHUNK
     DK: tl.constexpr = FORM.DK
     DV: tl.constexpr = FORM.DV
@@ -407,27 +396,13 @@ def chunks_kernel(
     if not CORRECTS:
         past = tl.load(skip + head)
     states += head * (FORM.FILLED * DK)
-    q += key_head * q_head
-    k += key_head * k_head
-    v += head * v_head
-    b += head
-    out += head * FORM.DV
-    state = state_before(
-        states,
-        kept + tl.load(slots + sequence).to(tl.int64) * kept_slot,
-        tl.load(sources + sequence),
-        tl.load(replays + sequence),
-        factor,
-        shift,
-        most,
-        slot_stride,
-        kept_row,
-        row,
-        column,
-        head,
-        key_head,
-        FORM,
-    )
+    q, k = q + key_head * q_head, k + key_head * k_head
+    pointers = (q, k, v + head * v_head, a + head * EACH, b + head, out + head * FORM.DV)
+    strides, memory = (q_token, k_token, v_token, a_token, b_token), (states, stores, slot_stride)
+    kept += tl.load(slots + sequence).to(tl.int64) * kept_slot
+    begins = (tl.load(sources + sequence), tl.load(replays + sequence))
+    gates = (factor, shift, most)
+    state = state_before(states, slot_stride, kept, kept_row, begins, gates, head, key_head, row, column, FORM)
     start = tl.load(query_start + sequence).to(tl.int32)
     end = tl.load(query_start + sequence + 1).to(tl.int32)
     if start < end:
@@ -448,56 +423,15 @@ def chunks_kernel(
                 wide = matrices
                 if EACH > 1:
                     wide = scaled + at * (6 * DKP)
-                state = _take_chunk(
-                    state,
-                    first,
-                    q,
-                    k,
-                    v,
-                    out,
-                    matrices + at * (4 * CHUNK if CORRECTS else 2 * CHUNK),
-                    factors + at // CHUNK * FACTORS,
-                    q_token,
-                    k_token,
-                    v_token,
-                    row,
-                    column,
-                    past,
-                    wide,
-                    FORM,
-                )
+                results = matrices + at * (4 * CHUNK if CORRECTS else 2 * CHUNK)
+                scales = factors + at // CHUNK * FACTORS
+                state = _take_chunk(state, first, pointers, strides, results, scales, wide, past, row, column, FORM)
                 slot = tl.load(stores + last - 1).to(tl.int64)
                 if slot >= 0:
                     inside = (row < DK)[:, None] & (column < FORM.FILLED)[None, :]
                     tl.store(states + slot * slot_stride + tile_places(row, column, DK), state, mask=inside)
             else:
-                state = scan_rows(
-                    state,
-                    first,
-                    last,
-                    q,
-                    k,
-                    v,
-                    a + head * EACH,
-                    b,
-                    out,
-                    states,
-                    stores,
-                    factor,
-                    shift,
-                    most,
-                    scale,
-                    q_token,
-                    k_token,
-                    v_token,
-                    a_token,
-                    b_token,
-                    slot_stride,
-                    row,
-                    column,
-                    past,
-                    FORM,
-                )
+                state = scan_rows(state, first, last, pointers, strides, memory, gates, scale, past, row, column, FORM)
 
 
 def scan_chunks(sequences: int, given: dict[str, Any], positions: torch.Tensor, form: Form) -> None:

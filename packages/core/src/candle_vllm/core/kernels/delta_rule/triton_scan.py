@@ -97,8 +97,12 @@ def gates_of(x, row, column, FORM: tl.constexpr):
 
 
 @triton.jit
-def take_in(state, k, v, a, b, bias, decay, most, FORM: tl.constexpr):
-    """Return the state [DKP, BLOCK_V] after a token with k [DKP], v [BLOCK_V] and gates a and b, fp32."""
+def take_in(state, k, v, a, b, gates, FORM: tl.constexpr):
+    """Return the state [DKP, BLOCK_V] after a token with k [DKP], v [BLOCK_V] and gates a and b, fp32.
+
+    `gates` is the tuple of the value head's decay and bias (`gates_of`), and of `DeltaGates.strength`.
+    """
+    decay, bias, most = gates
     if FORM.NORMED:
         k = k / tl.sqrt(tl.sum(k * k) + _EPS)
     state = state * tl.exp(log_decay(a, bias, decay, FORM.LEAST))
@@ -111,34 +115,18 @@ def take_in(state, k, v, a, b, bias, decay, most, FORM: tl.constexpr):
 
 
 @triton.jit
-def scan_rows(
-    state,
-    first,  # first token, an index in the step
-    last,  # end of the tokens
-    q,  # pointer to the key head
-    k,
-    v,  # pointer to the value head
-    a,
-    b,
-    out,  # pointer to the value head
-    states,  # pointer to the value head in the first slot
-    stores,
-    decay,
-    bias,
-    most,
-    scale,
-    q_token,
-    k_token,
-    v_token,
-    a_token,
-    b_token,
-    slot_stride,
-    row,  # [DKP]
-    column,  # [BLOCK_V]
-    skip,  # used if not CORRECTS
-    FORM: tl.constexpr,
-):
-    """Process tokens one by one: write their results and the states to store, return the last state."""
+def scan_rows(state, first, last, pointers, strides, memory, gates, scale, skip, row, column, FORM: tl.constexpr):
+    """Process tokens one by one: write their results and the states to store, return the last state.
+
+    first, last: the first token, an index in the step, and the end of the tokens.
+    pointers: (q, k, v, a, b, out), q and k of the key head, the others of the value head.
+    strides: (q_token, k_token, v_token, a_token, b_token).
+    memory: (states of the value head from the first slot on, stores, slot_stride).
+    gates: see `take_in`. skip: used if not CORRECTS. row, column: [DKP] and [BLOCK_V].
+    """
+    q, k, v, a, b, out = pointers
+    q_token, k_token, v_token, a_token, b_token = strides
+    states, stores, slot_stride = memory
     DK: tl.constexpr = FORM.DK
     DV: tl.constexpr = FORM.DV
     places = tile_places(row, column, DK)
@@ -151,7 +139,7 @@ def scan_rows(
         given, other = gates_of(a + at * a_token, row, column, FORM), 0.0
         if FORM.CORRECTS:
             other = tl.load(b + at * b_token)
-        state = take_in(state, key, value, given, other, bias, decay, most, FORM)
+        state = take_in(state, key, value, given, other, gates, FORM)
         if FORM.NORMED:
             query = query / tl.sqrt(tl.sum(query * query) + _EPS)
         result = tl.sum(state * (query * scale)[:, None], axis=0)
@@ -165,23 +153,13 @@ def scan_rows(
 
 
 @triton.jit
-def state_before(
-    states,  # pointer to the value head in the first slot
-    kept,  # pointer to the first kept row of the sequence
-    source,
-    replays,
-    decay,
-    bias,
-    most,
-    slot_stride,
-    kept_row,
-    row,
-    column,
-    head,
-    key_head,
-    FORM: tl.constexpr,
-):
-    """Return the state [DKP, BLOCK_V] before a sequence's first token of the step."""
+def state_before(states, slot_stride, kept, kept_row, sequence, gates, head, key_head, row, column, FORM: tl.constexpr):
+    """Return the state [DKP, BLOCK_V] before a sequence's first token of the step.
+
+    states: pointer to the value head in the first slot. kept: pointer to the first kept row of the sequence.
+    sequence: the sequence's (source, replays). gates: see `take_in`.
+    """
+    source, replays = sequence
     KEYS: tl.constexpr = FORM.HK * FORM.DK  # elements of a kept row's keys, and of its values
     VALUES: tl.constexpr = FORM.HV * FORM.DV
     at = states + source.to(tl.int64) * slot_stride + tile_places(row, column, FORM.DK)
@@ -191,11 +169,11 @@ def state_before(
     for _ in range(replays):
         key = tl.load(kept + key_head * FORM.DK + row, mask=row < FORM.DK, other=0.0)
         value = tl.load(kept + KEYS + head * FORM.DV + column, mask=column < FORM.DV, other=0.0)
-        gates = kept + KEYS + VALUES
-        given, other = gates_of(gates + head * FORM.gates, row, column, FORM), 0.0
+        inputs = kept + KEYS + VALUES
+        given, other = gates_of(inputs + head * FORM.gates, row, column, FORM), 0.0
         if FORM.CORRECTS:
-            other = tl.load(gates + FORM.HV * FORM.EACH + head)
-        state = take_in(state, key, value, given, other, bias, decay, most, FORM)
+            other = tl.load(inputs + FORM.HV * FORM.EACH + head)
+        state = take_in(state, key, value, given, other, gates, FORM)
         kept += kept_row
     return state
 
@@ -251,49 +229,15 @@ def scan_kernel(
         if not FORM.CORRECTS:
             past = tl.load(skip + head)
     states += head * (FORM.FILLED * FORM.DK)
-    state = state_before(
-        states,
-        kept + tl.load(slots + sequence).to(tl.int64) * kept_slot,
-        tl.load(sources + sequence),
-        tl.load(replays + sequence),
-        factor,
-        shift,
-        most,
-        slot_stride,
-        kept_row,
-        row,
-        column,
-        head,
-        key_head,
-        FORM,
-    )
-    scan_rows(
-        state,
-        tl.load(query_start + sequence).to(tl.int32),
-        tl.load(query_start + sequence + 1).to(tl.int32),
-        q + key_head * q_head,
-        k + key_head * k_head,
-        v + head * v_head,
-        a + head * FORM.gates,
-        b + head,
-        out + head * FORM.DV,
-        states,
-        stores,
-        factor,
-        shift,
-        most,
-        scale,
-        q_token,
-        k_token,
-        v_token,
-        a_token,
-        b_token,
-        slot_stride,
-        row,
-        column,
-        past,
-        FORM,
-    )
+    kept += tl.load(slots + sequence).to(tl.int64) * kept_slot
+    begins = (tl.load(sources + sequence), tl.load(replays + sequence))
+    gates = (factor, shift, most)
+    state = state_before(states, slot_stride, kept, kept_row, begins, gates, head, key_head, row, column, FORM)
+    first, last = tl.load(query_start + sequence).to(tl.int32), tl.load(query_start + sequence + 1).to(tl.int32)
+    q, k = q + key_head * q_head, k + key_head * k_head
+    pointers = (q, k, v + head * v_head, a + head * FORM.gates, b + head, out + head * FORM.DV)
+    strides, memory = (q_token, k_token, v_token, a_token, b_token), (states, stores, slot_stride)
+    scan_rows(state, first, last, pointers, strides, memory, gates, scale, past, row, column, FORM)
 
 
 def scan_tokens(sequences: int, given: dict[str, Any], form: Form) -> None:

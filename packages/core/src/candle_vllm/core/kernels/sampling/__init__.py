@@ -70,14 +70,9 @@ CODE, RARE_CODE = (_DRAW[0],), (_STAND[0], _ADJUST[0], CHAIN[0], REPEATS[0])
 """Functions that every request uses, and functions for log-probabilities, penalties, masks, llama.cpp's samplers."""
 
 
-def compiled() -> bool:
-    """Whether the CPU has compiled functions."""
-    return can_compile()
-
-
 def prepare() -> None:
     """Compile or load `draw`, `stand` and `adjust` for the CPU, unless a second process still compiles them."""
-    if compiled():
+    if can_compile():
         for function in _FUNCTIONS:
             if not is_coming(function[0]):
                 c_function(*function)
@@ -85,7 +80,7 @@ def prepare() -> None:
 
 def host_rows(logits: Value) -> NDArray[np.float32] | None:
     """Return logits, uncopied, as an array for the compiled functions; None if these functions cannot read them."""
-    if not compiled():
+    if not can_compile():
         return None
     if isinstance(logits, np.ndarray):
         assert logits.dtype == np.float32
@@ -97,7 +92,7 @@ def draw(logits: Value, controls: NDArray[np.float64]) -> tuple[NDArray[np.int64
     """Sample one token per row.
 
     Args:
-        logits: [R, V] float32, each row contiguous; a tensor on any device, or an array if `compiled()`; not changed.
+        logits: [R, V] float32, each row contiguous, a tensor on any device, or an array if `can_compile()`; unchanged.
         controls: [R, 5] float64, contiguous, see `Control`.
 
     Returns:
@@ -183,36 +178,32 @@ def stand(logits: Value, token_ids: NDArray[np.int64], tops: NDArray[np.int64]) 
     """Compute ranks and log-probability offsets of tokens, and the ids of each row's largest logits.
 
     Args:
-        logits: [R, V] float32, rows contiguous with finite maxima; a CPU tensor, or an array if `compiled()`.
+        logits: [R, V] float32, rows contiguous with finite maxima; a CPU tensor, or an array if `can_compile()`.
         token_ids: [R] below V.
         tops: [R] numbers of largest logits whose ids are returned.
     """
     host = host_rows(logits)
-    if host is not None:
-        return _stand(host, token_ids, tops)
-    from candle_vllm.core.kernels.sampling import reference
+    if host is None:
+        from candle_vllm.core.kernels.sampling import reference
 
-    return Standing(*reference.stand(logits, token_ids, tops))
+        return Standing(*reference.stand(logits, token_ids, tops))
+    (rows, size), work = host.shape, np.empty(workspace_bytes(host.shape[1]), np.uint8)
+    offsets, ranks = np.empty(rows, np.float64), np.empty(rows, np.int64)
+    top_ids = np.empty((rows, int(tops.max(initial=0))), np.int64)
+    asked = (address_of(token_ids), address_of(tops))
+    written = (address_of(work), address_of(offsets), address_of(ranks), *_place(top_ids, top_ids.shape[1]))
+    c_function(*_STAND)(address_of(host), host.strides[0], rows, size, *asked, *written)
+    return Standing(offsets, ranks, top_ids)
 
 
 def adjust(row: NDArray[np.float32], adjustment: Adjustment) -> None:
-    """Edit one row of V logits in place; requires `compiled()`."""
+    """Edit one row of V logits in place; requires `can_compile()`."""
     a = adjustment
     allowed = a.forbidden if a.allowed is None else a.allowed
     ids = (*_place(allowed), *_place(a.forbidden))
     bias, seen = (address_of(a.bias_ids), *_place(a.bias)), (address_of(a.seen_ids), *_place(a.counts))
     penalties = np.array(a.penalties, np.float64)
     c_function(*_ADJUST)(*_place(row), a.masked, a.allowed is not None, *ids, *bias, *seen, address_of(penalties))
-
-
-def _stand(logits: NDArray[np.float32], token_ids: NDArray[np.int64], tops: NDArray[np.int64]) -> Standing:
-    (rows, size), work = logits.shape, np.empty(workspace_bytes(logits.shape[1]), np.uint8)
-    offsets, ranks = np.empty(rows, np.float64), np.empty(rows, np.int64)
-    top_ids = np.empty((rows, int(tops.max(initial=0))), np.int64)
-    asked = (address_of(token_ids), address_of(tops))
-    written = (address_of(work), address_of(offsets), address_of(ranks), *_place(top_ids, top_ids.shape[1]))
-    c_function(*_STAND)(address_of(logits), logits.strides[0], rows, size, *asked, *written)
-    return Standing(offsets, ranks, top_ids)
 
 
 def _place(array: np.ndarray, size: int | None = None) -> tuple[int, int]:

@@ -74,8 +74,7 @@ class Standing:
     top_ids: NDArray[np.int64]
 
 
-@dataclass(frozen=True)
-class DeviceStanding:
+class DeviceStanding(NamedTuple):
     """`Standing` in tensors on the logits' device. Rows whose largest logit is not finite have undefined results.
 
     Attributes:

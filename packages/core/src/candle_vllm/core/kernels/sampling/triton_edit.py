@@ -111,21 +111,12 @@ def edit(logits: torch.Tensor, edits: DeviceEdits) -> None:
         bias_kernel[grid](logits, edits.bias_ids, edits.bias, logits.stride(0), entries, num_warps=4, **OPTIONS)
     if edits.masks is None and edits.counts is None:
         return
-    mask_and_penalise_kernel[(number, cdiv(vocabulary, _PART.value))](
-        logits,
-        edits.mask_rows,
-        edits.masks,
-        edits.count_rows,
-        edits.counts,
-        edits.penalties,
-        logits.stride(0),
-        vocabulary,
-        0 if edits.masks is None else edits.masks.shape[1],
-        MASKS=edits.masks is not None,
-        COUNTS=edits.counts is not None,
-        num_warps=4,
-        **OPTIONS,
-    )
+    tables = (edits.mask_rows, edits.masks, edits.count_rows, edits.counts, edits.penalties)
+    words = 0 if edits.masks is None else edits.masks.shape[1]
+    constants = {"MASKS": edits.masks is not None, "COUNTS": edits.counts is not None}
+    grid = (number, cdiv(vocabulary, _PART.value))
+    sizes = (logits.stride(0), vocabulary, words)
+    mask_and_penalise_kernel[grid](logits, *tables, *sizes, **constants, num_warps=4, **OPTIONS)
 
 
 def note(counts: torch.Tensor, count_rows: torch.Tensor, token_ids: torch.Tensor) -> None:

@@ -209,24 +209,6 @@ def stand(logits: torch.Tensor, token_ids: torch.Tensor, tops: torch.Tensor, mos
     measure_kernel[rows.grid](logits, token_ids, largest, edges, masses, befores, counts, *shape, **launch)
     if most:
         gather_top_kernel[rows.grid](logits, edges, counts, values, names, *shape, CB=block, **launch)
-    name_kernel[(number,)](
-        logits,
-        token_ids,
-        tops,
-        largest,
-        masses,
-        befores,
-        counts,
-        values,
-        names,
-        standing.offsets,
-        standing.ranks,
-        standing.logits,
-        standing.top_ids,
-        standing.top_logits,
-        *shape,
-        most,
-        CB=block,
-        **launch,
-    )
+    given, lists = (logits, token_ids, tops, largest), (masses, befores, counts, values, names)
+    name_kernel[(number,)](*given, *lists, *standing, *shape, most, CB=block, **launch)
     return standing

@@ -232,28 +232,12 @@ def short_conv(
     constants = _constants(channels, taps, single=rows.single)
     strides = x.stride(0), gate_stride, states.stride(0), *kept.stride()[:2]
     grid = (cdiv(tokens, constants["TOKENS"]), cdiv(channels, constants["BLOCK"]))
-    conv_kernel[grid](
-        x,
-        gate_in,
-        gate_out,
-        weight,
-        bias,
-        y,
-        states,
-        kept,
-        *tables,
-        tokens,
-        sequences,
-        *strides,
-        SILU=silu,
-        **constants,
-        num_warps=4,
-        **OPTIONS,
-    )
+    given, launch = (x, gate_in, gate_out, weight, bias, y, states, kept), {"num_warps": 4, **OPTIONS}
+    conv_kernel[grid](*given, *tables, tokens, sequences, *strides, SILU=silu, **constants, **launch)
     if not rows.single:
         constants = _store_constants(channels, taps)
         grid = (sequences, cdiv(channels, constants["BLOCK"]))
-        store_kernel[grid](x, gate_in, states, kept, *tables, *strides, **constants, num_warps=4, **OPTIONS)
+        store_kernel[grid](x, gate_in, states, kept, *tables, *strides, **constants, **launch)
     return y
 
 
