@@ -451,5 +451,5 @@ def test_this_torch_takes_the_arguments() -> None:
     caches = [torch.empty(9, 256, 2, 64, dtype=torch.bfloat16, device="meta") for _ in range(2)]
     host = AttentionRows((0, 1, 2, 42, 45), (1, 300, 40, 290), torch.empty(4, 2, dtype=torch.int64, device="meta"))
     for generation in (2, 3):
-        paged = flash_attn.PagedFlash(torch_flash.PagedCall(varlen.varlen_attn, generation))
+        paged = flash_attn.PagedFlash(torch_flash.paged_call(varlen.varlen_attn, generation))
         assert paged(q, *caches, host.on_device(), scale=0.125, window=None).shape == q.shape

@@ -41,10 +41,10 @@ from candle_vllm.core.kernels.attention.cpu_tiles import emit_exp2
 from candle_vllm.core.kernels.attention.rows import AttentionRows
 from candle_vllm.core.kernels.cpu_runtime.emit import F32, Emitter, Int, emitted, vector
 from candle_vllm.core.kernels.cpu_runtime.level import LANES, Isa, host_isa
-from candle_vllm.core.kernels.cpu_runtime.operation import address_of, plan_row
+from candle_vllm.core.kernels.cpu_runtime.operation import address_of, operation, plan_row
 from candle_vllm.core.kernels.cpu_runtime.recorder import MeasuredKeys
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
-from candle_vllm.core.kernels.kv_write import WriteArguments, measure_operation, rotate_and_write_operation
+from candle_vllm.core.kernels.kv_write import WriteArguments, rotate_and_write_operation
 from candle_vllm.core.kernels.rotary import reference as rotary_reference
 
 # A probability is rounded to bfloat16, at most 2^-9 off, and the sum uses the rounded ones; the errors of different
@@ -320,7 +320,9 @@ class Step:
         both = [(each, attend) for each in operations]
         team.run(plan_of(numbers, written, *both, *both), 5)  # the second pass: a reset
         if model.sums is not None:
-            team.run(plan_of(numbers, (measure_operation(), write._replace(fit=address_of(model.sums)))), 1)
+            team.run(
+                plan_of(numbers, (operation("kv_write.cpu:measure"), write._replace(fit=address_of(model.sums)))), 1
+            )
         assert memory[scratch - address_of(memory)] == 0
         assert (memory[scratch - address_of(memory) + size :] == 0xFF).all()
         return out, model.plain_queries(q)

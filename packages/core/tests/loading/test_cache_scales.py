@@ -109,7 +109,7 @@ def test_a_layers_own_scales_stand_for_those_of_the_step() -> None:
     attend.cache_scales = own
     caches = [torch.zeros(2, 16, 2, 16).to(torch.float8_e4m3fn) for _ in range(4)]
     got = attend(q, k, v, StepInput(at, at, rows, (PagedCache(*caches[:2]),), (ONE, ONE)))
-    kv_write.kv_write(k, v, caches[2], caches[3], at, key_scale=own[0], value_scale=own[1])
+    kv_write.kv_write(k, v, caches[2], caches[3], at, cache_scales=own)
     assert torch.equal(got, reference.paged_attention(q, caches[2], caches[3], rows, scale=0.25, cache_scales=own))
     attend.cache_scales = None
     caches = [torch.zeros(2, 16, 2, 16).to(torch.float8_e4m3fn) for _ in range(2)]

@@ -396,13 +396,12 @@ def test_the_decode_kernels_write_nothing_for_others(device: torch.device) -> No
     """One split, several, and none, each of which is written by another kernel."""
     step = make_step(device, (20, 20, 600, 1), (1, 1, 1, 1), heads=2, kv_heads=1, dim=16)
     contexts = torch.tensor([20, 20, 600, 0], dtype=torch.int32, device=device)
-    options = {"scale": 0.25, "window": None, "softcap": None, "cache_scales": None, "sinks": None, "slopes": None}
 
     def decoded(decoding: torch.Tensor | None) -> torch.Tensor:
         out = torch.full_like(step.q, math.nan, memory_format=torch.contiguous_format)
         caches = (step.key_cache, step.value_cache)
-        tables = step.rows.block_tables
-        triton_decode.decode(step.q, *caches, out, contexts, tables, **options, decoding=decoding, lists={})
+        rows = replace(step.rows.on_device(), context_lens=contexts, decoding=decoding)
+        triton_decode.decode(step.q, *caches, out, rows, None, {"scale": 0.25})
         return out
 
     wanted = decoded(None)

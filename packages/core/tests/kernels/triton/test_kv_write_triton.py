@@ -49,12 +49,12 @@ def test_fp8_scales_rounds_and_saturates(device: torch.device, dtype: torch.dtyp
     key = (random(5, 2, 33, dtype=torch.float32) * 100).to(dtype)
     key[0, 0, :4] = torch.tensor([1e5, -1e5, 112.0, 0.0])
     key = key.to(device)
-    scales = [torch.tensor([value], device=device) for value in (0.25, 0.5)]
+    scales = torch.tensor([0.25], device=device), torch.tensor([0.5], device=device)
     got = [torch.zeros(2, 16, 2, 33, dtype=torch.float8_e4m3fn, device=device) for _ in range(2)]
     wanted = [cache.clone() for cache in got]
     slots = torch.tensor([3, 30, 7, 0, 16], device=device)
-    kv_write(key, -key * 2, *got, slots, key_scale=scales[0], value_scale=scales[1])
-    reference.kv_write(key, -key * 2, *wanted, slots, key_scale=scales[0], value_scale=scales[1])
+    kv_write(key, -key * 2, *got, slots, cache_scales=scales)
+    reference.kv_write(key, -key * 2, *wanted, slots, cache_scales=scales)
     for a, b in zip(got, wanted):
         assert torch.equal(a.float(), b.float())
     assert got[0][0, 3, 0, :4].tolist() == [448.0, -448.0, 448.0, 0.0]

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from candle_vllm.core.errors import ConfigError
+from candle_vllm.core.kernels.attention import triton_decode as attention_decode
 from candle_vllm.core.kernels.attention import triton_items
 from candle_vllm.core.kernels.attention.backend import AttentionNeeds
 from candle_vllm.core.kernels.attention.backends import choose_latent
@@ -183,10 +184,10 @@ def test_partial_results_are_bounded_for_any_number_of_rows(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A row's bits do not depend on the rows of a launch."""
-    assert triton_decode.PARTIALS // (triton_decode.splits(128, 2).splits * 128 * 512 * 4) == 64  # DeepSeek V3
+    assert attention_decode.PARTIALS // (triton_decode.splits(128, 2).splits * 128 * 512 * 4) == 64  # DeepSeek V3
     step, sizes, empty = Step(device, (600, 3, 257), (1, 1, 1), heads=4), list[int](), torch.empty
     wanted = step.run()
-    monkeypatch.setattr(triton_decode, "PARTIALS", 4 * 64 * 4 * 32 + 1)  # of one row
+    monkeypatch.setattr(attention_decode, "PARTIALS", 4 * 64 * 4 * 32 + 1)  # of one row
     monkeypatch.setattr(
         torch, "empty", lambda *shape, **given: sizes.append(math.prod(shape)) or empty(*shape, **given)
     )

@@ -9,12 +9,12 @@ from typing import Literal
 import pytest
 import torch
 
+from candle_vllm.core.kernels import rms_norm as norm
+from candle_vllm.core.kernels import rotary
 from candle_vllm.core.kernels.embedding import triton as embedding_kernel
 from candle_vllm.core.kernels.recorded import LIMITS
 from candle_vllm.core.kernels.rms_norm import reference as norm_reference
-from candle_vllm.core.kernels.rms_norm import triton as norm
 from candle_vllm.core.kernels.rotary import reference as rotary_reference
-from candle_vllm.core.kernels.rotary import triton as rotary
 from candle_vllm.core.kernels.silu_mul import reference as gate_reference
 from candle_vllm.core.kernels.silu_mul import triton as gate
 

@@ -21,7 +21,7 @@ from candle_vllm.core.kernels.attention.rows import WindowedCache
 from candle_vllm.core.kernels.cpu_runtime.level import LANES, Isa
 from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of, operation
 from candle_vllm.core.kernels.cpu_runtime.recorder import MeasuredKeys
-from candle_vllm.core.kernels.kv_write import WriteArguments, measure_operation, rotate_and_write_operation
+from candle_vllm.core.kernels.kv_write import WriteArguments, rotate_and_write_operation
 
 if TYPE_CHECKING:
     from candle_vllm.core.kernels.attention.rows import PagedCache
@@ -191,9 +191,8 @@ def _record_write(
         sums = np.zeros(cache.fit.shape)
         centred = scores.softcap is None and scores.sinks is None
         recorder.measured.append(MeasuredKeys(cache.fit, sums, written.group, centred))
-        recorder.add(
-            measure_operation(), written._replace(fit=address_of(sums), positions=address_of(recorder.measured_at))
-        )
+        summed = written._replace(fit=address_of(sums), positions=address_of(recorder.measured_at))
+        recorder.add(operation("kv_write.cpu:measure"), summed)
     recorder.add(rotate_and_write_operation(keys, values), written)
 
 

@@ -61,8 +61,7 @@ def vector_starts(head_dim: int) -> list[int]:
 def emit_exp2(e: Emitter, x: Any) -> Any:
     """Compute 2^x of 16 floats that are at most 0; exactly 1 at 0, exactly 0 below -127."""
     b = e.b
-    low = e.constant(F32, -127.0)
-    x = b.select(b.fcmp_ordered(">", x, low), x, low)
+    x = emit_larger(e, x, e.constant(F32, -127.0))
     shifted = b.fadd(x, e.constant(F32, SHIFTER))
     return e.power_of_two(shifted, b.fsub(x, b.fsub(shifted, e.constant(F32, SHIFTER))))
 

@@ -15,7 +15,8 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import importlib.metadata
-from typing import Any, Protocol, Unpack
+from collections.abc import Callable
+from typing import Any, Unpack
 
 import torch
 from torch.nn import functional
@@ -50,20 +51,8 @@ class SequenceGroup:
         return functional.pad(self.context_lens.cumsum(0, dtype=torch.int32), (1, 0))
 
 
-class Call(Protocol):
-    """Attention of the sequences `part`: q [T, H, D] -> [T, H, D]; rows of other sequences are undefined."""
-
-    def __call__(
-        self,
-        q: torch.Tensor,
-        key_cache: torch.Tensor,
-        value_cache: torch.Tensor,
-        part: SequenceGroup,
-        *,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-    ) -> torch.Tensor: ...
+Call = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, SequenceGroup, ScoreOptions], torch.Tensor]
+"""Attention of the sequences of a group: q [T, H, D], caches -> [T, H, D]; rows of other sequences are undefined."""
 
 
 def make(needs: AttentionNeeds) -> Backend | str:
@@ -77,11 +66,11 @@ def make(needs: AttentionNeeds) -> Backend | str:
     except (ImportError, OSError, AttributeError) as error:
         return f"{module} cannot be imported ({error})"
     if four is not None:
-        return Backend("flash_attn", PagedFlash(CallOf2(function)), capturable=True, note="flash-attn 2")
+        return Backend("flash_attn", PagedFlash(call_of_2(function)), capturable=True, note="flash-attn 2")
     assert needs.capability is not None
     splits = needs.capability[0] >= 10
     note = "flash-attn-4" if splits else "flash-attn-4, slow on this GPU where few sequences with long contexts decode"
-    return Backend("flash_attn", PagedFlash(CallOf4(function, splits)), True, finite_cache=True, note=note)
+    return Backend("flash_attn", PagedFlash(call_of_4(function, splits)), True, finite_cache=True, note=note)
 
 
 def _refusal_of_4(needs: AttentionNeeds) -> str | None:
@@ -121,12 +110,11 @@ class PagedFlash:
         assert all(scores.get(each) is None for each in ("cache_scales", "sinks", "slopes"))
         assert rows.decoding is None
         assert key_cache.dtype == value_cache.dtype == q.dtype
-        options = {"scale": scores["scale"], "window": scores.get("window"), "softcap": scores.get("softcap")}
         decodes, others = split(rows, len(q), key_cache.shape[1])
-        out = None if others is None else self.call(q, key_cache, value_cache, others, **options)
+        out = None if others is None else self.call(q, key_cache, value_cache, others, scores)
         if decodes is None:
             return q.new_empty(q.shape) if out is None else out
-        single = self.call(q[: rows.decodes], key_cache, value_cache, decodes, **options)
+        single = self.call(q[: rows.decodes], key_cache, value_cache, decodes, scores)
         if out is None:
             return single
         out[: rows.decodes] = single
@@ -152,24 +140,14 @@ def split(rows: DeviceRows, tokens: int, block_size: int) -> tuple[SequenceGroup
     return decodes, others
 
 
-@dataclasses.dataclass(frozen=True)
-class CallOf2:
-    """`flash_attn_varlen_func` of flash-attn 2.x; its window_size does not count the query's own position."""
+def call_of_2(function: Any) -> Call:
+    """Call `flash_attn_varlen_func` of flash-attn 2.x; its window_size does not count the query's own position."""
 
-    function: Any
-
-    def __call__(
-        self,
-        q: torch.Tensor,
-        key_cache: torch.Tensor,
-        value_cache: torch.Tensor,
-        part: SequenceGroup,
-        *,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
+    def call(
+        q: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, part: SequenceGroup, scores: ScoreOptions
     ) -> torch.Tensor:
-        return self.function(
+        window = scores.get("window")
+        return function(
             q,
             key_cache,
             value_cache,
@@ -177,33 +155,24 @@ class CallOf2:
             part.key_start(),
             part.most_tokens,
             part.most_context,
-            softmax_scale=scale,
+            softmax_scale=scores["scale"],
             causal=True,
             window_size=(-1, -1) if window is None else (window - 1, 0),
-            softcap=softcap or 0.0,
+            softcap=scores.get("softcap") or 0.0,
             block_table=part.block_tables,
         )
 
+    return call
 
-@dataclasses.dataclass(frozen=True)
-class CallOf4:
-    """`flash_attn_varlen_func` of flash-attn-4; `splits` is whether the GPU's kernel may split a context."""
 
-    function: Any
-    splits: bool
+def call_of_4(function: Any, splits: bool) -> Call:
+    """Call `flash_attn_varlen_func` of flash-attn-4; `splits` is whether the GPU's kernel may split a context."""
 
-    def __call__(
-        self,
-        q: torch.Tensor,
-        key_cache: torch.Tensor,
-        value_cache: torch.Tensor,
-        part: SequenceGroup,
-        *,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
+    def call(
+        q: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, part: SequenceGroup, scores: ScoreOptions
     ) -> torch.Tensor:
-        out, _ = self.function(
+        window = scores.get("window")
+        out, _ = function(
             q,
             key_cache,
             value_cache,
@@ -212,10 +181,12 @@ class CallOf4:
             max_seqlen_q=part.most_tokens,
             max_seqlen_k=part.most_context,
             page_table=part.block_tables,
-            softmax_scale=scale,
+            softmax_scale=scores["scale"],
             causal=True,
             window_size=(None, None) if window is None else (window - 1, 0),
-            softcap=softcap or 0.0,
-            num_splits=0 if self.splits and part.decodes else 1,  # 0: as many splits as fill the GPU
+            softcap=scores.get("softcap") or 0.0,
+            num_splits=0 if splits and part.decodes else 1,  # 0: as many splits as fill the GPU
         )
         return out
+
+    return call

@@ -3,14 +3,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 
 from candle_vllm.core.kernels.kv_write.scaled_rows import has_row_scales, read_blocks
 
 if TYPE_CHECKING:
-    from candle_vllm.core.kernels.attention.rows import AttentionRows
+    from candle_vllm.core.kernels.attention.rows import AttentionRows, ScoreOptions
 
 _QUERIES = 256  # maximum tokens that are computed at a time, to limit the memory of a long prompt's scores
 
@@ -20,18 +20,12 @@ def paged_attention(
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
     rows: AttentionRows,
-    *,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
-    cache_scales: tuple[torch.Tensor, torch.Tensor] | None = None,
-    sinks: torch.Tensor | None = None,
-    slopes: torch.Tensor | None = None,
-    relative: tuple[torch.Tensor, torch.Tensor] | None = None,
+    **scores: Unpack[ScoreOptions],
 ) -> torch.Tensor:
     """See the contract in `kernels/attention`."""
     out = torch.empty_like(q)
-    size = key_cache.shape[1]
+    size, window = key_cache.shape[1], scores.get("window")
+    cache_scales, relative = scores.get("cache_scales"), scores.get("relative")
     for row, context in enumerate(rows.context_lens):
         start, end = rows.query_start[row], rows.query_start[row + 1]
         table = rows.block_tables[row, : -(-context // size)]
@@ -46,10 +40,9 @@ def paged_attention(
         for first in range(start, end, _QUERIES):
             last = min(first + _QUERIES, end)
             ahead = None if rows.ahead is None else rows.ahead[first:last, None]
-            mine = None if relative is None else (relative[0][first:last], relative[1])
-            out[first:last] = _attend(
-                q[first:last], k, v, context - (end - first), scale, window, softcap, sinks, slopes, mine, ahead
-            )
+            if relative is not None:
+                scores["relative"] = relative[0][first:last], relative[1]
+            out[first:last] = _attend(q[first:last], k, v, context - (end - first), ahead, scores)
     return out
 
 
@@ -73,37 +66,27 @@ def blocks_of(cache: torch.Tensor, tables: torch.Tensor, dim: int) -> torch.Tens
 
 
 def _attend(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    position: int,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    sinks: torch.Tensor | None,
-    slopes: torch.Tensor | None,
-    relative: tuple[torch.Tensor, torch.Tensor] | None,
-    ahead: torch.Tensor | None,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, position: int, ahead: torch.Tensor | None, options: ScoreOptions
 ) -> torch.Tensor:
     """Compute attention [Q, H, D] of q [Q, H, D] at `position`, `position` + 1, ...; k, v [K, C, D]; ahead [Q, 1]."""
     queries, heads, dim = q.shape
     kv_heads, context, _ = k.shape
     grouped = q.float().view(queries, kv_heads, heads // kv_heads, dim).permute(1, 2, 0, 3)  # [K, G, Q, D]
-    scores = torch.matmul(grouped.flatten(1, 2), k.transpose(1, 2)).mul_(scale)  # [K, G * Q, C]
-    if softcap is not None:
+    scores = torch.matmul(grouped.flatten(1, 2), k.transpose(1, 2)).mul_(options["scale"])  # [K, G * Q, C]
+    if (softcap := options.get("softcap")) is not None:
         scores.div_(softcap).tanh_().mul_(softcap)
     at = torch.arange(position, position + queries, device=q.device).unsqueeze(1)  # [Q, 1]
     seen = torch.arange(context, device=q.device).unsqueeze(0)  # [1, C]
-    if slopes is not None:
+    if (slopes := options.get("slopes")) is not None:
         lost = slopes.float().view(kv_heads, -1, 1, 1) * (at - seen)  # [K, G, Q, C]
         scores.sub_(lost.flatten(1, 2))
-    if relative is not None:
+    if (relative := options.get("relative")) is not None:
         scores.add_(relative_logits(*relative, at - seen).transpose(0, 1).reshape(scores.shape))
     hidden = seen > (at if ahead is None else at + ahead)
-    if window is not None:
+    if (window := options.get("window")) is not None:
         hidden |= seen < first_seen(at, window)
     scores.view(kv_heads, heads // kv_heads, queries, context).masked_fill_(hidden, float("-inf"))
-    if sinks is None:
+    if (sinks := options.get("sinks")) is None:
         weights = scores.softmax(-1)
     else:
         beside = sinks.float().view(kv_heads, -1, 1).expand(-1, -1, queries).reshape(kv_heads, -1, 1)

@@ -9,14 +9,14 @@ to its longest context, and the padding is masked. Prompts are computed by the r
 from __future__ import annotations
 
 import itertools
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 
 from candle_vllm.core.kernels.attention import reference
 
 if TYPE_CHECKING:
-    from candle_vllm.core.kernels.attention.rows import AttentionRows
+    from candle_vllm.core.kernels.attention.rows import AttentionRows, ScoreOptions
 
 MOST = 1 << 22
 """Maximum elements of keys that are gathered at a time, unless one sequence has more; it limits memory."""
@@ -81,14 +81,7 @@ def _attend(
     value_cache: torch.Tensor,
     tables: torch.Tensor,
     contexts: torch.Tensor,
-    *,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
-    cache_scales: tuple[torch.Tensor, torch.Tensor] | None = None,
-    sinks: torch.Tensor | None = None,
-    slopes: torch.Tensor | None = None,
-    relative: tuple[torch.Tensor, torch.Tensor] | None = None,
+    **options: Unpack[ScoreOptions],
 ) -> torch.Tensor:
     """Compute attention [R, H, D] of q [R, H, D], a token for each sequence; tables [R, blocks], contexts [R]."""
     count, heads, dim = q.shape
@@ -97,22 +90,22 @@ def _attend(
     at = torch.arange(context, device=q.device)
     hidden = at >= contexts[:, None]  # [R, C]
     tables = tables.masked_fill(hidden[:, ::size], 0)  # a table's entries after its context may be anything
-    if window is not None:
+    if (window := options.get("window")) is not None:
         hidden |= at < reference.first_seen(contexts[:, None] - 1, window)
     k = reference.blocks_of(key_cache, tables, dim).flatten(1, 2).permute(0, 2, 3, 1).float()  # [R, K, D, C]
     v = reference.blocks_of(value_cache, tables, dim).flatten(1, 2).float()
     v = v.masked_fill_(hidden[:, :, None, None], 0)  # hidden values may be NaN
-    if cache_scales is not None:
+    if (cache_scales := options.get("cache_scales")) is not None:
         k, v = k * cache_scales[0], v * cache_scales[1]
-    scores = torch.matmul(q.float().view(count, kv_heads, -1, dim), k).mul_(scale)  # [R, K, G, C]
-    if softcap is not None:
+    scores = torch.matmul(q.float().view(count, kv_heads, -1, dim), k).mul_(options["scale"])  # [R, K, G, C]
+    if (softcap := options.get("softcap")) is not None:
         scores.div_(softcap).tanh_().mul_(softcap)
-    if slopes is not None:
+    if (slopes := options.get("slopes")) is not None:
         scores.sub_(slopes.float().view(kv_heads, -1, 1) * (contexts[:, None] - 1 - at)[:, None, None])
-    if relative is not None:
+    if (relative := options.get("relative")) is not None:
         scores.add_(reference.relative_logits(*relative, contexts[:, None] - 1 - at).view(scores.shape))
     scores.masked_fill_(hidden[:, None, None], float("-inf"))
-    if sinks is None:
+    if (sinks := options.get("sinks")) is None:
         weights = scores.softmax(-1)
     else:
         beside = sinks.float().view(1, kv_heads, -1, 1).expand(count, -1, -1, -1)

@@ -11,7 +11,6 @@ torch/nn/attention/varlen.py of 2.15; https://github.com/pytorch/torchtitan/issu
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 from typing import Any
 
@@ -19,7 +18,8 @@ import torch
 from torch.torch_version import TorchVersion
 
 from candle_vllm.core.kernels.attention.backend import AttentionNeeds, Backend, installed, page_refusal
-from candle_vllm.core.kernels.attention.flash_attn import PagedFlash, SequenceGroup
+from candle_vllm.core.kernels.attention.flash_attn import Call, PagedFlash, SequenceGroup
+from candle_vllm.core.kernels.attention.rows import ScoreOptions
 
 
 def make(needs: AttentionNeeds) -> Backend | str:
@@ -44,7 +44,7 @@ def make(needs: AttentionNeeds) -> Backend | str:
             activate_flash_attention_impl(f"FA{generation}")
         except (ImportError, OSError, RuntimeError) as error:
             return f"the package of FlashAttention {generation} is installed but cannot be used ({error})"
-    attend, note = PagedFlash(PagedCall(varlen_attn, generation)), f"FlashAttention {generation}"
+    attend, note = PagedFlash(paged_call(varlen_attn, generation)), f"FlashAttention {generation}"
     return Backend("torch_flash", attend, capturable=True, finite_cache=generation > 2, note=note)
 
 
@@ -60,33 +60,22 @@ def _generation(capability: tuple[int, int]) -> int:
     return 4 if capability[0] == 10 and usable and installed("flash_attn.cute") else 2
 
 
-@dataclasses.dataclass(frozen=True)
-class PagedCall:
-    """Calls `varlen_attn` with pages."""
+def paged_call(function: Any, generation: int) -> Call:
+    """Call `varlen_attn` with pages."""
+    two = generation == 2
 
-    function: Any
-    generation: int
-
-    def __call__(
-        self,
-        q: torch.Tensor,
-        key_cache: torch.Tensor,
-        value_cache: torch.Tensor,
-        part: SequenceGroup,
-        *,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
+    def call(
+        q: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, part: SequenceGroup, scores: ScoreOptions
     ) -> torch.Tensor:
         from torch.nn.attention import SDPBackend, sdpa_kernel
 
-        assert softcap is None
-        two = self.generation == 2
+        assert scores.get("softcap") is None
+        window = scores.get("window")
         # Number of keys after the query's position; -1 for all. A single query has no later keys, so -1 means the same
         # as 0, but lets FlashAttention 2 compute the query heads of a KV head together.
         after = -1 if window is None and part.decodes else 0
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-            return self.function(
+            return function(
                 q,
                 key_cache,
                 value_cache,
@@ -94,7 +83,7 @@ class PagedCall:
                 part.key_start() if two else None,  # needed by FlashAttention 2, refused by 3 and 4
                 part.most_tokens,
                 part.most_context,
-                scale=scale,
+                scale=scores["scale"],
                 window_size=(-1 if window is None else window - 1, after),
                 enable_gqa=q.shape[1] != key_cache.shape[2],
                 seqused_k=part.context_lens,
@@ -102,3 +91,5 @@ class PagedCall:
                 # FlashAttention 2 does not write some rows if it splits the keys of pages, see the issue above.
                 num_splits=1 if two or not part.decodes else None,
             )
+
+    return call

@@ -10,7 +10,7 @@ split is some consecutive tiles of a sequence, and an item is one split of one K
 
 from __future__ import annotations
 
-from typing import Any, Unpack
+from typing import Unpack
 
 import torch
 
@@ -19,7 +19,7 @@ from candle_vllm.core.kernels.attention.triton_decode import decode
 from candle_vllm.core.kernels.attention.triton_prefill import prefill
 from candle_vllm.core.kernels.attention.triton_relative import relative_logits
 from candle_vllm.core.kernels.kv_write.scaled_rows import has_row_scales
-from candle_vllm.core.kernels.kv_write.triton import check_scaled
+from candle_vllm.core.kernels.kv_write.triton import check_caches
 
 MOST_DIM = 512
 
@@ -40,42 +40,17 @@ def paged_attention(
             assert of_heads.dtype == torch.float32
             assert of_heads.is_contiguous()
             assert of_heads.device == q.device
-    softcap, options = scores.get("softcap"), dict[str, Any](scores)
-    given = options.pop("relative", None)
+    softcap, given = scores.get("softcap"), scores.get("relative")
     relative = None if given is None else relative_logits(*given)
     assert scores["scale"] > 0
     assert scores.get("window") != 0
     assert softcap is None or softcap > 0
     out = torch.empty(tokens, heads, dim, dtype=q.dtype, device=q.device)
-    n = rows.decodes
-    if n:
-        decode(
-            q[:n],
-            key_cache,
-            value_cache,
-            out[:n],
-            rows.context_lens[:n],
-            rows.block_tables[:n],
-            **options,
-            relative=None if relative is None else relative[:n],
-            decoding=rows.decoding,
-            lists=rows.lists,
-        )
-    first = n if rows.decoding is None else 0
+    if rows.decodes:
+        decode(q, key_cache, value_cache, out, rows, relative, scores)
+    first = rows.decodes if rows.decoding is None else 0
     if tokens > first:
-        prefill(
-            q,
-            key_cache,
-            value_cache,
-            out,
-            rows.query_start[first:],
-            rows.context_lens[first:],
-            rows.block_tables[first:],
-            tokens - first,
-            **options,
-            relative=relative,
-            decoding=rows.decoding,
-        )
+        prefill(q, key_cache, value_cache, out, rows, first, relative, scores)
     return out
 
 
@@ -92,18 +67,8 @@ def _check(
     assert dim <= MOST_DIM
     assert block_size >= 16, "a block has a power of two of slots, at least 16"
     assert block_size & (block_size - 1) == 0
-    assert key_cache.shape == value_cache.shape
-    assert key_cache.is_contiguous()
-    assert value_cache.is_contiguous()
-    assert key_cache.dtype == value_cache.dtype
-    scaled = has_row_scales(key_cache, dim)
-    if scaled:
-        assert scales is None
-        check_scaled(key_cache, dim)
-    else:
-        assert key_cache.dtype == (torch.float8_e4m3fn if scales else q.dtype)
-    assert dim % 2 == 0 or not (scales or scaled), "values of 8 bits are read in pairs"
-    assert all(x.device == q.device for x in (key_cache, value_cache, *(scales or ())))
+    check_caches((key_cache, value_cache), scales, q)
+    assert dim % 2 == 0 or not (scales or has_row_scales(key_cache, dim)), "values of 8 bits are read in pairs"
     check_rows(rows, q)
 
 

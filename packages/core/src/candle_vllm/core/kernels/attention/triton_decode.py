@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 from candle_vllm.core.kernels.attention import triton_items
+from candle_vllm.core.kernels.attention.rows import DeviceRows, ScoreOptions
 from candle_vllm.core.kernels.attention.triton_items import (
     count_items,
     counted_item,
@@ -272,41 +273,30 @@ def decode(
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
     out: torch.Tensor,
-    context_lens: torch.Tensor,
-    block_tables: torch.Tensor,
-    *,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
-    cache_scales: tuple[torch.Tensor, torch.Tensor] | None = None,
-    sinks: torch.Tensor | None = None,
-    slopes: torch.Tensor | None = None,
-    relative: torch.Tensor | None = None,
-    decoding: torch.Tensor | None,
-    lists: dict[tuple[int, ...], torch.Tensor],
+    rows: DeviceRows,
+    relative: torch.Tensor | None,
+    scores: ScoreOptions,
 ) -> None:
-    """Compute attention for one token per sequence: token r of q belongs to sequence r. The caller checks arguments.
+    """Write the first `rows.decodes` rows of `out`, with `rows.decoding` the first decoding[0] rows.
 
-    Writes `out`; with `decoding`, only its first decoding[0] rows. `lists` is `DeviceRows.lists`; `relative` are the
-    relative logits [R, H, X] fp32.
+    `relative` are the relative logits [T, H, X] fp32. The caller checks arguments.
     """
-    heads, dim = q.shape[1:]
+    count, (heads, dim) = rows.decodes, q.shape[1:]
+    contexts, decoding = rows.context_lens[:count], rows.decoding
+    softcap, cache_scales, sinks = (scores.get(each) for each in ("softcap", "cache_scales", "sinks"))
     block_size, kv_heads = key_cache.shape[1:3]
     rows_scaled = has_row_scales(key_cache, dim)
     size = _size(dim, q.element_size(), key_cache.element_size(), rows_scaled)
     shape = splits(next_power_of_2(dim), size, kv_heads, capability(q.device))
-    most = q.shape[0] if triton_items.ITEM_LIST else min(_ROWS, PARTIALS // (4 * shape.splits * heads * dim) or 1)
-    rows = min(q.shape[0], most)
-    values = torch.empty(rows, shape.splits, heads, dim, dtype=torch.float32, device=q.device)
-    states = torch.empty(rows, shape.splits, heads, 2, dtype=torch.float32, device=q.device)
-    flags = (softcap is not None, sinks is not None)
-    constants = _constants(shape, kv_heads, heads // kv_heads, dim, block_size, window or 0, *flags)
+    flags = (scores.get("window") or 0, softcap is not None, sinks is not None)
+    constants = _constants(shape, kv_heads, heads // kv_heads, dim, block_size, *flags)
     constants["EXTENT"] = 0 if relative is None else relative.shape[2]
     merging = _merge_constants(constants)
-    items = list_items(lists, context_lens, decoding, merging) if triton_items.ITEM_LIST else None
-    for start in range(0, q.shape[0], most):
-        rows = min(most, q.shape[0] - start)
-        programs = min(rows * kv_heads * shape.splits, shape.programs * multiprocessors(q.device))
+    most, values, states = partial_results(count, merging, _ROWS, q.device)
+    items = list_items(rows.lists, contexts, decoding, merging) if triton_items.ITEM_LIST else None
+    for start in range(0, count, most):
+        some = min(most, count - start)
+        programs = min(some * kv_heads * shape.splits, shape.programs * multiprocessors(q.device))
         decode_kernel[(programs,)](
             q[start:],
             key_cache,
@@ -314,21 +304,20 @@ def decode(
             out[start:],
             values,
             states,
-            context_lens[start:],
-            block_tables[start:],
+            contexts[start:],
+            rows.block_tables[start:],
             decoding,
             items,
-            cache_scales[0] if cache_scales else None,
-            cache_scales[1] if cache_scales else None,
+            *(cache_scales or (None, None)),
             sinks,
-            slopes,
+            scores.get("slopes"),
             None if relative is None else relative[start:],
-            scale,
+            scores["scale"],
             softcap or 0.0,
             start,
-            rows,
+            some,
             q.stride(0),
-            block_tables.stride(0),
+            rows.block_tables.stride(0),
             **constants,
             FP8=cache_scales is not None,
             EXTRA=SCALE * block_size * kv_heads * rows_scaled,
@@ -336,18 +325,23 @@ def decode(
             num_stages=stages(shape.num_stages),
             **OPTIONS,
         )
-        merge_kernel[(rows * heads,)](
-            values,
-            states,
-            out[start:],
-            context_lens[start:],
-            decoding,
-            sinks,
-            start,
-            **merging,
-            num_warps=2,
-            **OPTIONS,
+        merge_kernel[(some * heads,)](
+            values, states, out[start:], contexts[start:], decoding, sinks, start, **merging, num_warps=2, **OPTIONS
         )
+
+
+def partial_results(
+    count: int, merging: dict[str, Any], most: int, device: torch.device
+) -> tuple[int, torch.Tensor, torch.Tensor]:
+    """Return the maximum number of sequences of a launch, at most `most`, and memory for its partial values and states.
+
+    `count` is the number of sequences of the step, and `merging` are the constants of the merging kernel.
+    """
+    splits, heads, dim = (merging[name] for name in ("SPLITS", "H", "D"))
+    most = count if triton_items.ITEM_LIST else min(most, PARTIALS // (4 * splits * heads * dim) or 1)
+    shape = (min(count, most), splits, heads)
+    values, states = (torch.empty(*shape, size, dtype=torch.float32, device=device) for size in (dim, 2))
+    return most, values, states
 
 
 def _size(dim: int, query_bytes: int, cache_bytes: int, rows_scaled: bool) -> int:

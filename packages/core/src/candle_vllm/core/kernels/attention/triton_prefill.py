@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
+from candle_vllm.core.kernels.attention.rows import DeviceRows, ScoreOptions
 from candle_vllm.core.kernels.attention.triton_items import first_seen
 from candle_vllm.core.kernels.attention.triton_tiles import (
     as_queries,
@@ -267,54 +268,44 @@ def prefill(
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
     out: torch.Tensor,
-    query_start: torch.Tensor,
-    context_lens: torch.Tensor,
-    block_tables: torch.Tensor,
-    tokens: int,
-    *,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
-    cache_scales: tuple[torch.Tensor, torch.Tensor] | None = None,
-    sinks: torch.Tensor | None = None,
-    slopes: torch.Tensor | None = None,
-    relative: torch.Tensor | None = None,
-    decoding: torch.Tensor | None,
+    rows: DeviceRows,
+    first: int,
+    relative: torch.Tensor | None,
+    scores: ScoreOptions,
 ) -> None:
-    """Write `out` from row query_start[0] to query_start[-1] - 1, at most `tokens` rows. The caller checks arguments.
+    """Write the rows of `out` from sequence `first` on, with `rows.decoding` from sequence decoding[0] on.
 
-    With `decoding`, begin at query_start[decoding[0]]: earlier rows are not changed. `relative` are the relative logits
-    [T, H, X] fp32.
+    `relative` are the relative logits [T, H, X] fp32. The caller checks arguments.
     """
-    rows = context_lens.shape[0]
+    contexts, tables = rows.context_lens[first:], rows.block_tables[first:]
+    softcap, cache_scales, sinks = (scores.get(each) for each in ("softcap", "cache_scales", "sinks"))
     block_size, kv_heads, dim = *key_cache.shape[1:3], q.shape[2]
     rows_scaled = has_row_scales(key_cache, dim)
     group = q.shape[1] // kv_heads
     sizes = next_power_of_2(dim), q.element_size(), group, capability(q.device)
     shape = tiles(*sizes, relative=relative is not None)
     assert group <= shape.rows
-    count = tokens // (shape.rows // group) + rows
-    flags = (softcap is not None, cache_scales is not None, sinks is not None)
+    count = (len(q) - first) // (shape.rows // group) + len(contexts)
+    flags = (scores.get("window") or 0, softcap is not None, cache_scales is not None, sinks is not None)
     prefill_kernel[(count * kv_heads,)](
         q,
         key_cache,
         value_cache,
         out,
-        query_start,
-        context_lens,
-        block_tables,
-        decoding,
-        cache_scales[0] if cache_scales else None,
-        cache_scales[1] if cache_scales else None,
+        rows.query_start[first:],
+        contexts,
+        tables,
+        rows.decoding,
+        *(cache_scales or (None, None)),
         sinks,
-        slopes,
+        scores.get("slopes"),
         relative,
-        scale,
+        scores["scale"],
         softcap or 0.0,
-        rows,
+        len(contexts),
         q.stride(0),
-        block_tables.stride(0),
-        **_constants(shape, kv_heads, group, dim, block_size, window or 0, *flags, rows_scaled),
+        tables.stride(0),
+        **_constants(shape, kv_heads, group, dim, block_size, *flags, rows_scaled),
         EXTENT=0 if relative is None else relative.shape[2],
         num_warps=shape.num_warps,
         num_stages=stages(shape.num_stages),

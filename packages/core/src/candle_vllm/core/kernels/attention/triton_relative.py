@@ -6,6 +6,8 @@ A program computes some distances of some heads by one product, so a result does
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -48,19 +50,12 @@ def relative_logits(states: torch.Tensor, profiles: torch.Tensor) -> torch.Tenso
     assert profiles.dtype == torch.float32
     assert profiles.is_contiguous()
     out = torch.empty(tokens, heads, extent, dtype=torch.float32, device=states.device)
-    mix_kernel[(cdiv(tokens * heads, ROWS), cdiv(extent, COLUMNS))](
-        states,
-        profiles,
-        out,
-        states.stride(0),
-        tokens * heads,
-        H=heads,
-        P=count,
-        PP=max(16, next_power_of_2(count)),
-        X=extent,
-        ROWS=ROWS,
-        COLUMNS=COLUMNS,
-        num_warps=4,
-        **OPTIONS,
-    )
+    grid = cdiv(tokens * heads, ROWS), cdiv(extent, COLUMNS)
+    sizes = _constants(heads, count, extent)
+    mix_kernel[grid](states, profiles, out, states.stride(0), tokens * heads, **sizes, num_warps=4, **OPTIONS)
     return out
+
+
+def _constants(heads: int, count: int, extent: int) -> dict[str, Any]:
+    sizes = {"H": heads, "P": count, "PP": max(16, next_power_of_2(count)), "X": extent}
+    return {**sizes, "ROWS": ROWS, "COLUMNS": COLUMNS}

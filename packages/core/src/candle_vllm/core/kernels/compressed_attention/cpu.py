@@ -24,6 +24,7 @@ from candle_vllm.core.kernels.compressed_attention.cpu_record import (
     WriteArguments,
 )
 from candle_vllm.core.kernels.cpu_runtime.emit import F32, I64, Double, Emitter, Float, Int, emitted, vector
+from candle_vllm.core.kernels.cpu_runtime.emit_functions import emit_larger
 from candle_vllm.core.kernels.cpu_runtime.level import LANES, Isa
 from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber
 from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at, int32_at, int64_at, read, step_number
@@ -95,11 +96,8 @@ def _softmax(e: Emitter, scores: Int, lines: Int, scale: Double, sink: Float) ->
     def at(line: Any) -> Any:
         return b.add(scores, b.mul(line, e.int64(4 * LANES)))
 
-    def larger(x: Any, y: Any) -> Any:
-        return b.select(b.fcmp_ordered(">", x, y), x, y)
-
     def largest(line: Any, tops: list[Any]) -> list[Any]:
-        return [larger(b.fmul(e.load(at(line), vector(F32)), factor), tops[0])]
+        return [emit_larger(e, b.fmul(e.load(at(line), vector(F32)), factor), tops[0])]
 
     (tops,) = e.loop(lines, [e.splat(sink)], largest)
     top = e.splat(e.call("llvm.vector.reduce.fmax.v16f32", F32, [tops]))

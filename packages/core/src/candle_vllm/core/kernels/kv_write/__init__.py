@@ -3,14 +3,15 @@
 
 Contract: key and value are [T, K, D] in the cache's dtype, key_cache and value_cache [B, S, K, D], slots [T] int64, all
 different where not negative (letters as in `kernels/attention`). Slot is block * S + offset; a token with a negative
-slot is not written. A row is the key or value of one token and head; rows are copied exactly; no other slot changes.
+slot is not written, so a captured step of a GPU may have more tokens than are scheduled. A row is the key or value of
+one token and head; rows are copied exactly; no other slot changes.
 
-A cache of float8_e4m3fn takes key and value of any float dtype, with a scale [1] float32 for each of the two: elements
-are divided by the scale in fp32, clamped to +-448 and rounded to nearest even; NaN stays NaN. Source: Micikevicius et
-al., 2022, arXiv:2209.05433.
+A cache of float8_e4m3fn takes key and value of any float dtype, with `cache_scales`, a scale [1] float32 for
+each of the two: elements are divided by the scale in fp32, clamped to +-448 and rounded to nearest even; NaN stays NaN.
+Source: Micikevicius et al., 2022, arXiv:2209.05433.
 
 A cache with a scale for each row, [B, S, K, D + 4] of one-byte elements (`scaled_rows.py`), takes key and value of any
-float dtype; `key_scale` and `value_scale` must be None, because each row's scale is computed here.
+float dtype; `cache_scales` must be None, because each row's scale is computed here.
 """
 
 from __future__ import annotations
@@ -31,8 +32,7 @@ def kv_write(
     value_cache: torch.Tensor,
     slots: torch.Tensor,
     *,
-    key_scale: torch.Tensor | None = None,
-    value_scale: torch.Tensor | None = None,
+    cache_scales: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> None:
     """Copy each token's key and value to its slot; see the contract above."""
     assert key.shape == value.shape
@@ -45,7 +45,7 @@ def kv_write(
         from candle_vllm.core.kernels.kv_write import triton
 
         write = triton.kv_write
-    write(key, value, key_cache, value_cache, slots, key_scale=key_scale, value_scale=value_scale)
+    write(key, value, key_cache, value_cache, slots, cache_scales=cache_scales)
 
 
 class WriteArguments(NamedTuple):
@@ -96,11 +96,6 @@ class WriteArguments(NamedTuple):
     head_gap: int = 0
     picked: int = 0
     rows_from: int = StepNumber.TOKENS
-
-
-def measure_operation() -> int:
-    """Return the address of the operation that sums up keys and queries for `MeasuredKeys`."""
-    return operation("kv_write.cpu:measure")
 
 
 def rotate_and_write_operation(keys: int, values: int) -> int:

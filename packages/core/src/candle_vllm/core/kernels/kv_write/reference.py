@@ -15,14 +15,13 @@ def kv_write(
     value_cache: torch.Tensor,
     slots: torch.Tensor,
     *,
-    key_scale: torch.Tensor | None = None,
-    value_scale: torch.Tensor | None = None,
+    cache_scales: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> None:
     """See the contract in the package."""
     slots, there = slots.long(), slots >= 0
     if not bool(there.all()):
         key, value, slots = key[there], value[there], slots[there]
-    for rows, cache, scale in ((key, key_cache, key_scale), (value, value_cache, value_scale)):
+    for rows, cache, scale in zip((key, value), (key_cache, value_cache), cache_scales or (None, None)):
         if has_row_scales(cache, rows.shape[2]):
             write_rows(rows, cache, slots)
         elif scale is None:

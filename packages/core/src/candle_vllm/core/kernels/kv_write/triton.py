@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Write the paged cache on a GPU (step 6 of a request's life): one launch copies the keys and values of all tokens.
 
-A program copies up to `_MOST` elements of one token's key and value; in a cache with scaled rows, whole heads. Slots
-are read on the device, and tokens with a negative slot are skipped, so that a captured step may have more rows than are
-scheduled.
+A program copies up to `_MOST` elements of one token's key and value; in a cache with scaled rows, whole heads.
 """
 
 from __future__ import annotations
@@ -154,68 +152,48 @@ def kv_write(
     value_cache: torch.Tensor,
     slots: torch.Tensor,
     *,
-    key_scale: torch.Tensor | None = None,
-    value_scale: torch.Tensor | None = None,
+    cache_scales: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> None:
     """See the contract in the package. Slots may also be int32; a token with a negative slot is skipped."""
     tokens, heads, dim = key.shape
-    width = heads * dim
-    scaled = has_row_scales(key_cache, dim)
-    fp8 = key_cache.dtype == torch.float8_e4m3fn and not scaled
     for rows in (key, value):
         assert rows.stride()[1:] == (dim, 1), "the heads of a token must be contiguous"
-    for cache in (key_cache, value_cache):
-        assert cache.is_contiguous()
-        assert cache.dtype == key_cache.dtype
-    if scaled:
-        check_scaled(key_cache, dim)
-    else:
-        assert key_cache.dtype == (torch.float8_e4m3fn if fp8 else key.dtype)
+    check_caches((key_cache, value_cache), cache_scales, key)
     assert value.dtype == key.dtype
     assert slots.shape == (tokens,)
     assert slots.stride() == (1,)
     assert slots.dtype in (torch.int32, torch.int64)
-    assert len({x.device for x in (key, value, key_cache, value_cache, slots)}) == 1
-    assert fp8 == (key_scale is not None) == (value_scale is not None), "a cache of fp8 has scales, others have none"
+    assert len({x.device for x in (key, value, slots)}) == 1
     if not tokens:
         return
-    if scaled:
+    tensors, strides = (key, value, key_cache, value_cache, slots), (key.stride(0), value.stride(0))
+    if has_row_scales(key_cache, dim):
         constants = _row_constants(heads, dim, key_cache.shape[1], LARGEST[key_cache.dtype])
-        write_rows_kernel[(tokens, cdiv(heads, constants["HEADS"]))](
-            key,
-            value,
-            key_cache,
-            value_cache,
-            slots,
-            key.stride(0),
-            value.stride(0),
-            **constants,
-            num_warps=4,
-            **OPTIONS,
-        )
+        grid = tokens, cdiv(heads, constants["HEADS"])
+        write_rows_kernel[grid](*tensors, *strides, **constants, num_warps=4, **OPTIONS)
         return
-    constants = _constants(width, fp8)
-    kv_write_kernel[(tokens, cdiv(width, constants["CHUNK"]))](
-        key,
-        value,
-        key_cache,
-        value_cache,
-        slots,
-        key_scale,
-        value_scale,
-        key.stride(0),
-        value.stride(0),
-        **constants,
-        num_warps=4,
-        **OPTIONS,
-    )
+    constants = _constants(heads * dim, cache_scales is not None)
+    grid, scales = (tokens, cdiv(heads * dim, constants["CHUNK"])), cache_scales or (None, None)
+    kv_write_kernel[grid](*tensors, *scales, *strides, **constants, num_warps=4, **OPTIONS)
 
 
-def check_scaled(cache: torch.Tensor, dim: int) -> None:
-    """Check a cache whose rows have scales, for heads of D elements."""
-    assert cache.dtype in LARGEST
-    assert cache.shape[3] == dim + SCALE
-    assert cache.shape[1] * cache.shape[2] * dim % SCALE == 0
+def check_caches(
+    caches: tuple[torch.Tensor, torch.Tensor], cache_scales: tuple[torch.Tensor, torch.Tensor] | None, x: torch.Tensor
+) -> None:
+    """Check the caches of keys and of values, and their scales, for heads x [T, N, D]."""
+    cache, dim = caches[0], x.shape[2]
+    assert cache.shape == caches[1].shape
+    assert cache.dtype == caches[1].dtype
+    assert all(each.is_contiguous() for each in caches)
+    if has_row_scales(cache, dim):
+        assert cache_scales is None
+        assert cache.dtype in LARGEST
+        assert cache.shape[3] == dim + SCALE
+        assert cache.shape[1] * cache.shape[2] * dim % SCALE == 0
+    else:
+        wanted = torch.float8_e4m3fn if cache_scales else x.dtype
+        assert cache.dtype == wanted, "a cache of fp8 has scales, others have none"
+    assert all(each.device == x.device for each in (*caches, *(cache_scales or ())))
 
 
 def _row_constants(heads: int, dim: int, size: int, largest: float) -> dict[str, Any]:
@@ -231,6 +209,6 @@ def _row_constants(heads: int, dim: int, size: int, largest: float) -> dict[str,
     }
 
 
-def _constants(width: int, fp8: bool) -> dict[str, int | float | bool]:
+def _constants(width: int, fp8: bool) -> dict[str, Any]:
     chunk = min(next_power_of_2(width), _MOST)
     return {"W": width, "CHUNK": chunk, "FP8": fp8, "LARGEST": torch.finfo(torch.float8_e4m3fn).max}

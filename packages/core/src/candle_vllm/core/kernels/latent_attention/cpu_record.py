@@ -30,11 +30,6 @@ if TYPE_CHECKING:
     from candle_vllm.core.kernels.plain_linear.layout import PlainMatrix
 
 
-_PREPARE = "latent_attention.cpu_write:make_prepare"
-_HEADS = "latent_attention.cpu_heads:make_heads"
-_POOL = "latent_attention.cpu_pool:make_pool"
-
-
 @dataclasses.dataclass(frozen=True)
 class Place:
     """Float32 rows: address of the first, and row stride in floats."""
@@ -66,15 +61,16 @@ def record_latent(
     inputs, products = _Inputs(recorder, heads, nope, form), recorder.memory(heads * latent)
     prepared = _prepared(recorder, q, kv, parts, cache, address_of(queries), factor)
     rows = {"inputs": inputs.address, "head_bytes": inputs.head_bytes, "row_numbers": inputs.row_numbers}
-    recorder.add(operation(_PREPARE, form), prepared._replace(**rows))
+    recorder.add(operation("latent_attention.cpu_write:make_prepare", form), prepared._replace(**rows))
     multiplied = _multiplied(recorder, parts.keys, inputs, Place(address_of(products), heads * latent))
     arranged = multiplied._replace(
         latent_queries=address_of(products), queries=address_of(queries), width=width, rope=rope, scale=factor
     )
-    recorder.add(operation(_HEADS, True), arranged)
+    recorder.add(operation("latent_attention.cpu_heads:make_heads", True), arranged)
     mixed = _Inputs(recorder, heads, latent, mixed_form)
     _attend(recorder, address_of(queries), mixed, parts, cache, mixed_form)
-    recorder.add(operation(_HEADS, False), _multiplied(recorder, parts.values, mixed, out))
+    mixed_out = _multiplied(recorder, parts.values, mixed, out)
+    recorder.add(operation("latent_attention.cpu_heads:make_heads", False), mixed_out)
 
 
 def record_choice(
@@ -93,7 +89,7 @@ def record_choice(
     width, top = sizes.rope + sizes.nope, min(top, longest)
     queries, positions = recorder.memory(sizes.heads * width, np.int16), recorder.memory(top, np.int32)
     prepared = _prepared(recorder, q, key, parts, cache, address_of(queries), 1.0)
-    recorder.add(operation(_PREPARE, 2), prepared)
+    recorder.add(operation("latent_attention.cpu_write:make_prepare", 2), prepared)
     size = choice_scratch(longest, limits.threads)
     if parts.places is None:
         given = _over_cache(recorder, address_of(queries), parts, cache, size)
@@ -102,7 +98,7 @@ def record_choice(
         assert parts.places.shape == (parts.pool, sizes.nope)
         place = prepared.stretch_step, prepared.block_shift, prepared.slots, prepared.cache
         pooled = PoolArguments(*place, recorder.keep(parts.places))
-        recorder.add(operation(_POOL, sizes.nope, parts.pool), pooled)
+        recorder.add(operation("latent_attention.cpu_pool:make_pool", sizes.nope, parts.pool), pooled)
         with_copies = choice_scratch(longest, limits.threads, sizes.nope)
         given = _over_cache(recorder, address_of(queries), parts, cache, with_copies)._replace(scratch_size=size)
     given = given._replace(out=weights.address, row_bytes=4 * weights.stride, head_bytes=4 * longest)

@@ -20,6 +20,7 @@ from llvmlite import ir
 from candle_vllm.core.kernels.attention.cpu_cache import partial_floats
 from candle_vllm.core.kernels.attention.cpu_tiles import NOTHING, emit_exp2
 from candle_vllm.core.kernels.cpu_runtime.emit import F32, I16, I32, I64, Emitter, Float, Int, emitted, vector
+from candle_vllm.core.kernels.cpu_runtime.emit_functions import emit_larger
 from candle_vllm.core.kernels.cpu_runtime.level import LANES, Isa
 from candle_vllm.core.kernels.latent_attention.layout import BLOCK, OCTET, SCORE_BYTES
 
@@ -63,13 +64,11 @@ def latent_softmax(e: Emitter, scores: Int, probabilities: Int, seen: Int, state
     m is the maximum, and s the sum of the rounded probabilities. An odd last key is paired with 0.
     """
     b = e.b
-    nothing = e.constant(F32, NOTHING)
 
     def largest(key: Any, tops: list[Any]) -> list[Any]:
-        score = e.load(b.add(scores, b.shl(key, e.int64(6))), vector(F32))
-        return [b.select(b.fcmp_ordered(">", score, tops[0]), score, tops[0])]
+        return [emit_larger(e, e.load(b.add(scores, b.shl(key, e.int64(6))), vector(F32)), tops[0])]
 
-    (top,) = e.loop_or_skip(seen, [nothing], largest)
+    (top,) = e.loop_or_skip(seen, [e.constant(F32, NOTHING)], largest)
 
     def rounded(at: Any, offset: int) -> Any:
         bits = b.bitcast(emit_exp2(e, b.fsub(e.load(at, vector(F32), offset), top)), vector(I32))

@@ -21,17 +21,12 @@ def latent_attention(
     """See the contract in the package."""
     _check(q_rope, q_latent, cache, rows)
     assert scale > 0
-    tokens, n = len(q_latent), rows.decodes
     out = torch.empty(q_latent.shape, dtype=q_latent.dtype, device=q_latent.device)
-    options = {"scale": scale, "decoding": rows.decoding}
-    if n:
-        tables = rows.block_tables[:n]
-        numbers = (rows.context_lens[:n], tables)
-        decode(q_rope[:n], q_latent[:n], cache, out[:n], *numbers, **options, lists=rows.lists)
-    first = n if rows.decoding is None else 0
-    if tokens > first:
-        numbers = (rows.query_start[first:], rows.context_lens[first:], rows.block_tables[first:])
-        prefill(q_rope, q_latent, cache, out, *numbers, tokens=tokens - first, **options)
+    if rows.decodes:
+        decode(q_rope, q_latent, cache, out, rows, scale=scale)
+    first = rows.decodes if rows.decoding is None else 0
+    if len(q_latent) > first:
+        prefill(q_rope, q_latent, cache, out, rows, first, scale=scale)
     return out
 
 

@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 
 from candle_vllm.core.kernels.attention import triton_items
-from candle_vllm.core.kernels.attention.triton_decode import PARTIALS, merge_kernel, multiprocessors
+from candle_vllm.core.kernels.attention.rows import DeviceRows
+from candle_vllm.core.kernels.attention.triton_decode import merge_kernel, multiprocessors, partial_results
 from candle_vllm.core.kernels.attention.triton_items import (
     count_items,
     counted_item,
@@ -150,29 +151,23 @@ def decode(
     q_latent: torch.Tensor,
     cache: torch.Tensor,
     out: torch.Tensor,
-    context_lens: torch.Tensor,
-    block_tables: torch.Tensor,
+    rows: DeviceRows,
     *,
     scale: float,
-    decoding: torch.Tensor | None,
-    lists: dict[tuple[int, ...], torch.Tensor],
 ) -> None:
-    """Write `out`; with `decoding`, only its first decoding[0] rows. Token r belongs to sequence r. The caller checks
-    arguments. `lists` is `DeviceRows.lists`.
-    """
-    heads, latent = q_latent.shape[1:]
+    """Write the first `rows.decodes` rows of `out`, with `rows.decoding` the first decoding[0] rows. The caller checks
+    arguments."""
+    count, (heads, latent) = rows.decodes, q_latent.shape[1:]
+    contexts, decoding = rows.context_lens[:count], rows.decoding
     shape = splits(heads, cache.element_size())
-    most = len(q_latent) if triton_items.ITEM_LIST else min(_ROWS, PARTIALS // (4 * shape.splits * heads * latent) or 1)
-    count = min(q_latent.shape[0], most)
-    values = torch.empty(count, shape.splits, heads, latent, dtype=torch.float32, device=out.device)
-    states = torch.empty(count, shape.splits, heads, 2, dtype=torch.float32, device=out.device)
     constants = _constants(shape, heads, q_rope.shape[2], latent, cache.shape[1])
     merging = _merge_constants(constants)
+    most, values, states = partial_results(count, merging, _ROWS, out.device)
     parts = cdiv(heads, shape.heads)
-    items = list_items(lists, context_lens, decoding, merging) if triton_items.ITEM_LIST else None
-    for start in range(0, q_latent.shape[0], most):
-        rows = min(most, q_latent.shape[0] - start)
-        programs = min(rows * parts * shape.splits, shape.programs * multiprocessors(out.device))
+    items = list_items(rows.lists, contexts, decoding, merging) if triton_items.ITEM_LIST else None
+    for start in range(0, count, most):
+        some = min(most, count - start)
+        programs = min(some * parts * shape.splits, shape.programs * multiprocessors(out.device))
         latent_decode_kernel[(programs,)](
             q_rope[start:],
             q_latent[start:],
@@ -180,32 +175,23 @@ def decode(
             out[start:],
             values,
             states,
-            context_lens[start:],
-            block_tables[start:],
+            contexts[start:],
+            rows.block_tables[start:],
             decoding,
             items,
             scale,
             start,
-            rows,
+            some,
             *q_rope.stride()[:2],
             *q_latent.stride()[:2],
-            block_tables.stride(0),
+            rows.block_tables.stride(0),
             **constants,
             num_warps=shape.num_warps,
             num_stages=stages(shape.num_stages),
             **OPTIONS,
         )
-        merge_kernel[(rows * heads,)](
-            values,
-            states,
-            out[start:],
-            context_lens[start:],
-            decoding,
-            None,
-            start,
-            **merging,
-            num_warps=2,
-            **OPTIONS,
+        merge_kernel[(some * heads,)](
+            values, states, out[start:], contexts[start:], decoding, None, start, **merging, num_warps=2, **OPTIONS
         )
 
 

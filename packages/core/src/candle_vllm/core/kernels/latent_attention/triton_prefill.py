@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from candle_vllm.core.kernels.attention.rows import DeviceRows
 from candle_vllm.core.kernels.attention.triton_prefill import behind_decodes, find_tile
 from candle_vllm.core.kernels.attention.triton_tiles import load_tile, tile_slots
 from candle_vllm.core.kernels.latent_attention.triton_tiles import attend_latent_tile, load_queries
@@ -127,37 +128,32 @@ def prefill(
     q_latent: torch.Tensor,
     cache: torch.Tensor,
     out: torch.Tensor,
-    query_start: torch.Tensor,
-    context_lens: torch.Tensor,
-    block_tables: torch.Tensor,
+    rows: DeviceRows,
+    first: int,
     *,
-    tokens: int,
     scale: float,
-    decoding: torch.Tensor | None,
 ) -> None:
-    """Write `out` from row query_start[0] to query_start[-1], at most `tokens` rows. The caller checks arguments.
-
-    With `decoding`, begin at query_start[decoding[0]]: the other rows are not changed.
-    """
-    rows = context_lens.shape[0]
+    """Write the rows of `out` from sequence `first` on, with `rows.decoding` from sequence decoding[0] on. The caller
+    checks arguments."""
+    contexts, tables = rows.context_lens[first:], rows.block_tables[first:]
     heads, latent = q_latent.shape[1:]
     shape = tiles(cache.element_size())
     constants = _constants(shape, heads, q_rope.shape[2], latent, cache.shape[1])
-    count = tokens // (shape.rows // constants["HEADS"]) + rows
+    count = (len(q_latent) - first) // (shape.rows // constants["HEADS"]) + len(contexts)
     latent_prefill_kernel[(count * cdiv(heads, constants["HEADS"]),)](
         q_rope,
         q_latent,
         cache,
         out,
-        query_start,
-        context_lens,
-        block_tables,
-        decoding,
+        rows.query_start[first:],
+        contexts,
+        tables,
+        rows.decoding,
         scale,
-        rows,
+        len(contexts),
         *q_rope.stride()[:2],
         *q_latent.stride()[:2],
-        block_tables.stride(0),
+        tables.stride(0),
         **constants,
         num_warps=shape.num_warps,
         num_stages=stages(shape.num_stages),

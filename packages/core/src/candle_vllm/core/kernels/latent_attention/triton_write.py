@@ -1,9 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Write latent rows to the cache on a GPU: one program for each token.
-
-Slots are read on the device, and tokens with a negative slot write nothing, so that a captured step may have more rows
-than are scheduled.
-"""
+"""Write latent rows to the cache on a GPU: one program for each token."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ def rms_norm(x: Value, weight: Value, eps: float) -> Value:
     if on_gpu(x):
         from candle_vllm.core.kernels.rms_norm import triton
 
-        return triton.rms_norm(x, weight, eps)
+        return triton.rms_norm(x, None, weight, eps)[0]
     from candle_vllm.core.kernels.rms_norm import reference
 
     return reference.rms_norm(x, weight, eps)
@@ -55,7 +55,7 @@ def add_rms_norm(x: Value, residual: Value, weight: Value, eps: float) -> tuple[
     if on_gpu(x):
         from candle_vllm.core.kernels.rms_norm import triton
 
-        return triton.add_rms_norm(x, residual, weight, eps)
+        return triton.rms_norm(x, residual, weight, eps)
     from candle_vllm.core.kernels.rms_norm import reference
 
     return reference.add_rms_norm(x, residual, weight, eps)

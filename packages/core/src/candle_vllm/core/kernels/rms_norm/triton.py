@@ -85,60 +85,38 @@ def rms_norm_kernel(
                 tl.store(total + to + at, values.to(y.dtype.element_ty), mask=inside)
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """See the contract in the package."""
+def rms_norm(
+    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return the norm of x, or of residual + x, and this sum; see the contract in the package."""
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    _launch(x, None, weight, eps, y, None)
-    return y
-
-
-def add_rms_norm(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """See the contract in the package."""
-    y, total = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
-    _launch(x, residual, weight, eps, y, total)
-    return y, total
-
-
-def _launch(
-    x: torch.Tensor,
-    residual: torch.Tensor | None,
-    weight: torch.Tensor,
-    eps: float,
-    y: torch.Tensor,
-    total: torch.Tensor | None,
-) -> None:
+    total, residual_strides = None, (0, 0)
     assert weight.is_contiguous()
-    assert weight.shape == x.shape[-weight.ndim :]
     assert weight.ndim <= 2
     assert x.device == weight.device
     if residual is not None:
-        assert residual.shape == x.shape
-        assert residual.dtype == x.dtype
         assert residual.device == x.device
-        residual = _as_heads(residual)
+        total, residual = torch.empty_like(y), _as_heads(residual)
+        residual_strides = residual.stride()[:2]
     x = _as_heads(x)
     tokens, heads, size = x.shape
-    if not x.numel():
-        return
-    constants, num_warps = _form(heads, size, residual is not None, apart=weight.ndim == 2)
-    rms_norm_kernel[(cdiv(tokens * heads, constants["ROWS"]),)](
-        x,
-        residual,
-        weight,
-        y,
-        total,
-        x.stride(0),
-        x.stride(1),
-        0 if residual is None else residual.stride(0),
-        0 if residual is None else residual.stride(1),
-        tokens * heads,
-        eps,
-        **constants,
-        num_warps=num_warps,
-        **OPTIONS,
-    )
+    if x.numel():
+        constants, num_warps = _form(heads, size, residual is not None, apart=weight.ndim == 2)
+        rms_norm_kernel[(cdiv(tokens * heads, constants["ROWS"]),)](
+            x,
+            residual,
+            weight,
+            y,
+            total,
+            *x.stride()[:2],
+            *residual_strides,
+            tokens * heads,
+            eps,
+            **constants,
+            num_warps=num_warps,
+            **OPTIONS,
+        )
+    return y, total
 
 
 def _as_heads(x: torch.Tensor) -> torch.Tensor:

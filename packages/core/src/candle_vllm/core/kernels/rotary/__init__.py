@@ -41,7 +41,7 @@ def rotary(x: Value, positions: torch.Tensor, cos: Value, sin: Value) -> Value:
     if on_gpu(x):
         from candle_vllm.core.kernels.rotary import triton
 
-        return triton.rotary(x, positions, cos, sin)
+        return triton.rotary(x, None, positions, cos, sin)[0]
     from candle_vllm.core.kernels.rotary import reference
 
     return reference.rotary(x, positions, cos, sin)
@@ -57,7 +57,7 @@ def rotary_pair(q: Value, k: Value, positions: torch.Tensor, cos: Value, sin: Va
     if on_gpu(q):
         from candle_vllm.core.kernels.rotary import triton
 
-        return triton.rotary_pair(q, k, positions, cos, sin)
+        return triton.rotary(q, k, positions, cos, sin)
     from candle_vllm.core.kernels.rotary import reference
 
     return reference.rotary(q, positions, cos, sin), reference.rotary(k, positions, cos, sin)

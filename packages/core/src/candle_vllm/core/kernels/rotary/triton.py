@@ -70,67 +70,39 @@ def rotary_kernel(
         _turn(x, k_head, y, (part - parts) * HEADS, cosines, sines, K, D, HALF, HALVES, RESTS, HEADS)
 
 
-def rotary(x: torch.Tensor, positions: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """See the contract in the package. Positions may also be int32."""
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    _launch(x, None, y, None, positions, cos, sin)
-    return y
-
-
-def rotary_pair(
-    q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """See the contract in the package. Positions may also be int32."""
-    assert k.dtype == q.dtype
-    assert k.device == q.device
-    assert k.stride(2) == 1
-    assert (k.shape[0], k.shape[2]) == (q.shape[0], q.shape[2])
-    q_out, k_out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
-    _launch(q, k, q_out, k_out, positions, cos, sin)
-    return q_out, k_out
-
-
-def _launch(
-    q: torch.Tensor,
-    k: torch.Tensor | None,
-    q_out: torch.Tensor,
-    k_out: torch.Tensor | None,
-    positions: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-) -> None:
+def rotary(
+    q: torch.Tensor, k: torch.Tensor | None, positions: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Rotate the heads of q, and of k if there is one; see the contract in the package. Positions may also be int32."""
     tokens, heads, dim = q.shape
     assert q.stride(2) == 1
-    assert positions.shape == (tokens,)
-    assert positions.is_contiguous()
-    assert positions.dtype in (torch.int32, torch.int64)
-    assert cos.shape == sin.shape
-    assert 2 * cos.shape[1] <= dim
+    check_tables(positions, (cos, sin), tokens)
     assert len({x.device for x in (q, positions, cos, sin)}) == 1
-    for table in (cos, sin):
-        assert table.is_contiguous()
-        assert table.dtype == torch.float32
-    kv_heads = 0 if k is None else k.shape[1]
+    if k is not None:
+        assert k.device == q.device
+        assert k.stride(2) == 1
+    kv_heads, k_strides = (0, (0, 0)) if k is None else (k.shape[1], k.stride()[:2])
+    q_out, k_out = (None if x is None else torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
+    assert q_out is not None
     if not tokens:
-        return
+        return q_out, k_out
     constants = _constants(heads, kv_heads, dim, cos.shape[1])
     parts = cdiv(heads, constants["HEADS"]) + cdiv(kv_heads, constants["HEADS"])
     rotary_kernel[(tokens, parts)](
-        q,
-        k,
-        q_out,
-        k_out,
-        positions,
-        cos,
-        sin,
-        q.stride(0),
-        q.stride(1),
-        0 if k is None else k.stride(0),
-        0 if k is None else k.stride(1),
-        **constants,
-        num_warps=4,
-        **OPTIONS,
+        q, k, q_out, k_out, positions, cos, sin, *q.stride()[:2], *k_strides, **constants, num_warps=4, **OPTIONS
     )
+    return q_out, k_out
+
+
+def check_tables(positions: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor], tokens: int) -> None:
+    """Check the positions of a step, and cos and sin."""
+    assert positions.shape == (tokens,)
+    assert positions.is_contiguous()
+    assert positions.dtype in (torch.int32, torch.int64)
+    for table in tables:
+        assert table.shape == tables[0].shape
+        assert table.is_contiguous()
+        assert table.dtype == torch.float32
 
 
 def _constants(heads: int, kv_heads: int, dim: int, half: int) -> dict[str, Any]:

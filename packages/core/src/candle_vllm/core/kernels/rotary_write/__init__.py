@@ -48,8 +48,7 @@ def rotary_write(
     if tables is None:
         if norms is not None:
             q, k = rms_norm(q, norms.q, norms.eps), rms_norm(k, norms.k, norms.eps)
-        key_scale, value_scale = cache_scales or (None, None)
-        kv_write(k, v, *caches, slots, key_scale=key_scale, value_scale=value_scale)
+        kv_write(k, v, *caches, slots, cache_scales=cache_scales)
         return q
     assert 2 * tables[0].shape[1] <= q.shape[2]
     from candle_vllm.core.kernels.rotary_write import reference

@@ -31,6 +31,5 @@ def rotary_write(
     if norms is not None:
         q, k = rms_norm(q, norms.q, norms.eps), rms_norm(k, norms.k, norms.eps)
     q, k = rotary(q, positions, *tables), rotary(k, positions, *tables)
-    key_scale, value_scale = (None, None) if cache_scales is None else cache_scales
-    kv_write(k, v, *caches, slots, key_scale=key_scale, value_scale=value_scale)
+    kv_write(k, v, *caches, slots, cache_scales=cache_scales)
     return q

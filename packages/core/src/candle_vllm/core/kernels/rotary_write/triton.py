@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Norms of heads, rotary embedding and the cache write on a GPU (step 6 of a request's life): one launch for a layer.
 
-A program processes some heads of one token: queries, or keys and values. Slots are read on the device, and a token with
-a negative slot writes nothing to the cache, so that a captured step may have more rows than are scheduled.
+A program processes some heads of one token: queries, or keys and values.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import triton.language as tl
 
 from candle_vllm.core.kernels.kv_write.scaled_rows import LARGEST, SCALE, has_row_scales
 from candle_vllm.core.kernels.kv_write.triton import (
-    check_scaled,
+    check_caches,
     for_cache,
     row_codes,
     row_place,
@@ -24,6 +23,7 @@ from candle_vllm.core.kernels.kv_write.triton import (
     scales_place,
 )
 from candle_vllm.core.kernels.rms_norm import HeadNorms
+from candle_vllm.core.kernels.rotary.triton import check_tables
 from candle_vllm.core.kernels.triton_build import OPTIONS, cdiv, next_power_of_2
 
 _LARGEST = torch.finfo(torch.float8_e4m3fn).max
@@ -184,24 +184,12 @@ def rotary_write(
     constants = _constants(heads, kv_heads, dim, tables[0].shape[1], norms is not None, cache_scales is not None)
     constants |= _row_constants(kv_heads, size, largest)
     parts = cdiv(heads, constants["HEADS"]) + cdiv(kv_heads, constants["HEADS"])
+    tensors = q, k, v, out, *caches, slots, positions, *tables
+    weights, eps = (norms[:2], norms.eps) if norms else ((None, None), 0.0)
+    scales = cache_scales or (None, None)
+    strides = (stride for x in (q, k, v) for stride in x.stride()[:2])
     rotary_write_kernel[(tokens, parts)](
-        q,
-        k,
-        v,
-        out,
-        *caches,
-        slots,
-        positions,
-        *tables,
-        norms.q if norms else None,
-        norms.k if norms else None,
-        cache_scales[0] if cache_scales else None,
-        cache_scales[1] if cache_scales else None,
-        norms.eps if norms else 0.0,
-        *(stride for x in (q, k, v) for stride in x.stride()[:2]),
-        **constants,
-        num_warps=4,
-        **OPTIONS,
+        *tensors, *weights, *scales, eps, *strides, **constants, num_warps=4, **OPTIONS
     )
     return out
 
@@ -220,27 +208,16 @@ def _check(
     tokens, _, dim = q.shape
     for x in (q, k, v):
         assert x.stride(2) == 1
-    for numbers in (positions, slots):
-        assert numbers.shape == (tokens,)
-        assert numbers.is_contiguous()
-        assert numbers.dtype in (torch.int32, torch.int64)
-    for table in tables:
-        assert table.shape == tables[0].shape
-        assert table.is_contiguous()
-        assert table.dtype == torch.float32
-    for cache in caches:
-        assert cache.shape == caches[0].shape
-        assert cache.is_contiguous()
-        if has_row_scales(cache, dim):
-            assert cache_scales is None
-            check_scaled(cache, dim)
-        else:
-            assert cache.dtype == (torch.float8_e4m3fn if cache_scales else q.dtype)
+    check_tables(positions, tables, tokens)
+    assert slots.shape == (tokens,)
+    assert slots.is_contiguous()
+    assert slots.dtype in (torch.int32, torch.int64)
+    check_caches(caches, cache_scales, q)
     for weight in norms[:2] if norms else ():
         assert weight.shape == (dim,)
         assert weight.is_contiguous()
         assert weight.dtype == torch.float32
-    tensors = (k, v, positions, slots, *tables, *caches, *(norms[:2] if norms else ()), *(cache_scales or ()))
+    tensors = (k, v, positions, slots, *tables, *(norms[:2] if norms else ()))
     assert all(x.device == q.device for x in tensors)
 
 

@@ -25,6 +25,7 @@ from numba import njit
 
 from candle_vllm.core.kernels.attention.cpu_tiles import NOTHING, emit_exp2
 from candle_vllm.core.kernels.cpu_runtime.emit import F32, Emitter, Int, emitted, vector
+from candle_vllm.core.kernels.cpu_runtime.emit_functions import emit_larger
 from candle_vllm.core.kernels.cpu_runtime.level import Isa
 from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber
 from candle_vllm.core.kernels.cpu_runtime.primitives import fetch_add, float32_at, int64_at, read, step_number
@@ -192,7 +193,7 @@ def _softmax(e: Emitter, tiles: int, scores: Int, step: Int, keys: Int, sums: In
 
     def largest(key: Any, tops: list[Any]) -> list[Any]:
         found = [e.load(at, vector(F32)) for at in places(key)]
-        return [b.select(b.fcmp_ordered(">", x, top), x, top) for x, top in zip(found, tops)]
+        return [emit_larger(e, x, top) for x, top in zip(found, tops)]
 
     tops = e.loop(keys, [e.constant(F32, NOTHING)] * tiles, largest)
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from candle_vllm.core.kernels.attention.triton_relative import COLUMNS, ROWS, mix_kernel
+from candle_vllm.core.kernels.attention.triton_relative import _constants, mix_kernel
 from packages.core.tests.kernels.triton.building import Build
 from packages.core.tests.kernels.triton.forms.kv_write.triton import build_types
 
@@ -13,7 +13,7 @@ def _build(dtype: str, heads: int, count: int, extent: int) -> Build:
     return Build(
         mix_kernel,
         pointers | {"token_stride": "i32", "rows": "i32"},
-        {"H": heads, "P": count, "PP": max(16, count), "X": extent, "ROWS": ROWS, "COLUMNS": COLUMNS},
+        _constants(heads, count, extent),
         unaligned=("states",),
         label=f"{dtype}-{heads}x{count}x{extent}",
         capabilities=build_types(dtype),
