@@ -51,7 +51,7 @@ def test_any_bytes_give_a_value_or_a_request_error(body: bytes) -> None:
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        (b'{"a": 1,}', "line 1, column 9"),
+        (b'{"a": 1,}', "line 1, column [89]"),  # Python 3.13 names the comma
         (b'{\n"a" 1}', "line 2, column 5"),
         (b"", "line 1, column 1"),
         (b'{"a": "\xff"}', "byte 7"),

@@ -97,9 +97,10 @@ def test_logits_equal_transformers(name: str, tmp_path: Path) -> None:
         assert float((ours - theirs).abs().max() / theirs.abs().max()) < 1e-4, (name, chunk)
 
 
-def test_dynamic_rope_is_taken_at_the_longest_context(tmp_path: Path) -> None:
-    """transformers stretches as a text grows; at the full length both agree."""
-    scaling = {"rope_type": "dynamic", "factor": 2.0}
+@pytest.mark.parametrize("more", [{}, {"original_max_position_embeddings": 32}], ids=["plain", "original"])
+def test_dynamic_rope_is_taken_at_the_longest_context(more: dict[str, Any], tmp_path: Path) -> None:
+    """transformers stretches as a text grows, from the model's own context; at the full length both agree."""
+    scaling = {"rope_type": "dynamic", "factor": 2.0, **more}
     folder = write_toy_model(tmp_path, toy_config(max_position_embeddings=64, rope_scaling=scaling))
     tokens = some_tokens(128)
     ours, theirs = our_logits(folder, tokens, 128), their_logits(folder, tokens)

@@ -288,7 +288,8 @@ def rope_from_hf(fields: Fields, head_dim: int, max_position: int) -> RopeConfig
         context = fields.count(original, nested.count(original, max_position))
         factor = max(1.0, max_position / context)
     else:
-        context, factor = nested.get(original, int, max_position), 1.0
+        # Dynamic scaling starts where the model's own context ends, as in transformers.
+        context, factor = max_position if kind == "dynamic" else nested.get(original, int, max_position), 1.0
     own: dict[str, Any] = {}
     for key in row.keys:
         default: Any = factor if key == "factor" else getattr(RopeConfig, key)

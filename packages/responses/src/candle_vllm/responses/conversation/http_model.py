@@ -25,6 +25,7 @@ from candle_vllm.core.errors import (
     RequestError,
 )
 from candle_vllm.openai.events import Event
+from candle_vllm.openai.json_body import MAX_DEPTH, is_deeper
 from candle_vllm.openai.task import Task
 from candle_vllm.responses.conversation.chat_form import chat_request
 from candle_vllm.responses.conversation.http_chunks import ChunkReader
@@ -271,10 +272,9 @@ class HttpModel:
             status = error.get("code")
             status = status if isinstance(status, int) and 400 <= status < 600 else 500
             raise error_of(status, data.encode(), self._server, self._key)
-        try:
-            return reader.read(value)
-        except RecursionError:
-            raise ModelServerError(f"{self._server} sent an event that is nested too deeply") from None
+        if is_deeper(value, MAX_DEPTH):
+            raise ModelServerError(f"{self._server} sent an event that is nested too deeply")
+        return reader.read(value)
 
     async def _first_model(self) -> str:
         advice = "give the model's name"
