@@ -158,6 +158,7 @@ def pack_cache(cache: Path, folder: Path, piece: int = PIECE, most: int = MOST) 
     ):
         for entry in entries:
             files = [path for path in sorted(entry.iterdir()) if path.suffix in KEPT]
+            packed.flush()  # Python 3.12 and later keep up to 128 KiB before the compressor
             if pieces.total + sum(path.stat().st_size for path in files) > room:
                 break
             for path in files:

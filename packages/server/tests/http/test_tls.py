@@ -41,8 +41,12 @@ Issuer = tuple[x509.Certificate, ec.EllipticCurvePrivateKey]
 
 
 def issue(folder: Path, name: str, issuer: Issuer | None = None, password: bytes | None = None) -> Issuer:
-    """A certificate for 127.0.0.1 and its key as NAME.pem and NAME.key; without an issuer, an authority."""
+    """A certificate for 127.0.0.1 and its key as NAME.pem and NAME.key; without an issuer, an authority.
+
+    It has the extensions that RFC 5280 demands: Python 3.13 and later refuse certificates without them.
+    """
     key = ec.generate_private_key(ec.SECP256R1())
+    signer = key if issuer is None else issuer[1]
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
     now = datetime.datetime.now(datetime.UTC)
     builder = (
@@ -55,8 +59,21 @@ def issue(folder: Path, name: str, issuer: Issuer | None = None, password: bytes
         .not_valid_after(now + datetime.timedelta(hours=1))
         .add_extension(x509.BasicConstraints(ca=issuer is None, path_length=None), critical=True)
         .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.public_key()), critical=False)
     )
-    certificate = builder.sign(key if issuer is None else issuer[1], hashes.SHA256())
+    if issuer is None:
+        others = dict.fromkeys(("content_commitment", "key_encipherment", "data_encipherment", "key_agreement"), False)
+        usage = x509.KeyUsage(
+            digital_signature=True,
+            key_cert_sign=True,
+            crl_sign=True,
+            encipher_only=False,
+            decipher_only=False,
+            **others,
+        )
+        builder = builder.add_extension(usage, critical=True)
+    certificate = builder.sign(signer, hashes.SHA256())
     (folder / f"{name}.pem").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
     encryption = serialization.BestAvailableEncryption(password) if password else serialization.NoEncryption()
     (folder / f"{name}.key").write_bytes(

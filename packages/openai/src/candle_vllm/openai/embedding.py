@@ -457,9 +457,12 @@ def _blamed(number: int, count: int, param: str | None = None, *, field: str = "
     try:
         yield
     except RequestError as error:
+        # The error is changed, not replaced: as its context the old one would be in a cycle with this frame.
         if count == 1:
-            raise type(error)(str(error), param or field) from None
-        raise type(error)(f"input {number}: {error}", param or f"{field}.{number}") from None
+            error.param = param or field
+        else:
+            error.param, error.args = param or f"{field}.{number}", (f"input {number}: {error}", *error.args[1:])
+        raise
 
 
 @contextmanager
