@@ -90,8 +90,8 @@ class Tokenizer:
         self._literal: Backend | None = None
         self._literal_lock = threading.Lock()
 
-    @staticmethod
-    def from_folder(folder: Path) -> Tokenizer:
+    @classmethod
+    def from_folder(cls, folder: Path) -> Tokenizer:
         """Load the tokenizer of a model folder; see `tokenizer_folder` for the files.
 
         Raises:
@@ -100,7 +100,7 @@ class Tokenizer:
         """
         from candle_vllm.core.text.tokenizer_folder import load_folder
 
-        return load_folder(Path(folder))
+        return cls(**load_folder(Path(folder)))
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, object]) -> Tokenizer:

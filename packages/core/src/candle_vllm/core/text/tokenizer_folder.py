@@ -28,7 +28,6 @@ from candle_vllm.core.text.pretokenizers import PRE_TOKENIZERS
 from candle_vllm.core.text.sentencepiece import read_sentencepiece
 from candle_vllm.core.text.special_tokens import CHATML, end_of_turn_ids
 from candle_vllm.core.text.token_bytes import BYTE_ALPHABET
-from candle_vllm.core.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -44,8 +43,8 @@ _BERT = ("BertTokenizer", "DistilBertTokenizer")
 _FLAGS = ("lstrip", "rstrip", "normalized", "single_word", "special")
 
 
-def load_folder(folder: Path) -> Tokenizer:
-    """Load the tokenizer of `folder`; errors as `Tokenizer.from_folder`."""
+def load_folder(folder: Path) -> dict[str, Any]:
+    """Read the tokenizer files of `folder` as arguments of `Tokenizer`; errors as `Tokenizer.from_folder`."""
     path = folder / "tokenizer_config.json"
     config = _read_json(path)
     backend, known = _load_backend(folder, config)
@@ -57,15 +56,15 @@ def load_folder(folder: Path) -> Tokenizer:
     names = known | {name: _content(value) for name, value in named.items()}
     ids = {name: backend.token_to_id(text) for name, text in names.items()}
     _frame(backend, config, names, path)
-    return Tokenizer(
-        backend,
-        bos_token_id=ids.get("bos_token"),
-        eos_token_ids=_eos_ids(backend, ids.get("eos_token")),
-        special_tokens=names,
-        chat_template=_chat_template(folder, config),
-        response_template=response if isinstance(response := config.get("response_template"), dict) else None,
-        types_pairs="token_type_ids" in str(config.get("model_input_names") or "token_type_ids"),
-    )
+    return {
+        "backend": backend,
+        "bos_token_id": ids.get("bos_token"),
+        "eos_token_ids": _eos_ids(backend, ids.get("eos_token")),
+        "special_tokens": names,
+        "chat_template": _chat_template(folder, config),
+        "response_template": response if isinstance(response := config.get("response_template"), dict) else None,
+        "types_pairs": "token_type_ids" in str(config.get("model_input_names") or "token_type_ids"),
+    }
 
 
 def _load_backend(folder: Path, config: dict[str, Any]) -> tuple[Backend, dict[str, str]]:
