@@ -352,7 +352,6 @@ def _remove_socket(address: Address) -> None:
 
 
 def _bound(address: Address, listener: socket.socket) -> Address:
-    """Return the address, with the port that the operating system chose."""
     if address.unix_path is not None:
         return address
     return dataclasses.replace(address, port=listener.getsockname()[1])

@@ -90,11 +90,8 @@ class DiskCache:
     def put(self, key: Key, asked: str, fill: Callable[[Path, Room], str | None]) -> Path:
         """Let `fill` write an adapter to a new folder; evict other adapters if there is too little space.
 
-        Args:
-            key: key of the adapter.
-            asked: the revision in the request.
-            fill: writes the adapter's files to an empty folder, reports every byte to the `Room`, and returns the base
-                model that the configuration names. If it raises, nothing is stored.
+        `fill` writes the files to an empty folder, reports every byte to the `Room`, and returns the base model that
+        the configuration names. If it raises, nothing is stored.
 
         Raises:
             Refused: the adapter is larger than the cache.
@@ -192,7 +189,6 @@ class DiskCache:
         return total
 
     def _entries(self) -> Iterator[tuple[float, Path, Entry]]:
-        """Yield for each adapter the time of its last use, its folder and its metadata."""
         with contextlib.suppress(OSError):
             for place in list(self._folder.iterdir()):
                 if place.name.startswith(".") or (entry := _read(place)) is None:
@@ -207,7 +203,6 @@ def _mark_used(place: Path) -> None:
 
 
 def _read(place: Path) -> Entry | None:
-    """Return the metadata of a complete adapter."""
     if not (place / _FILES).is_dir():
         return None
     try:

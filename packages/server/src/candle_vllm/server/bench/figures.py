@@ -35,10 +35,8 @@ class Seen:
 
     Attributes:
         start: time at which it was sent, relative to the start of the run.
-        input_len, output_len: lengths in tokens.
         latency: time from sending to the end of the answer; 0 if the request failed.
         times: times from sending to each event with content.
-        text: the generated text.
         error: reason of the failure; empty if it succeeded.
     """
 
@@ -75,15 +73,10 @@ def summary(
     *,
     streamed: bool = True,
 ) -> dict[str, Any]:
-    """Return the figures of a run.
+    """Return the figures of a run of `duration` seconds, with these percentiles of these `METRICS`.
 
-    Args:
-        seen: results of all requests.
-        duration: duration of the run in seconds.
-        metrics: the names in `METRICS` to report.
-        percentiles: the percentiles to report.
-        goals: upper limits in milliseconds for a good request, by names of `GOODPUT`; None omits goodput.
-        streamed: whether answers were streamed; if not, only e2el is reported.
+    `goals` are the upper limits in milliseconds for a good request, by names of `GOODPUT`; None omits goodput. If
+    answers were not `streamed`, only e2el is reported.
     """
     good = [each for each in seen if not each.error]
     output = sum(each.output_len for each in good)

@@ -172,7 +172,6 @@ class _Total:
     right: int = 0
 
     def add(self, output: GenerationOutput) -> tuple[int, ...]:
-        """Add one answer, and return its tokens."""
         times = output.metrics
         assert times is not None
         if times.first_token_time is not None and times.finished_time is not None:

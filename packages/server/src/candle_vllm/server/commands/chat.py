@@ -457,7 +457,6 @@ class Chat:
 
 
 def _text_of(content: Any) -> str:
-    """Return the text of a message for display, with a placeholder for each image."""
     if isinstance(content, str):
         return content
     return " ".join(part["text"] if part.get("type") == "text" else "(image)" for part in content)

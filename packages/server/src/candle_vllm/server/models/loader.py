@@ -73,12 +73,6 @@ class ModelLoader:
             check_model(entry.settings, beside)
 
     def __call__(self, entry: ModelEntry, beside: Sequence[ServedModel]) -> ServedModel:
-        """Load a model while others stay loaded.
-
-        Raises:
-            NoRoomError: it does not fit beside them.
-            ConfigError, ModelNotFoundError, ModelLoadError: it cannot be served with these settings.
-        """
         changes = room_beside(entry.settings, beside) if beside else {}
         config = engine_config(entry.settings, **changes)
         start = self._start_engine or (remote_engine if entry.settings.has_own_process else local_engine)

@@ -40,11 +40,9 @@ class Load(Protocol):
 
     def check(self, entry: ModelEntry, beside: Sequence[ServedModel]) -> None:
         """Raise the errors that can be found before other models are unloaded for this one."""
-        ...
 
     def __call__(self, entry: ModelEntry, beside: Sequence[ServedModel]) -> ServedModel:
         """Load a model while others stay loaded; NoRoomError if it does not fit beside them."""
-        ...
 
 
 @dataclass(frozen=True)

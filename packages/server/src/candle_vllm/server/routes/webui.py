@@ -187,7 +187,6 @@ def web_ui_router() -> APIRouter:
 
     @router.get("/assets/{name}", include_in_schema=False)
     async def asset(request: Request, name: str) -> Response:
-        """A file whose name changes with its content."""
         found = bundle.get(f"assets/{name}")
         if found is None:
             raise HTTPException(404)

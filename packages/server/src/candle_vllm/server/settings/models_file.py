@@ -167,7 +167,6 @@ def model_entry(
 
 
 def _adapters(entry: Mapping[str, Any], title: str, folder: Path) -> tuple[str, ...]:
-    """Convert a model's adapters to values of --lora-modules."""
     where = f"{title}{line_of(entry, 'adapters')}: adapters"
     found = entry["adapters"]
     if not isinstance(found, list):
