@@ -70,7 +70,6 @@ class BatchRun:
         """Check the input, answer its lines and create the files of results.
 
         Args:
-            application: answers the lines.
             caller: who created the batch; None if this caller has no valid key any more.
             places: context manager that waits for a free slot for a line, and occupies it.
             width: maximum number of lines in progress at a time.

@@ -172,13 +172,7 @@ class ExecutionState:
 
 
 class Execution:
-    """The events of one request's conversation; `aclose` ends its turn and its tools.
-
-    Args:
-        service: has the tools.
-        offer: the tools that the model is shown.
-        model: answers the turns.
-        wire: the validated request.
+    """The events of one request's conversation with the tools of `offer`; `aclose` ends its turn and its tools.
 
     Attributes:
         labels: the client's labels, which the answer repeats.

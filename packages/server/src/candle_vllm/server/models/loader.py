@@ -44,11 +44,8 @@ BESIDE_CAPACITY = 8  # for every 8 of `max_num_seqs`, one more sequence may be i
 class ModelLoader:
     """Loads models for the manager.
 
-    Args:
-        metrics: metrics of the engines.
-        start_engine: creates an engine from its configuration; None selects one according to the settings.
-        adapters: LoRA adapters of the models.
-        images: allowed sources of images for all models; None uses each model's settings.
+    `start_engine` creates an engine from its configuration; None selects one according to the settings. `images` has
+    the allowed sources of images for all models; None uses each model's settings.
     """
 
     def __init__(

@@ -206,13 +206,10 @@ def failure_code(error: Exception) -> str:
 
 
 class Pull:
-    """A running, waiting or unsuccessful download of a model.
+    """A running, waiting or unsuccessful download of a model, which the request named as `asked`.
 
-    Attributes:
-        plan, asked: the files to download, and the name in the request.
-        room: needs of the model, and resources of this machine.
-        error: reason of the failure.
-        task, stopped, has_ended: the task that downloads, whether it was asked to stop, and whether it has ended.
+    `room` has the needs of the model and the resources of this machine. `stopped` is whether the task that downloads
+    was asked to stop, `has_ended` whether it has ended.
     """
 
     def __init__(self, plan: downloads.Plan, asked: str, room: downloads.Room) -> None:

@@ -35,9 +35,8 @@ _T = TypeVar("_T")
 class Naming:
     """Names of one API's types in the document.
 
-    Attributes:
-        prefix: prefix of every type's name, if another API has classes with the same names.
-        out: suffix of the names of answers, if requests have classes with the same names.
+    `prefix` begins every type's name if another API has classes with the same names; `out` ends the names of answers if
+    requests have classes with the same names.
     """
 
     prefix: str = ""

@@ -71,8 +71,6 @@ def load_configuration(
     """Merge all sources.
 
     Args:
-        command_line: values from the command line.
-        environ: environment of the process.
         folder: the working folder, which may contain `.env` and models.yaml.
         home: the home folder, which may contain `.candle-vllm/models.yaml`.
         command: the command; one that does not serve ignores errors in files that it does not need.
