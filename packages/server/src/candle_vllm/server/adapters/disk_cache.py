@@ -47,9 +47,8 @@ class Key(NamedTuple):
 class Entry(msgspec.Struct, frozen=True, kw_only=True):
     """Metadata of a cached adapter; `size` is the number of bytes of its files.
 
-    Attributes:
-        asked: the revision in the request that fetched it; "" without a revision.
-        base: the base model that its configuration names.
+    `asked` is the revision in the request that fetched it, "" without one; `base` is the base model that its
+    configuration names.
     """
 
     key: Key

@@ -159,11 +159,9 @@ Fetch = Callable[[], Found]
 
 
 class Source(Protocol):
-    """A place from which adapters are loaded.
+    """A place from which adapters are loaded, of the `kind` local, hf, s3 or tar.
 
-    Attributes:
-        kind: local, hf, s3 or tar.
-        pins: whether the revision in `Found` finds the same adapter again later.
+    `pins` is whether the revision in `Found` finds the same adapter again later.
     """
 
     kind: str

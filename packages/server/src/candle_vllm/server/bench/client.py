@@ -29,10 +29,8 @@ class AnswerClient(asyncio.Protocol):
     Attributes:
         sent: `time.monotonic()` when the request was sent; 0 before.
         done: future of the seconds from `sent` to the end of the response; NaN if the request failed, or after `leave`.
-        failure: reason of the failure, or None.
         text: deltas of the generated text, including reasoning and arguments of calls; filled by `EventClient`.
         times: seconds from `sent` to the arrival of each delta in `text`.
-        usage: usage of the response, if the server reports it.
     """
 
     def __init__(self, request: bytes) -> None:

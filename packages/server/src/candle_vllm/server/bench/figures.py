@@ -11,6 +11,7 @@ Failed requests are only counted: tokens, rates and latencies are those of succe
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -82,6 +83,7 @@ def summary(
     output = sum(each.output_len for each in good)
     prompt = sum(each.input_len for each in good)
     duration = max(duration, 1e-9)
+    edges = sorted([(each.start, 1) for each in good] + [(each.start + each.latency, -1) for each in good])
     result: dict[str, Any] = {
         "duration": duration,
         "completed": len(good),
@@ -92,7 +94,7 @@ def summary(
         "request_goodput": None if goals is None else sum(_within(each, goals) for each in good) / duration,
         "output_throughput": output / duration,
         "total_token_throughput": (prompt + output) / duration,
-        "max_concurrent_requests": _most_at_once(good),
+        "max_concurrent_requests": max(itertools.accumulate(change for _, change in edges), default=0),
     }
     values: dict[str, list[float]] = {"e2el": [each.latency for each in good]}
     if streamed:
@@ -101,9 +103,12 @@ def summary(
             "tpot": [each.tpot for each in good if each.tpot is not None],
             "itl": [gap for each in good for gap in each.itls],
         }
+    ways: dict[str, Callable[[Any], Any]] = {"mean": np.mean, "median": np.median, "std": np.std}
+    ways |= {f"p{each:g}": partial(np.percentile, q=each) for each in percentiles}
     for name in metrics:
-        if name in values:
-            result |= _latencies(name, np.asarray(values[name]) * 1e3, percentiles)
+        if name in values:  # it may be empty, as for the tpot of answers with one token
+            found = np.asarray(values[name]) * 1e3
+            result |= {f"{way}_{name}_ms": float(of(found)) if len(found) else None for way, of in ways.items()}
     return result
 
 
@@ -120,25 +125,9 @@ def detail(seen: Sequence[Seen]) -> dict[str, Any]:
     }
 
 
-def _latencies(name: str, milliseconds: Any, percentiles: Sequence[float]) -> dict[str, float | None]:
-    """Return the statistics of one metric; each is None without values, as for the tpot of answers with one token."""
-    ways: dict[str, Callable[[Any], Any]] = {"mean": np.mean, "median": np.median, "std": np.std}
-    ways |= {f"p{each:g}": partial(np.percentile, q=each) for each in percentiles}
-    return {f"{way}_{name}_ms": float(of(milliseconds)) if len(milliseconds) else None for way, of in ways.items()}
-
-
 def _within(each: Seen, goals: Mapping[str, float]) -> bool:
     known = {"ttft": each.ttft, "tpot": each.tpot or 0.0, "e2el": each.latency}
     return all(1e3 * known[name] <= most for name, most in goals.items())
-
-
-def _most_at_once(good: Sequence[Seen]) -> int:
-    edges = sorted([(each.start, 1) for each in good] + [(each.start + each.latency, -1) for each in good])
-    most = now = 0
-    for _, change in edges:
-        now += change
-        most = max(most, now)
-    return most
 
 
 def table(result: Mapping[str, Any]) -> str:

@@ -90,7 +90,6 @@ class ExecutionState:
     """The state of a conversation, updated with each of its events.
 
     Args:
-        registry: has the server of each tool.
         reasons: whether the model may reason, so that reasoning tokens are counted.
         told: further counts that the usage contains.
 

@@ -202,15 +202,10 @@ def downloaded(settings: HubOptions) -> list[Local]:
     return sorted((local for repo in _repos(settings) for local in _models_of(repo)), key=lambda local: local.name)
 
 
-def find_downloaded(settings: HubOptions, name: str) -> Local:
-    """Return the downloaded model of a name; ModelNotFoundError if no model matches, or several do."""
-    return find_among(downloaded(settings), name)
-
-
-def find_among(locals_: Sequence[Local], name: str) -> Local:
-    """As `find_downloaded`, in a list of downloaded models."""
+def find_downloaded(settings: HubOptions, name: str, among: Sequence[Local] | None = None) -> Local:
+    """Return the model of a name `among` all downloaded ones; ModelNotFoundError if no model matches, or several do."""
     named = read_name(name)
-    here = [local for local in locals_ if local.repo == named.repo]
+    here = [local for local in (downloaded(settings) if among is None else among) if local.repo == named.repo]
     names = [local.weight_file for local in here if local.weight_file is not None]
     whole = named.tag is None and len(names) < len(here)  # the name means the safetensors
     with suppress(ModelNotFoundError):

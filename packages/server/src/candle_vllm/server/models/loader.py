@@ -63,8 +63,7 @@ class ModelLoader:
     def check(self, entry: ModelEntry, beside: Sequence[ServedModel]) -> None:
         """Find or download the model's files, read their headers, and compare their size with the memory.
 
-        Raises:
-            ConfigError, ModelNotFoundError, ModelLoadError: the model cannot be served even without other models.
+        ConfigError, ModelNotFoundError or ModelLoadError if the model cannot be served even without other models.
         """
         if self._start_engine is None:
             check_model(entry.settings, beside)

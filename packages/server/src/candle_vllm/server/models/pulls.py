@@ -264,9 +264,8 @@ class _Stopped(Exception):
 class Pulls:
     """The downloads of one server, which run one at a time. Not thread-safe: it belongs to one event loop.
 
-    Args:
-        settings: how models are downloaded, and the device for which `Room` compares sizes.
-        fetched: called with a successful download and its model.
+    `settings` say how models are downloaded, and name the device for which `Room` compares sizes. `fetched` is called
+    with a successful download and its model.
     """
 
     def __init__(self, settings: ModelOptions, fetched: Callable[[Pull, downloads.Local], object]) -> None:

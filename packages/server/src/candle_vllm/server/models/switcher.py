@@ -82,7 +82,6 @@ class ModelSwitcher:
     """Loads and unloads the models of the slots.
 
     Args:
-        slots, load, limits, metrics: the models, their loader, the manager's limits, and the counters of loads.
         settled: called with a slot when its model is ready, or could not be loaded.
         died: called with a slot and its model when the model's engine dies.
     """

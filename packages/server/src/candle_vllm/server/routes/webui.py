@@ -53,12 +53,9 @@ def page_headers(cache_control: str, policy: Mapping[str, str] | None = None) ->
 
 @dataclass(frozen=True)
 class PageFile:
-    """A file in memory.
+    """A file in memory, with the result of `page_headers`.
 
-    Attributes:
-        name: path relative to the page's address; its extension decides the media type.
-        content: bytes of the file.
-        headers: result of `page_headers`.
+    `name` is its path relative to the page's address; the extension decides the media type.
     """
 
     name: str
