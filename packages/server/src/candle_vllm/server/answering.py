@@ -163,8 +163,6 @@ async def answer_with(
     """Answer a request that has one answer and no stream: embeddings, scores, token counts.
 
     Args:
-        request: its body has not been read.
-        parse: converts a body to a validated request.
         method: computes the answer with a model.
         queued: whether the request waits for its turn; False for work that the engine does not do.
     """

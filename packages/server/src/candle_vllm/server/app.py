@@ -89,13 +89,11 @@ def create_app(
     mailbox: Mailbox | None = None,
     mcp: McpService | None = None,
 ) -> FastAPI:
-    """Return the server as an ASGI application.
+    """Return the server as an ASGI application, which starts and closes `mailbox` and `mcp`.
 
     Args:
         served: a model manager, which the application closes at its end; or a loaded engine, which it does not close.
         settings: API keys, CORS, body limit, default sampling and others; only `serve` binds the address.
-        mailbox: stores answers for clients that ask for it; the application starts and closes it.
-        mcp: MCP servers whose tools are offered to models; the application starts and closes them.
     """
     settings = settings or Settings()
     app = FastAPI(
@@ -180,7 +178,6 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[Mapping[str, Any]]:
 
 
 def _batches(app: FastAPI, url: str, settings: Settings) -> Batches:
-    """Return the service for files and batches, which are stored in the database of the responses."""
     options = FileOptions(
         url, settings.files_max_mb << 20, settings.file_max_mb << 20, settings.responses_retention_days * 86400
     )

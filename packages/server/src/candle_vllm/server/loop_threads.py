@@ -22,10 +22,7 @@ T = TypeVar("T")
 async def in_thread(function: Callable[[], T], name: str, discard: Callable[[T], object] | None = None) -> T:
     """Run work in a daemon thread, so that the program can end before the work.
 
-    Args:
-        function: the work.
-        name: name of the thread.
-        discard: called with the result, in a thread, if nobody waits for it any more.
+    `discard` is called with the result, in a thread, if nobody waits for it any more.
     """
     loop = asyncio.get_running_loop()
     result: asyncio.Future[T] = loop.create_future()
@@ -46,8 +43,7 @@ async def in_thread(function: Callable[[], T], name: str, discard: Callable[[T],
 def run_stoppable(runner: asyncio.Runner, function: Callable[[], T], name: str, discard: Callable[[T], object]) -> T:
     """Run work that reports its progress in a thread, and wait for it in `runner`; other arguments as in `in_thread`.
 
-    Raises:
-        KeyboardInterrupt: Ctrl+C was pressed; the work, which ends at its next report, was waited for (`_STOPPING`).
+    Raises KeyboardInterrupt on Ctrl+C, after waiting for the work, which ends at its next report (`_STOPPING`).
     """
     stopped, ended = threading.Event(), threading.Event()
 

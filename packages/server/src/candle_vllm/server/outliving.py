@@ -48,13 +48,10 @@ class StoredForm:
 
 @dataclass(frozen=True)
 class Wish:
-    """The mailbox headers of one request, as a policy for its answer.
+    """The mailbox headers of one request, as a policy for its answer, which `owner` may fetch.
 
-    Attributes:
-        policy: when the answer is stored, and when it is pushed to a webhook.
-        owner: who may fetch the answer.
-        request_id: id of the answer, without the prefix.
-        usage_hidden: whether the client's stream has no token counts; the stored answer has them.
+    `request_id` has no prefix. `usage_hidden` is whether the client's stream has no token counts; the stored answer has
+    them.
     """
 
     policy: DeliveryPolicy
@@ -74,8 +71,7 @@ class MailboxWriter:
     def wish(self, scope: Scope, wire: Any) -> tuple[Wish | None, Any]:
         """Return what a request asks of the mailbox, and the request changed accordingly: streamed, with token counts.
 
-        Raises:
-            HttpError: 400; the message names the header.
+        HttpError 400, which names the header, if one is invalid.
         """
         policy = read_policy(scope["headers"], self._mailbox.options)
         if policy is None:
@@ -93,9 +89,7 @@ class MailboxWriter:
         """Begin to read an answer; the client may read or close the returned object.
 
         Args:
-            wish: what the request asked for.
             chunks: chunks of the answer; the last one has its usage.
-            form: how the answer is stored.
             turn: released when the model generates nothing more.
             deadline: `time.monotonic()` at which reading ends.
         """

@@ -33,13 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 class Reloader:
-    """Reads the settings files of one server again.
-
-    Args:
-        configuration: the configuration at the server's start.
-        manager: manager of its models.
-        keys: its API keys.
-    """
+    """Reads the settings files of one server again; `configuration` is the one at the server's start."""
 
     def __init__(self, configuration: Configuration, manager: ModelManager, keys: Keyring) -> None:
         self._configuration = configuration
@@ -67,8 +61,7 @@ class Reloader:
     async def reload_models(self) -> Changes:
         """Read models.yaml again and serve its models; models that were added at run time stay.
 
-        Raises:
-            UsageError: the file is invalid or missing; nothing has changed.
+        UsageError if the file is invalid or missing; then nothing has changed.
         """
         async with self._lock:
             old = self._configuration
@@ -90,8 +83,7 @@ class Reloader:
     async def add(self, section: Mapping[str, Any]) -> ModelSlot:
         """Serve one more model until the server ends; `section` has the form of an entry of `models` in models.yaml.
 
-        Raises:
-            UsageError: the entry is invalid, another model has its name, or this server accepts no new models.
+        UsageError if the entry is invalid, another model has its name, or this server accepts no new models.
         """
         async with self._lock:
             remarks: list[str] = []
@@ -105,9 +97,7 @@ class Reloader:
     async def remove(self, name: str) -> Changes:
         """Stop serving a model, after its running requests.
 
-        Raises:
-            ModelNotServedError: no model has this name.
-            UsageError: it is the default or the active model.
+        ModelNotServedError if no model has this name; UsageError for the default or the active model.
         """
         async with self._lock:
             entry = self._manager.find(name, exact=True).entry

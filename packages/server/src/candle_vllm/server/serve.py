@@ -72,12 +72,8 @@ WARM_UP_AFTER, WARM_UP_BY = 0.5, 30.0  # seconds: pause before each check that n
 def serve(configuration: Configuration, load: Load | None = None) -> int:
     """Serve until a signal; return 0 after a drain. A node other than the first runs its ranks of the model instead.
 
-    Args:
-        configuration: what to serve, and where.
-        load: loads a model; None uses a `ModelLoader`.
-
-    Raises:
-        CandleVllmError: a setting is wrong, the address cannot be bound, or a store or the first model does not open.
+    `load` loads a model; None uses a `ModelLoader`. Raises CandleVllmError if a setting is wrong, the address cannot be
+    bound, or a store or the first model does not open.
     """
     settings = configuration.settings
     if settings.node_rank:
@@ -166,8 +162,7 @@ def open_manager(
 ) -> tuple[ModelManager, Observation]:
     """Return the manager of the catalogue's models, and its observers, which the caller closes; `load` as in `serve`.
 
-    Raises:
-        ConfigError: a source of adapters or images is invalid, or OpenTelemetry is not installed.
+    ConfigError if a source of adapters or images is invalid, or OpenTelemetry is not installed.
     """
     observation = Observation(settings)
     count = observation.metrics.count
@@ -352,7 +347,6 @@ def _remove_socket(address: Address) -> None:
 
 
 def _bound(address: Address, listener: socket.socket) -> Address:
-    """Return the address, with the port that the operating system chose."""
     if address.unix_path is not None:
         return address
     return dataclasses.replace(address, port=listener.getsockname()[1])

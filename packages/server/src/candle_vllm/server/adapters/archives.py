@@ -141,10 +141,7 @@ def _http(url: str, budget: sources.Budget, most: int) -> Iterator[bytes]:
 
 
 def unpack(archive: Path, folder: Path, budget: sources.Budget) -> str | None:
-    """Unpack the adapter of a tar archive, plain or compressed with gzip, into an empty folder.
-
-    Returns:
-        The base model that the adapter's configuration names.
+    """Unpack the adapter of a tar archive, plain or compressed with gzip, into an empty folder; return its base model.
 
     Raises:
         Refused: the archive is unreadable, exceeds a limit, or has a forbidden member, no adapter or several.

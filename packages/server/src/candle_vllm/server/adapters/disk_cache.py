@@ -47,9 +47,8 @@ class Key(NamedTuple):
 class Entry(msgspec.Struct, frozen=True, kw_only=True):
     """Metadata of a cached adapter; `size` is the number of bytes of its files.
 
-    Attributes:
-        asked: the revision in the request that fetched it; "" without a revision.
-        base: the base model that its configuration names.
+    `asked` is the revision in the request that fetched it, "" without one; `base` is the base model that its
+    configuration names.
     """
 
     key: Key
@@ -90,11 +89,8 @@ class DiskCache:
     def put(self, key: Key, asked: str, fill: Callable[[Path, Room], str | None]) -> Path:
         """Let `fill` write an adapter to a new folder; evict other adapters if there is too little space.
 
-        Args:
-            key: key of the adapter.
-            asked: the revision in the request.
-            fill: writes the adapter's files to an empty folder, reports every byte to the `Room`, and returns the base
-                model that the configuration names. If it raises, nothing is stored.
+        `fill` writes the files to an empty folder, reports every byte to the `Room`, and returns the base model that
+        the configuration names. If it raises, nothing is stored.
 
         Raises:
             Refused: the adapter is larger than the cache.
@@ -192,7 +188,6 @@ class DiskCache:
         return total
 
     def _entries(self) -> Iterator[tuple[float, Path, Entry]]:
-        """Yield for each adapter the time of its last use, its folder and its metadata."""
         with contextlib.suppress(OSError):
             for place in list(self._folder.iterdir()):
                 if place.name.startswith(".") or (entry := _read(place)) is None:
@@ -207,7 +202,6 @@ def _mark_used(place: Path) -> None:
 
 
 def _read(place: Path) -> Entry | None:
-    """Return the metadata of a complete adapter."""
     if not (place / _FILES).is_dir():
         return None
     try:

@@ -112,7 +112,6 @@ class FetchedSource:
         return True
 
     def _label(self, name: AdapterName) -> str:
-        """Return the origin of the adapter, as clients see it."""
         return name.name
 
     def _is(self, kept: str, label: str) -> bool:

@@ -30,14 +30,11 @@ _MAX_HISTORY = 2000  # maximum number of commits among which a requested one is 
 
 
 class HubSource(FetchedSource):
-    """Repositories of Hugging Face whose names match a pattern; an adapter's name is `org/repo`, or a folder in one.
+    """Repositories of Hugging Face whose names match a pattern, `org/*` or `org/repo`, where `*` matches any text.
 
-    Anyone can open a pull request on a repository, and the hub serves its commits under the repository's name. If the
-    pattern restricts the owners, only commits of the repository's branches and tags are accepted.
-
-    Args:
-        pattern: `org/*` or `org/repo`; `*` matches any text.
-        settings: the Hugging Face token, and whether the server is offline.
+    An adapter's name is `org/repo`, or a folder in one. Anyone can open a pull request on a repository, and the hub
+    serves its commits under the repository's name. If the pattern restricts the owners, only commits of the
+    repository's branches and tags are accepted.
     """
 
     kind = "hf"

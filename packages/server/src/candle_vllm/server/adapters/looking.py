@@ -62,11 +62,9 @@ class _Place:
 
 
 class Lookout:
-    """The sources of one server in order of precedence. Not thread-safe: belongs to one event loop.
+    """The sources of one server, searched in their order. Not thread-safe: belongs to one event loop.
 
-    Args:
-        sources: sources that are searched in this order.
-        looked: called with the source's kind and the outcome after each lookup in a source.
+    `looked` is called with the source's kind and the outcome after each lookup in a source.
     """
 
     def __init__(self, sources: Sequence[Source], looked: Callable[[str, str], object]) -> None:
@@ -81,8 +79,7 @@ class Lookout:
     async def find(self, read: AdapterName) -> tuple[Source, Found] | None:
         """Return the adapter and the first source that has it; a cancelled caller does not cancel the shared search.
 
-        Raises:
-            HttpError: 400 if the adapter is refused; 503 if a source is unavailable or has too many lookups.
+        Raises HttpError 400 if the adapter is refused, and 503 if a source is unavailable or has too many lookups.
         """
         look = self._looks.get(read)
         if look is None:

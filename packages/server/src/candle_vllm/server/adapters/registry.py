@@ -39,9 +39,7 @@ class Adapter:
     """An adapter in the registry.
 
     Attributes:
-        name: the name that requests use.
         base: name of the catalogue entry of its base model.
-        path: its folder or GGUF file.
         root: its origin, as clients see it.
         revision: a commit, a checksum or a version; None without a revision.
         number: its id in llama.cpp's API; None for adapters that are not in the operator's settings.
@@ -89,10 +87,7 @@ class Adapter:
 class Adapters:
     """Registry of adapters; belongs to one event loop. The model manager calls `adopt` before any other method.
 
-    Args:
-        sources: sources in which unknown names are looked up, in order.
-        cache: disk cache of the sources; None if no source fetches anything.
-        looked: called after each lookup with the kind of the source and the outcome.
+    `sources` and `looked` are as in `Lookout`; `cache` is None if no source fetches anything.
     """
 
     def __init__(
@@ -322,10 +317,8 @@ class Adapters:
     def adopt(self, catalogue: Catalogue) -> None:
         """Register the adapters in the models' settings; drop adapters of models that the catalogue no longer has.
 
-        A model with unchanged settings keeps its adapters with their files and scales.
-
-        Raises:
-            UsageError: an adapter or its name is invalid, or there are sources and no model with --enable-lora.
+        A model with unchanged settings keeps its adapters with their files and scales. Raises UsageError if an adapter
+        or its name is invalid, or there are sources and no model with --enable-lora.
         """
         if self._lookout.sources and not any(entry.settings.enable_lora for entry in catalogue.entries):
             raise UsageError("--lora-resolver needs a model with --enable-lora, and there is none")

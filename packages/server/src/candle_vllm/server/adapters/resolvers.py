@@ -31,13 +31,10 @@ _PIECE = 1 << 20  # bytes of a file in a bucket that are read at once
 
 
 def open_adapters(settings: AdapterOptions, access: AccessOptions, looked: Callable[[str, str], object]) -> Adapters:
-    """Build the adapter registry of a server with the sources in its settings.
+    """Build the adapter registry of a server with the sources in its settings; `looked` is as in `Lookout`.
 
-    `access` says who may call the server. `looked` is called after each lookup with the kind of the source and the
-    outcome.
-
-    Raises:
-        UsageError: a source is invalid, or unauthenticated clients could make the server fetch any repository.
+    `access` says who may call the server. Raises UsageError if a source is invalid, or unauthenticated clients could
+    make the server fetch any repository.
     """
     if not settings.lora_resolver:
         return Adapters()

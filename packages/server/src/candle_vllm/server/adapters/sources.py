@@ -143,13 +143,9 @@ class Budget:
 
 
 class Found(NamedTuple):
-    """An adapter that is on this machine.
+    """An adapter that is on this machine: its folder or GGUF file, and its origin, as clients see it.
 
-    Attributes:
-        path: its folder, or its GGUF file.
-        root: its origin, as clients see it.
-        revision: commit, checksum or version of the files; None without a revision.
-        base: the base model that its configuration names.
+    `revision` is a commit, checksum or version; `base` is the base model that the adapter's configuration names.
     """
 
     path: Path
@@ -163,11 +159,9 @@ Fetch = Callable[[], Found]
 
 
 class Source(Protocol):
-    """A place from which adapters are loaded.
+    """A place from which adapters are loaded, of the `kind` local, hf, s3 or tar.
 
-    Attributes:
-        kind: local, hf, s3 or tar.
-        pins: whether the revision in `Found` finds the same adapter again later.
+    `pins` is whether the revision in `Found` finds the same adapter again later.
     """
 
     kind: str
@@ -178,11 +172,9 @@ class Source(Protocol):
 
         Raises `Refused` if this server refuses the adapter, and `Unavailable` if the source cannot deliver it now.
         """
-        ...
 
     def names(self) -> Sequence[str]:
         """Names of adapters that the source knows without a network request."""
-        ...
 
 
 def check_config(text: bytes, limits: Limits) -> str | None:

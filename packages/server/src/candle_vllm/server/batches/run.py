@@ -38,7 +38,6 @@ class BatchRun:
     """The work on one batch.
 
     Args:
-        store: store of the batch.
         held: the batch, whose lease this server has.
         longest: maximum bytes of a line.
         pause: seconds between renewals of the lease, and between checks whether the batch was cancelled.
@@ -46,7 +45,6 @@ class BatchRun:
 
     Attributes:
         cancelled: set when somebody cancels the batch.
-        task: the task that does the work.
         lost: whether another server has taken over the batch.
     """
 
@@ -72,7 +70,6 @@ class BatchRun:
         """Check the input, answer its lines and create the files of results.
 
         Args:
-            application: answers the lines.
             caller: who created the batch; None if this caller has no valid key any more.
             places: context manager that waits for a free slot for a line, and occupies it.
             width: maximum number of lines in progress at a time.
@@ -200,7 +197,6 @@ class BatchRun:
     # ---- the answers -------------------------------------------------------------------------------------------------
 
     async def _answer(self, application: Application, caller: Caller, places: Places, width: int) -> None:
-        """Answer the lines that have no result yet."""
         owner, record = self.held.owner, self.record
         done = await self._patiently(partial(self._store.gather, owner, record.output_id))
         wrong = await self._patiently(partial(self._store.gather, owner, record.error_id))
@@ -212,7 +208,6 @@ class BatchRun:
         stopped: tuple[str, str] | None = None
 
         async def take(timeout: float | None) -> None:
-            """Collect the results that are ready, and write them from time to time."""
             nonlocal flushed
             ready, _ = await asyncio.wait(working, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
             self._unwritten += [(working.pop(task), task.result()) for task in ready]

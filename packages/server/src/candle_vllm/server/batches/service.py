@@ -42,15 +42,10 @@ class Batches:
     """The batches of one application.
 
     Args:
-        options: options of the store.
         callers: returns the callers of all valid API keys; only `NOBODY` if clients need no key.
         longest: maximum bytes of a line.
         places: returns a model's maximum number of running sequences, half of which lines of batches may use; 0 while
             no model can answer.
-        app: answers the lines.
-
-    Attributes:
-        store: store of files and batches.
     """
 
     def __init__(
@@ -191,7 +186,6 @@ class Batches:
         run.task = asyncio.create_task(self._work(run))
 
     async def _work(self, run: BatchRun) -> None:
-        """Work on one batch until it has ended, or until this server stops."""
         again = False
         try:
             backend = await self.store.backend()

@@ -47,9 +47,7 @@ class FileOptions:
     Attributes:
         url: URL of the store, as in `StoreOptions`.
         max_bytes: maximum bytes of all files; beyond it, the least recently used ones are dropped (see `Bounds`).
-        max_file_bytes: maximum bytes of one file.
         retention_seconds: how long ended batches are stored, and files at most.
-        max_entries: maximum number of files and batches.
     """
 
     url: str
@@ -62,9 +60,7 @@ class FileOptions:
 class BatchStore:
     """The store of files and batches; raises the errors of `SqlBackend`. A store in memory is opened on first use.
 
-    Args:
-        options: options of the store.
-        several: returns whether the server has several keys; if so, each may use half of the store.
+    `several` returns whether the server has several keys; if so, each may use half of the store.
     """
 
     def __init__(self, options: FileOptions, several: Callable[[], bool] = lambda: False) -> None:
@@ -109,7 +105,6 @@ class BatchStore:
         """Store a file; StoreLimitError if it is too large for the store. `pieces` enforce `max_file_bytes`.
 
         Args:
-            owner, name, purpose: owner, file name and purpose of the file.
             pieces: content, in chunks of at most `PIECE` bytes.
             seconds: how long the file is stored; None, or more than the operator allows, means `retention_seconds`.
         """

@@ -29,10 +29,8 @@ class AnswerClient(asyncio.Protocol):
     Attributes:
         sent: `time.monotonic()` when the request was sent; 0 before.
         done: future of the seconds from `sent` to the end of the response; NaN if the request failed, or after `leave`.
-        failure: reason of the failure, or None.
         text: deltas of the generated text, including reasoning and arguments of calls; filled by `EventClient`.
         times: seconds from `sent` to the arrival of each delta in `text`.
-        usage: usage of the response, if the server reports it.
     """
 
     def __init__(self, request: bytes) -> None:
@@ -106,7 +104,6 @@ class AnswerClient(asyncio.Protocol):
         return b""
 
     def _chunks(self, data: bytes, now: float) -> bytes:
-        """Read complete chunks, and return the incomplete rest."""
         at = 0
         while True:
             line = data.find(b"\r\n", at)
@@ -237,15 +234,10 @@ def _content(choice: Mapping[str, Any]) -> str:
 
 
 class Target:
-    """A server, by its base URL; UsageError if the URL is invalid.
+    """A server; UsageError if `base_url` is not `http://` or `https://` with a host, and perhaps user, port and prefix.
 
-    Args:
-        base_url: `http://` or `https://` with a host, and perhaps a user, a port and a path prefix.
-        headers: headers of every request.
-        insecure: whether certificates are not verified.
-
-    Attributes:
-        tls: TLS context with this machine's certificate authorities; None without HTTPS.
+    `insecure` turns the verification of certificates off. `tls` is the TLS context with this machine's certificate
+    authorities; None without HTTPS.
     """
 
     def __init__(self, base_url: str, headers: Mapping[str, str] | None = None, insecure: bool = False) -> None:

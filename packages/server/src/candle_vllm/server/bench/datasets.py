@@ -40,23 +40,18 @@ class Words(Protocol):
 
     def draw(self, count: int, chance: random.Random) -> list[int]:
         """Sample `count` random tokens."""
-        ...
 
     def encode(self, text: str) -> list[int]:
         """Tokenize a text, without a beginning-of-sequence token."""
-        ...
 
     def decode(self, ids: Sequence[int]) -> str: ...
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A request of a data set.
+    """A request of a data set; its prompt's length in tokens has no special tokens.
 
-    Attributes:
-        prompt: text of the prompt.
-        prompt_len: length of the prompt in tokens, without special tokens.
-        output_len: maximum length of the answer in tokens; None if neither the user nor the data set limits it.
+    `output_len` limits the answer; None if neither the user nor the data set does.
     """
 
     prompt: str
@@ -69,12 +64,9 @@ class DataOptions:
     """The options by which a command chooses its requests.
 
     Attributes:
-        dataset_name, dataset_path: name and file of the data set.
-        num_prompts: number of requests.
         input_len, output_len: lengths in tokens; None means those of the data set. Files ignore `input_len`.
         random_prefix_len: number of tokens that all random prompts share at the start.
         random_range_ratio: random lengths are between (1 - ratio) and (1 + ratio) times `input_len` and `output_len`.
-        seed: the same seed gives the same requests.
     """
 
     dataset_name: str = "random"

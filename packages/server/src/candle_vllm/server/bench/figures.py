@@ -11,6 +11,7 @@ Failed requests are only counted: tokens, rates and latencies are those of succe
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -35,10 +36,8 @@ class Seen:
 
     Attributes:
         start: time at which it was sent, relative to the start of the run.
-        input_len, output_len: lengths in tokens.
         latency: time from sending to the end of the answer; 0 if the request failed.
         times: times from sending to each event with content.
-        text: the generated text.
         error: reason of the failure; empty if it succeeded.
     """
 
@@ -75,20 +74,16 @@ def summary(
     *,
     streamed: bool = True,
 ) -> dict[str, Any]:
-    """Return the figures of a run.
+    """Return the figures of a run of `duration` seconds, with these percentiles of these `METRICS`.
 
-    Args:
-        seen: results of all requests.
-        duration: duration of the run in seconds.
-        metrics: the names in `METRICS` to report.
-        percentiles: the percentiles to report.
-        goals: upper limits in milliseconds for a good request, by names of `GOODPUT`; None omits goodput.
-        streamed: whether answers were streamed; if not, only e2el is reported.
+    `goals` are the upper limits in milliseconds for a good request, by names of `GOODPUT`; None omits goodput. If
+    answers were not `streamed`, only e2el is reported.
     """
     good = [each for each in seen if not each.error]
     output = sum(each.output_len for each in good)
     prompt = sum(each.input_len for each in good)
     duration = max(duration, 1e-9)
+    edges = sorted([(each.start, 1) for each in good] + [(each.start + each.latency, -1) for each in good])
     result: dict[str, Any] = {
         "duration": duration,
         "completed": len(good),
@@ -99,7 +94,7 @@ def summary(
         "request_goodput": None if goals is None else sum(_within(each, goals) for each in good) / duration,
         "output_throughput": output / duration,
         "total_token_throughput": (prompt + output) / duration,
-        "max_concurrent_requests": _most_at_once(good),
+        "max_concurrent_requests": max(itertools.accumulate(change for _, change in edges), default=0),
     }
     values: dict[str, list[float]] = {"e2el": [each.latency for each in good]}
     if streamed:
@@ -108,9 +103,12 @@ def summary(
             "tpot": [each.tpot for each in good if each.tpot is not None],
             "itl": [gap for each in good for gap in each.itls],
         }
+    ways: dict[str, Callable[[Any], Any]] = {"mean": np.mean, "median": np.median, "std": np.std}
+    ways |= {f"p{each:g}": partial(np.percentile, q=each) for each in percentiles}
     for name in metrics:
-        if name in values:
-            result |= _latencies(name, np.asarray(values[name]) * 1e3, percentiles)
+        if name in values:  # it may be empty, as for the tpot of answers with one token
+            found = np.asarray(values[name]) * 1e3
+            result |= {f"{way}_{name}_ms": float(of(found)) if len(found) else None for way, of in ways.items()}
     return result
 
 
@@ -127,25 +125,9 @@ def detail(seen: Sequence[Seen]) -> dict[str, Any]:
     }
 
 
-def _latencies(name: str, milliseconds: Any, percentiles: Sequence[float]) -> dict[str, float | None]:
-    """Return the statistics of one metric; each is None without values, as for the tpot of answers with one token."""
-    ways: dict[str, Callable[[Any], Any]] = {"mean": np.mean, "median": np.median, "std": np.std}
-    ways |= {f"p{each:g}": partial(np.percentile, q=each) for each in percentiles}
-    return {f"{way}_{name}_ms": float(of(milliseconds)) if len(milliseconds) else None for way, of in ways.items()}
-
-
 def _within(each: Seen, goals: Mapping[str, float]) -> bool:
     known = {"ttft": each.ttft, "tpot": each.tpot or 0.0, "e2el": each.latency}
     return all(1e3 * known[name] <= most for name, most in goals.items())
-
-
-def _most_at_once(good: Sequence[Seen]) -> int:
-    edges = sorted([(each.start, 1) for each in good] + [(each.start + each.latency, -1) for each in good])
-    most = now = 0
-    for _, change in edges:
-        now += change
-        most = max(most, now)
-    return most
 
 
 def table(result: Mapping[str, Any]) -> str:

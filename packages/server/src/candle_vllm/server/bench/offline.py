@@ -107,7 +107,11 @@ def bench_latency(
             began = time.perf_counter()
             outputs = engine.generate(prompts, params, use_tqdm=False)
             latencies.append(time.perf_counter() - began)
-            _check(outputs, output_len)
+            lengths = {len(answer.token_ids) for output in outputs for answer in output.outputs}
+            if lengths != {output_len}:
+                raise CandleVllmError(
+                    f"the engine stopped after {min(lengths)} of {output_len} tokens: nothing to compare"
+                )
     percentiles = {str(each): float(np.percentile(latencies, each)) for each in PERCENTILES}
     average = float(np.mean(latencies))
     sys.stdout.write(f"Avg latency: {average} seconds\n")
@@ -172,7 +176,6 @@ class _Total:
     right: int = 0
 
     def add(self, output: GenerationOutput) -> tuple[int, ...]:
-        """Add one answer, and return its tokens."""
         times = output.metrics
         assert times is not None
         if times.first_token_time is not None and times.finished_time is not None:
@@ -240,12 +243,6 @@ def _params(output_len: int, n: int) -> SamplingParams:
 def _queue(sequences: int) -> int:
     """Return a queue limit that admits all sequences at once."""
     return max(sequences, EngineConfig.max_queued_requests)
-
-
-def _check(outputs: Sequence[GenerationOutput], output_len: int) -> None:
-    lengths = {len(answer.token_ids) for output in outputs for answer in output.outputs}
-    if lengths != {output_len}:
-        raise CandleVllmError(f"the engine stopped after {min(lengths)} of {output_len} tokens: nothing to compare")
 
 
 def _save(path: Path | None, result: Mapping[str, Any]) -> None:

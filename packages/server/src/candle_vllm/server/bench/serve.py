@@ -183,7 +183,11 @@ def bench_serve(
         most = "" if max_concurrency is None else f"-concurrency{max_concurrency}"
         file = result_filename or f"{backend}-{paced}{most}-{name.split('/')[-1]}-{now}.json"
         figures = {**about, **result, **(detail(seen) if save_detailed else {})}
-        _save((result_dir or Path()) / file, figures, append_result)
+        path = (result_dir or Path()) / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a" if append_result else "w", encoding="utf-8") as stream:
+            stream.write(json.dumps(figures) + "\n")
+        sys.stderr.write(f"bench serve: saved as {path}\n")
     return 0 if result["completed"] else 1
 
 
@@ -300,10 +304,3 @@ def _first_model(http: httpx.Client) -> str:
         if isinstance(error, httpx.TransportError):
             text = f"{where} was not reached ({error}): start the server, or name it with --base-url"
         raise CandleVllmError(text) from None
-
-
-def _save(path: Path, result: Mapping[str, Any], append: bool) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a" if append else "w", encoding="utf-8") as file:
-        file.write(json.dumps(result) + "\n")
-    sys.stderr.write(f"bench serve: saved as {path}\n")

@@ -94,11 +94,8 @@ class _Saved(msgspec.Struct, forbid_unknown_fields=True):
 class Chat:
     """A conversation, and the model that answers in it. `failed` is True after a line of the input has failed.
 
-    Args:
-        settings: settings of the model and of sampling.
-        system: system message of every conversation; None or empty for no message.
-        max_tokens: maximum number of tokens of an answer.
-        listed: settings of the models that /model knows, by name.
+    `system` is the system message of every conversation, `max_tokens` limits each answer, and `listed` has the settings
+    of the models that /model knows, by name.
     """
 
     def __init__(self, settings: AdapterOptions, system: str | None, max_tokens: int | None, listed: Listed) -> None:
@@ -457,7 +454,6 @@ class Chat:
 
 
 def _text_of(content: Any) -> str:
-    """Return the text of a message for display, with a placeholder for each image."""
     if isinstance(content, str):
         return content
     return " ".join(part["text"] if part.get("type") == "text" else "(image)" for part in content)

@@ -48,11 +48,9 @@ DEFAULT = "default"
 
 
 class Effective(NamedTuple):
-    """The effective value of one setting.
+    """The effective value of one setting in JSON types; secrets are hidden.
 
-    Attributes:
-        value: value in JSON types; secrets are hidden.
-        source: the source of a set value; for an unset one, "default" or a text that explains the value.
+    `source` is the source of a set value; for an unset one, "default" or a text that explains the value.
     """
 
     value: Any
@@ -62,8 +60,7 @@ class Effective(NamedTuple):
 def config(configuration: Configuration, *, as_json: bool = False) -> int:
     """Print the server's settings with those of its default model, the names of all models, and the mailbox.
 
-    Raises:
-        CandleVllmError: an error of `serve` that needs neither the weights nor the network to be found.
+    Raises CandleVllmError for every error of `serve` that needs neither the weights nor the network to be found.
     """
     check(configuration)
     if (reading := warn_of_missing(configuration.catalogue)) is not None:

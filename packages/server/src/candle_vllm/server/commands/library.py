@@ -191,7 +191,6 @@ def _say(text: str) -> None:
 
 
 def _table(head: Sequence[str] | None, rows: Iterable[Sequence[str]]) -> None:
-    """Print aligned columns, without control characters in names."""
     lines = [*([head] if head is not None else []), *rows]
     clean = [["".join(char for char in cell if char.isprintable()) for cell in line] for line in lines]
     widths = [max(len(line[place]) for line in clean) for place in range(len(clean[0]))] if clean else []

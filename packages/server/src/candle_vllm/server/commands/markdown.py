@@ -148,7 +148,6 @@ class MarkdownDisplay(Display):
             self._print(self._block, ended=False)
 
     def _print(self, source: str, *, ended: bool = True) -> None:
-        """Print a block above the live area."""
         torn = self._torn or not ended
         self._block = ""
         if source.strip():

@@ -52,10 +52,8 @@ def run_batch(
 ) -> int:
     """Answer every line of `input_file` in `output_file`, which is overwritten; return 0 even if lines failed.
 
-    Both are files or HTTP URLs; answers for a URL are first written to a file in `output_tmp_dir`.
-
-    Raises:
-        CandleVllmError, OSError: an argument is wrong, or a file, a URL or the model is not available.
+    Both are files or HTTP URLs; answers for a URL are first written to a file in `output_tmp_dir`. Raises
+    CandleVllmError or OSError if an argument is wrong, or a file, a URL or the model is not available.
     """
     if input_file is None or output_file is None:
         raise UsageError(f"{'-i' if input_file is None else '-o'} FILE is missing: run-batch -i IN.jsonl -o OUT.jsonl")

@@ -134,8 +134,6 @@ class WebhookOptions:
         retry_count: number of attempts after the first.
         retry_delay_ms: pause before the first retry (`wait_ms` in `webhook.py`).
         timeout_secs: time limit of one whole attempt.
-        auth: authentication of the operator's pushes.
-        headers: further headers of the operator's pushes.
         signing_secret: signs the operator's pushes in addition to `auth`.
     """
 
@@ -226,15 +224,10 @@ _FIELDS: Mapping[str, Kind] = {**_NUMBERS, "url": Text(2048), "on_disconnect": B
 
 
 def webhook_options(section: Any, variables: Mapping[str, str]) -> WebhookOptions:
-    """Read the `webhook` section of a settings file.
+    """Read the `webhook` section of a settings file, whose keys are the fields of `WebhookOptions`.
 
-    Args:
-        section: `{url, on_disconnect, on_complete, retry_count, retry_delay_ms, timeout_secs, auth, headers,
-            signing_secret}`, all optional; a null value sets nothing, in `auth` too.
-        variables: the environment, for `${NAME}` in a secret.
-
-    Raises:
-        UsageError: an unknown key, a wrong value, a missing secret, a variable that is not set.
+    All keys are optional; a null value sets nothing, in `auth` too. `variables` is the environment, for `${NAME}` in a
+    secret. UsageError for an unknown key, a wrong value, a missing secret or a variable that is not set.
     """
     section = given(section, "mailbox: webhook")
     known_keys(section, [each.name for each in fields(WebhookOptions)], "webhook")

@@ -37,13 +37,7 @@ logger = logging.getLogger(__name__)
 
 
 class Mailbox:
-    """Answers that outlive their clients; started, used and closed in one event loop.
-
-    Attributes:
-        options: the operator's options.
-        store: the store of the answers.
-        pushed: called when a push has ended: with True if it was delivered, with False if it was given up.
-    """
+    """Answers that outlive their clients; started, used and closed in one event loop. `pushed`: as in `Deliverer`."""
 
     def __init__(self, options: MailboxOptions) -> None:
         self.options = options

@@ -127,8 +127,6 @@ class StoredAnswer:
         push: whether a push is pending; `put` makes it due at once.
         url: URL for the push; None is the operator's webhook.
         bearer: token for `url`, or None.
-        attempts: number of failed attempts to push it.
-        delivery_id: id of the push, the same for every attempt.
         created: ms since 1970; set by the store.
     """
 

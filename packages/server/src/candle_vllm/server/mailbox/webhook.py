@@ -67,14 +67,9 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Message:
-    """A push.
+    """A push of a record to `target`; every attempt has the same `delivery_id`.
 
-    Attributes:
-        record: the record, with its answer.
-        delivery_id: id of the push, the same for every attempt.
-        target: URL to which it is sent.
-        bearer: a client's token for its own target.
-        headers: headers of a client that the operator allows.
+    `bearer` is a client's token for its own target, and `headers` are headers of a client that the operator allows.
     """
 
     record: Record
@@ -177,8 +172,7 @@ class Sender:
 class Deliverer:
     """Sends due pushes until it is closed.
 
-    Args:
-        pushed: called when a push has ended: with True if it was delivered, with False if it was given up.
+    `pushed` is called when a push has ended: with True if it was delivered, with False if it was given up.
     """
 
     def __init__(

@@ -90,7 +90,6 @@ class ExecutionState:
     """The state of a conversation, updated with each of its events.
 
     Args:
-        registry: has the server of each tool.
         reasons: whether the model may reason, so that reasoning tokens are counted.
         told: further counts that the usage contains.
 
@@ -172,13 +171,7 @@ class ExecutionState:
 
 
 class Execution:
-    """The events of one request's conversation; `aclose` ends its turn and its tools.
-
-    Args:
-        service: has the tools.
-        offer: the tools that the model is shown.
-        model: answers the turns.
-        wire: the validated request.
+    """The events of one request's conversation with the tools of `offer`; `aclose` ends its turn and its tools.
 
     Attributes:
         labels: the client's labels, which the answer repeats.

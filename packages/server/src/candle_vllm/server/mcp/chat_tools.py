@@ -38,13 +38,7 @@ logger = logging.getLogger(__name__)
 
 
 async def answer_with_tools(request: Request, service: McpService, api: GenerationApi) -> Response:
-    """Read and answer a chat request; every failure is an exception.
-
-    Args:
-        request: its body has not been read.
-        service: has the tools.
-        api: how chat requests are answered.
-    """
+    """Read and answer a chat request; every failure is an exception."""
     deadline = deadline_of(request)
     payload = await parsed(request, _payload)
     if payload.get("tools") is None and payload.get("tool_choice") != "none":
@@ -134,8 +128,7 @@ async def _checked(payload: Mapping[str, Any], *, many: bool = False) -> ChatCom
 def _fits(model: ServedModel, wire: ChatCompletionRequest, service: McpService) -> bool:
     """Whether the model gets the tools: if its answer may be a call, and its prompts show them or a call is required.
 
-    Raises:
-        InvalidParameterError: the request asks for a call, and the model's calls cannot be parsed.
+    InvalidParameterError if the request asks for a call, and the model's calls cannot be parsed.
     """
     if wire.tool_choice in (None, "auto") and wire.structured() is not None:
         return False

@@ -35,11 +35,7 @@ logger = logging.getLogger(__name__)
 
 
 class CountedRegistry(ToolRegistry):
-    """The tools of MCP servers, each as a `CountedTool`.
-
-    Args:
-        called: called when a call has ended.
-    """
+    """The tools of MCP servers, each as a `CountedTool`; `called` is called when a call has ended."""
 
     def __init__(self, called: Called) -> None:
         super().__init__()
@@ -79,11 +75,7 @@ class CountedTool:
 
 
 class Offer(NamedTuple):
-    """The tools that are added to a chat request without tools.
-
-    Attributes:
-        tools, names: the tools in OpenAI's form, within the limits of a request, and their names.
-    """
+    """The tools, in OpenAI's form, that are added to a chat request without tools, and their names."""
 
     tools: tuple[dict[str, Any], ...] = ()
     names: tuple[str, ...] = ()
@@ -92,17 +84,13 @@ class Offer(NamedTuple):
 class McpService:
     """The servers and their tools. It belongs to the event loop in which it is started.
 
-    Args:
-        options: servers and limits.
+    ConfigError if there are too many servers, or two with one name.
 
     Attributes:
         registry: the tools of all servers, by the names that models call.
         called: called when a call of a tool has ended, with the server's name and the status of the call.
         calls: number of running calls that clients made directly.
         warned: models of which the log says that they get no tools.
-
-    Raises:
-        ConfigError: there are too many servers, or two with one name.
     """
 
     def __init__(self, options: McpOptions) -> None:

@@ -42,14 +42,9 @@ class Place:
 
 
 class Queued(NamedTuple):
-    """A waiting request, as operators see it; without its content.
+    """A waiting request, as operators see it; without its content. The fields are as in `QueuedRequest`.
 
-    Attributes:
-        id: id of the HTTP request; empty outside an HTTP request.
-        key: label of its API key; "none" without a key.
-        sequences: number of its sequences; 1 while it waits for the model to be loaded.
-        priority: requests with a lower value run first.
-        arrival_time: `time.monotonic()` at which it arrived.
+    `id` is empty outside an HTTP request; `arrival_time` is the `time.monotonic()` at which it arrived.
     """
 
     id: str
@@ -126,10 +121,7 @@ class Admission:
     async def enter(self, key: str, sequences: int, priority: int = 0) -> Place:
         """Wait for a place. Cancelling the coroutine removes the request from the queue.
 
-        Args:
-            key: label of the request's API key.
-            sequences: number of its sequences, at least 1.
-            priority: requests with a lower value enter first.
+        `key` is the label of the request's API key; requests with a lower `priority` enter first.
 
         Raises HttpError 503 or 429, with Retry-After, if too many sequences are running or waiting, and RetiredError if
         the model is unloaded or its engine dies while the request waits.

@@ -68,12 +68,9 @@ class HubFile(msgspec.Struct, frozen=True):
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
-    """The files that a download of a model needs.
+    """The files that a download of a model needs; `commit` is the commit of the repository that has them.
 
-    Attributes:
-        weight_file: first part of the GGUF file; None for safetensors.
-        weight_bytes: size of the weights.
-        commit: commit of the repository that has these files.
+    `weight_file` is the first part of the GGUF file; None for safetensors.
     """
 
     named: Named
@@ -101,9 +98,8 @@ def full_name(repo: str, weight_file: str | None) -> str:
 def plan_pull(settings: HubOptions, name: str) -> Plan:
     """Ask the hub for the files of a model; download nothing.
 
-    Raises:
-        PullError: the name is invalid, the hub has no such model or file or refuses access, or it is not reached.
-        CandleVllmError: the model has no supported weights.
+    Raises PullError if the name is invalid, the hub has no such model or file or refuses access, or it is not reached;
+    and CandleVllmError if the model has no supported weights.
     """
     import huggingface_hub
     from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
@@ -182,13 +178,10 @@ def room_of(settings: ModelOptions, weight_bytes: int) -> Room:
 
 
 class Local(msgspec.Struct, frozen=True, kw_only=True):
-    """A model in the hub's cache.
+    """A model in the hub's cache, whose name is its repository, followed by a tag for a GGUF file.
 
-    Attributes:
-        name: its repository, followed by a tag for a GGUF file.
-        size: bytes of its weights.
-        modified: Unix time in seconds.
-        digest: SHA-256 of its first weight file; None if the cache does not have it.
+    `size` counts its weights, `modified` is Unix time in seconds, and `digest` is the SHA-256 of its first weight file;
+    None if the cache does not have it.
     """
 
     name: str
@@ -209,15 +202,10 @@ def downloaded(settings: HubOptions) -> list[Local]:
     return sorted((local for repo in _repos(settings) for local in _models_of(repo)), key=lambda local: local.name)
 
 
-def find_downloaded(settings: HubOptions, name: str) -> Local:
-    """Return the downloaded model of a name; ModelNotFoundError if no model matches, or several do."""
-    return find_among(downloaded(settings), name)
-
-
-def find_among(locals_: Sequence[Local], name: str) -> Local:
-    """As `find_downloaded`, in a list of downloaded models."""
+def find_downloaded(settings: HubOptions, name: str, among: Sequence[Local] | None = None) -> Local:
+    """Return the model of a name `among` all downloaded ones; ModelNotFoundError if no model matches, or several do."""
     named = read_name(name)
-    here = [local for local in locals_ if local.repo == named.repo]
+    here = [local for local in (downloaded(settings) if among is None else among) if local.repo == named.repo]
     names = [local.weight_file for local in here if local.weight_file is not None]
     whole = named.tag is None and len(names) < len(here)  # the name means the safetensors
     with suppress(ModelNotFoundError):

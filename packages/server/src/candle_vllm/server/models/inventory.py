@@ -9,7 +9,7 @@ import msgspec
 
 from candle_vllm.core.devices import choose_device
 from candle_vllm.core.errors import ModelNotFoundError
-from candle_vllm.server.models.downloads import MIB, downloaded, find_among, room_of
+from candle_vllm.server.models.downloads import MIB, downloaded, find_downloaded, room_of
 from candle_vllm.server.models.library import file_bytes
 from candle_vllm.server.models.loader import LEAST_CACHE, WORKSPACE, held_by
 from candle_vllm.server.models.manager import ModelManager
@@ -108,7 +108,7 @@ def take_stock(
 
     def removable(slot: ModelSlot) -> bool:
         try:
-            find_among(here, slot.entry.name)
+            find_downloaded(settings, slot.entry.name, here)
         except ModelNotFoundError:
             return False
         return slot.entry.name not in (manager.catalogue.default.name, manager.active)

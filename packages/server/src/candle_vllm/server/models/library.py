@@ -86,8 +86,7 @@ def template_and_formats(model: Described, settings: FormatOptions) -> tuple[Any
 def describe(settings: ModelOptions) -> Description:
     """Describe a model from its files; nothing is downloaded.
 
-    Raises:
-        CandleVllmError: the model is not on this machine, or it cannot be served.
+    CandleVllmError if the model is not on this machine, or it cannot be served.
     """
     from candle_vllm.core.assembly.encoder import is_encoder
     from candle_vllm.core.assembly.model import describe_model

@@ -44,11 +44,8 @@ BESIDE_CAPACITY = 8  # for every 8 of `max_num_seqs`, one more sequence may be i
 class ModelLoader:
     """Loads models for the manager.
 
-    Args:
-        metrics: metrics of the engines.
-        start_engine: creates an engine from its configuration; None selects one according to the settings.
-        adapters: LoRA adapters of the models.
-        images: allowed sources of images for all models; None uses each model's settings.
+    `start_engine` creates an engine from its configuration; None selects one according to the settings. `images` has
+    the allowed sources of images for all models; None uses each model's settings.
     """
 
     def __init__(
@@ -66,19 +63,12 @@ class ModelLoader:
     def check(self, entry: ModelEntry, beside: Sequence[ServedModel]) -> None:
         """Find or download the model's files, read their headers, and compare their size with the memory.
 
-        Raises:
-            ConfigError, ModelNotFoundError, ModelLoadError: the model cannot be served even without other models.
+        ConfigError, ModelNotFoundError or ModelLoadError if the model cannot be served even without other models.
         """
         if self._start_engine is None:
             check_model(entry.settings, beside)
 
     def __call__(self, entry: ModelEntry, beside: Sequence[ServedModel]) -> ServedModel:
-        """Load a model while others stay loaded.
-
-        Raises:
-            NoRoomError: it does not fit beside them.
-            ConfigError, ModelNotFoundError, ModelLoadError: it cannot be served with these settings.
-        """
         changes = room_beside(entry.settings, beside) if beside else {}
         config = engine_config(entry.settings, **changes)
         start = self._start_engine or (remote_engine if entry.settings.has_own_process else local_engine)

@@ -48,14 +48,10 @@ class ModelManager:
     """The models of a catalogue, some of them loaded. Not thread-safe: for one event loop.
 
     Args:
-        catalogue: the models.
         load: loads a model; None if the caller has loaded the models, which then stay loaded.
-        limits: limits and timeouts.
-        metrics: counts loads, waits and refusals.
         adapters: the registry of LoRA adapters; None allows only the adapters in the models' settings.
 
     Attributes:
-        catalogue: the models; `adopt` replaces it.
         active: name of the model for requests without a model name.
         rates: rate limits of the callers.
         switch_requested_at: Unix time in seconds of a pending change of `active`, or None.
@@ -95,15 +91,13 @@ class ModelManager:
     # ---- for requests ------------------------------------------------------------------------------------------------
 
     def find(self, name: str | None, *, exact: bool = False, caller: Caller = NOBODY) -> ModelSlot:
-        """Return the model of a request; for an adapter's name, its base model.
+        """Return the model of a request, by the name in it; for an adapter's name, its base model.
 
         Args:
-            name: the model name in the request, or None.
             exact: accept only a model's own names: no adapter, and no other name for a single model.
             caller: sender of the request; error messages do not list models that it may not use.
 
-        Raises:
-            ModelNotServedError: no model has this name.
+        Raises ModelNotServedError if no model has this name.
         """
         adapter = None if exact or name is None else self.adapters.find(name)
         if adapter is not None:
@@ -431,13 +425,10 @@ async def take_turn(scope: Scope, name: str | None, *, sequences: int = 1, prior
 
     Args:
         scope: ASGI scope of the request, whose body has been read.
-        name: the model name in the request.
-        sequences: number of the request's sequences.
         priority: requests with a lower value run first; unless the operator allows priorities, a negative one is 0.
 
-    Raises:
-        ModelNotServedError, HttpError, EngineDeadError, EngineSleepingError: as `ModelManager.reach`,
-            `ModelManager.acquire`, `RateLimits.admit` and `Admission.enter`.
+    Raises ModelNotServedError, HttpError, EngineDeadError and EngineSleepingError as `ModelManager.reach`,
+    `ModelManager.acquire`, `RateLimits.admit` and `Admission.enter`.
     """
     manager: ModelManager = scope["app"].state.manager
     caller = caller_of(scope)

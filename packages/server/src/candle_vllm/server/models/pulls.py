@@ -206,13 +206,10 @@ def failure_code(error: Exception) -> str:
 
 
 class Pull:
-    """A running, waiting or unsuccessful download of a model.
+    """A running, waiting or unsuccessful download of a model, which the request named as `asked`.
 
-    Attributes:
-        plan, asked: the files to download, and the name in the request.
-        room: needs of the model, and resources of this machine.
-        error: reason of the failure.
-        task, stopped, has_ended: the task that downloads, whether it was asked to stop, and whether it has ended.
+    `room` has the needs of the model and the resources of this machine. `stopped` is whether the task that downloads
+    was asked to stop, `has_ended` whether it has ended.
     """
 
     def __init__(self, plan: downloads.Plan, asked: str, room: downloads.Room) -> None:
@@ -267,9 +264,8 @@ class _Stopped(Exception):
 class Pulls:
     """The downloads of one server, which run one at a time. Not thread-safe: it belongs to one event loop.
 
-    Args:
-        settings: how models are downloaded, and the device for which `Room` compares sizes.
-        fetched: called with a successful download and its model.
+    `settings` say how models are downloaded, and name the device for which `Room` compares sizes. `fetched` is called
+    with a successful download and its model.
     """
 
     def __init__(self, settings: ModelOptions, fetched: Callable[[Pull, downloads.Local], object]) -> None:

@@ -40,8 +40,6 @@ class ServedModel:
 
     Attributes:
         entry: its entry in the catalogue; only the names may change while it is loaded.
-        watcher: updates the metrics of the engine.
-        adapter, messages, ollama: adapters for the APIs of OpenAI, Anthropic and Ollama.
         admission: admission control of the engine.
         memory: bytes of its weights, cache and sparse-attention indexer, for memory checks of other models.
     """
@@ -80,12 +78,9 @@ class ModelSlot:
         deaths: `time.monotonic()` of its engine's latest deaths, and of failed loads after them.
         dead: whether its engine died, and no other was loaded since.
         last_used, loaded_at: `time.monotonic()` of the last use, and Unix time in seconds of the load.
-        load_seconds: duration of the last load.
-        progress: current stage and progress of loading.
         awaited: whether the server's start waits for the model, and reports its failure itself.
         going: whether the model left the catalogue, so that it is unloaded when its last lease is released.
         resting: number of operators' requests that wait for it to finish its requests and sleep; new ones are refused.
-        timer: unloads the model after its idle time.
         described: description from the model's files, read at the first request for it.
         keep_seconds: idle time that the latest request set; None is the manager's `idle_seconds`.
     """

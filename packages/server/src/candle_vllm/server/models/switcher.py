@@ -40,11 +40,9 @@ class Load(Protocol):
 
     def check(self, entry: ModelEntry, beside: Sequence[ServedModel]) -> None:
         """Raise the errors that can be found before other models are unloaded for this one."""
-        ...
 
     def __call__(self, entry: ModelEntry, beside: Sequence[ServedModel]) -> ServedModel:
         """Load a model while others stay loaded; NoRoomError if it does not fit beside them."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -84,7 +82,6 @@ class ModelSwitcher:
     """Loads and unloads the models of the slots.
 
     Args:
-        slots, load, limits, metrics: the models, their loader, the manager's limits, and the counters of loads.
         settled: called with a slot when its model is ready, or could not be loaded.
         died: called with a slot and its model when the model's engine dies.
     """

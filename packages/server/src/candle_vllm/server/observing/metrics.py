@@ -52,13 +52,9 @@ class Outcome(enum.StrEnum):
 
 
 class Metrics:
-    """The counts of one application.
+    """The counts of one application, in a `registry` for `render`.
 
-    Args:
-        observers: called with every engine request that has ended, except refused ones; their exceptions are logged.
-
-    Attributes:
-        registry: the registry for `render`.
+    `observers` are called with every engine request that has ended, except refused ones; their exceptions are logged.
     """
 
     def __init__(self, observers: Sequence[Observer] = ()) -> None:

@@ -38,7 +38,6 @@ class ObservingMiddleware:
     """Adds request ids and `x-warning` to responses, logs and counts requests, and sets their `RequestContext`.
 
     Args:
-        metrics: metrics of the server.
         log: whether each request is logged; successful probes such as `/health` only at level DEBUG.
         unknown_fields: whether unknown fields cause a warning; otherwise they are refused.
     """

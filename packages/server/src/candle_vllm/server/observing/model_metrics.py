@@ -56,8 +56,7 @@ class ServedEngine(EngineLike, Protocol):
 class EngineWatcher:
     """Observes one loaded engine: counts its requests under its model's name, and exports its gauges until `close`.
 
-    Args:
-        queued: returns how many sequences wait before the engine; called when the gauges are read.
+    `queued` returns how many sequences wait before the engine; it is called when the gauges are read.
     """
 
     def __init__(self, engine: ServedEngine, model: ModelMetrics, queued: Callable[[], int] = lambda: 0) -> None:
@@ -88,9 +87,7 @@ class ModelMetrics:
     """The counts of one model.
 
     Args:
-        name: value of the label `model_name`.
         max_model_len: maximum tokens of a request; limits the buckets of token counts.
-        usage: table of token counts by key.
         refuse: called with the model and the reason when a request is refused.
         observers: called with every request that has ended, except refused ones, in the thread that calls `settle`.
     """

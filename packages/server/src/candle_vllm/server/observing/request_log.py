@@ -31,7 +31,6 @@ class RequestLog:
         self._log_prompts = log_prompts
 
     def __call__(self, request: RequestRecord) -> None:
-        """Log the record of one request."""
         if logger.isEnabledFor(logging.INFO):
             fields = request_fields(request)
             if self._log_prompts:

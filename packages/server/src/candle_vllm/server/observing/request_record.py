@@ -31,9 +31,8 @@ OTHER_KEYS = "other"
 class Counts(Protocol):
     """The counts of a model, to which a request is added.
 
-    Attributes:
-        gap_bounds: bounds of the histogram of times between outputs.
-        ended: the records that have ended; appended to without a lock.
+    `gap_bounds` are the bounds of the histogram of times between outputs. The records that have ended are appended to
+    `ended` without a lock.
     """
 
     name: str
@@ -51,11 +50,6 @@ class Counts(Protocol):
 class RequestRecord:
     """Observes one request for the metrics, the log and the traces. It ends once; ending it again has no effect.
 
-    Args:
-        counts: counts of its model.
-        info: the request as the engine got it.
-        context: the HTTP request, if there is one.
-
     Attributes:
         arrived, ended: `time.monotonic()` at which the server got the request and finished it; `ended` is 0 until then.
         first_token: time of its first token; None for an answer without tokens.
@@ -64,7 +58,6 @@ class RequestRecord:
         finish_reasons: how each sequence ended; empty until all have ended.
         times: the engine's times of an ended request: from the first sequence that begins to the last that ends.
         gaps: times between outputs of a sequence.
-        failure: the error message, or None.
     """
 
     counts: Counts

@@ -48,8 +48,6 @@ class ModelReading:
     """The metrics of one model at one moment, including its running requests.
 
     Attributes:
-        finished: sequences and pooled texts by finish reason.
-        histograms: histograms by name of the metric.
         engine_sums: sums of the counters of all its engines, including the current one.
         engine: the loaded engine; None while the model is not loaded.
         adapters: ended requests and their tokens, by LoRA adapter.
@@ -69,8 +67,6 @@ class Series:
     """One family of time series.
 
     Attributes:
-        kind: Prometheus's type.
-        help: what is counted or measured, and in which unit.
         buckets: upper bounds of a histogram, without the infinite one; empty for `token_buckets` or the engine's own.
         read: returns the samples of a model's series; None for metrics of the server.
         values: returns the values that a successful request adds to a histogram; None adds no value.

@@ -59,11 +59,8 @@ _LIMITS: Mapping[str, Any] = {name: {"$ref": "#/components/headers/RateLimit"} f
 class ApiDocument:
     """The OpenAPI 3.1 document of an application, generated at its first use.
 
-    Args:
-        routers: the routers that the application includes.
-        keys: whether clients need an API key.
-        management_keys: whether operators have separate keys.
-        prefix: the prefix of the paths that clients use; empty for none.
+    `keys` is whether clients need an API key, `management_keys` whether operators have separate keys; `prefix` begins
+    the paths that clients use, empty for none.
     """
 
     def __init__(self, routers: Sequence[APIRouter], *, keys: bool, management_keys: bool, prefix: str = "") -> None:

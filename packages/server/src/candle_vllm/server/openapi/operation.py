@@ -35,9 +35,8 @@ _T = TypeVar("_T")
 class Naming:
     """Names of one API's types in the document.
 
-    Attributes:
-        prefix: prefix of every type's name, if another API has classes with the same names.
-        out: suffix of the names of answers, if requests have classes with the same names.
+    `prefix` begins every type's name if another API has classes with the same names; `out` ends the names of answers if
+    requests have classes with the same names.
     """
 
     prefix: str = ""
@@ -282,14 +281,11 @@ class Access:
         ]
 
     def manages(self, method: str | None, path: str) -> bool:
-        """Whether only operators may send a request; a WebSocket has no method.
+        """Whether only operators may send a request to a path as the router matches it (`routed_path`).
 
-        Every method at the path of an operators' route is for operators, except methods of clients' routes at the same
-        path or, if the operators' route has path parameters, of any clients' route that matches. If both kinds of route
-        match path and method, only operators may send the request.
-
-        Args:
-            path: the path as the router matches it (`routed_path`).
+        A WebSocket has no method. Every method at the path of an operators' route is for operators, except methods of
+        clients' routes at the same path or, if the operators' route has path parameters, of any clients' route that
+        matches. If both kinds of route match path and method, only operators may send the request.
         """
         methods = {own for own, pattern in self._patterns if pattern.match(path)}
         plain = path.removesuffix("\n")  # `$` in the router's expressions also matches before a newline

@@ -198,10 +198,9 @@ async def _pieces(file: UploadFile) -> AsyncIterator[bytes]:
 async def _form(request: Request, limit: int, count: Callable[[int], None]) -> FormData:
     """Read the form of a request; a file that is not small is written to the disk.
 
-    Raises:
-        HttpError: 415 other content type; 400 invalid length; 413 too large; 408 too slow; or as `count` raises it.
-        ClientGone: the client disconnected before the end of the body.
-        InvalidBodyError: the body is not a form, or has too many files or fields.
+    HttpError for another content type (415), an invalid length (400), a form that is too large (413) or too slow (408),
+    or as `count` raises it; ClientGone if the client disconnects; InvalidBodyError if the body is not a form, or has
+    too many files or fields.
     """
     kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if kind != "multipart/form-data":

@@ -254,15 +254,11 @@ def response_servers(service: McpService | None, settings: ToolOptions, *, keys:
 
 
 class ConfiguredServers:
-    """Gives clients access to the operator's servers.
+    """Gives clients access to the operator's servers and allowed URLs; `keys` is whether clients need an API key.
 
     With API keys, a client may use all tools, because its request sets which calls need approval. Without keys, it may
-    use only the tools that mcp.json approves, and only with `--mcp-execute`.
-
-    Args:
-        servers: the operator's servers, and allowed URLs.
-        keys: whether clients need an API key.
-        approved: returns whether mcp.json approves a tool; None without `--mcp-execute`.
+    use only the tools that mcp.json approves, and only with `--mcp-execute`; `approved` returns whether it does, and is
+    None without that flag.
     """
 
     def __init__(self, servers: McpServers, *, keys: bool, approved: Callable[[ToolDefinition], bool] | None) -> None:

@@ -298,7 +298,6 @@ def _refused(failure: Exception) -> Exception:
 
 
 def _error_event(failure: Exception) -> bytes:
-    """Encode an error as the `error` message of this protocol."""
     failure = _refused(failure)
     if isinstance(failure, HttpError):
         status, error = failure.status, msgspec.json.decode(failure.body)["error"]

@@ -53,12 +53,9 @@ def page_headers(cache_control: str, policy: Mapping[str, str] | None = None) ->
 
 @dataclass(frozen=True)
 class PageFile:
-    """A file in memory.
+    """A file in memory, with the result of `page_headers`.
 
-    Attributes:
-        name: path relative to the page's address; its extension decides the media type.
-        content: bytes of the file.
-        headers: result of `page_headers`.
+    `name` is its path relative to the page's address; the extension decides the media type.
     """
 
     name: str
@@ -187,7 +184,6 @@ def web_ui_router() -> APIRouter:
 
     @router.get("/assets/{name}", include_in_schema=False)
     async def asset(request: Request, name: str) -> Response:
-        """A file whose name changes with its content."""
         found = bundle.get(f"assets/{name}")
         if found is None:
             raise HTTPException(404)

@@ -22,11 +22,9 @@ _KEYS = {"name": "name", "path": "path", "scale": "scale", "pinned": "pinned", "
 
 
 class AdapterSpec(NamedTuple):
-    """An adapter in the operator's settings.
+    """An adapter in the operator's settings; a pinned one stays in memory.
 
-    Attributes:
-        scale: scale of the adapter in requests that name no adapter; 0 means that it does not apply to them.
-        pinned: whether the adapter stays in memory.
+    `scale` is for requests that name no adapter; 0 means that the adapter does not apply to them.
     """
 
     name: str

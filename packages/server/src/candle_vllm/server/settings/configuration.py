@@ -68,18 +68,13 @@ def load_configuration(
     command_line: SettingsSource, environ: Mapping[str, str], *, folder: Path, home: Path, command: str = "serve",
     remote: bool = False
 ) -> Configuration:  # fmt: skip
-    """Merge all sources.
+    """Merge all sources; UsageError, which names the source, if one is invalid.
 
     Args:
-        command_line: values from the command line.
-        environ: environment of the process.
         folder: the working folder, which may contain `.env` and models.yaml.
         home: the home folder, which may contain `.candle-vllm/models.yaml`.
         command: the command; one that does not serve ignores errors in files that it does not need.
         remote: whether another server has the model, so that models.yaml does not apply.
-
-    Raises:
-        UsageError: a source is invalid; the message names it.
     """
     serving, remarks = COMMANDS[command].serves_models, list[str]()
     dotenv_path = folder / ".env"

@@ -278,16 +278,14 @@ def mailbox_options(
     given: Collection[str],
     home: Path,
 ) -> MailboxOptions | None:
-    """Return the options of the mailbox, or None without a mailbox.
+    """Return the options of the mailbox, or None without a mailbox; `section` is `mailbox` of models.yaml, or None.
 
     Args:
-        section: `mailbox` of models.yaml, or None.
         variables: values for `${NAME}` in secrets.
         given: names of the settings that are set explicitly.
         home: the home folder; the database of `--mailbox sqlite` is `MAILBOX_FILE` in it.
 
-    Raises:
-        UsageError: a value is invalid, or a setting needs a mailbox that is off.
+    Raises UsageError if a value is invalid, or a setting needs a mailbox that is off.
     """
     section = {} if section is None else section
     known_keys(section, _KEYS, "mailbox")

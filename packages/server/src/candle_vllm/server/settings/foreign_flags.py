@@ -174,8 +174,7 @@ Known = Mapping[str, list[str]]
 def translated(command: str, argv: Sequence[str], known: Known) -> tuple[list[str], list[str]]:
     """Return the arguments with foreign flags translated, and remarks on flags without effect.
 
-    Raises:
-        UsageError: a flag or its value has no translation; the message gives the reason.
+    UsageError, with the reason, if a flag or its value has no translation.
     """
     end = argv.index("--") if "--" in argv else len(argv)
     left, line, remarks = list(argv[:end]), list[str](), list[str]()
@@ -281,8 +280,7 @@ def hint(flag: str, known: Known, command: str) -> str:
 def lines_of(path: Path, known: Known) -> list[str]:
     """Convert a YAML file to flags, as vLLM's `--config` does: its keys are names of flags without the leading hyphens.
 
-    Raises:
-        UsageError: the file is unreadable or not a mapping, or a key or its value cannot be given there.
+    UsageError if the file is unreadable or not a mapping, or a key or its value cannot be given there.
     """
     line: list[str] = []
     for key, value in mapping(read_yaml(path), str(path)).items():

@@ -48,16 +48,13 @@ _LEVELS = {"off": "error", "critical": "error", "error": "error", "warning": "wa
 def deployment_source(
     environ: Mapping[str, str], stronger: Mapping[str, Any], command: str, *, keyed: bool
 ) -> SettingsSource:
-    """Read the settings from variables of other deployments.
+    """Read the settings from variables of other deployments; UsageError if one for this program has an invalid value.
 
     Args:
         environ: environment of the process. Empty variables are ignored, with a remark if they are for an API key.
         stronger: settings from sources with higher precedence.
         command: only servers read variables of servers; `ps` reads the ones that locate a server.
         keyed: whether another source sets an API key.
-
-    Raises:
-        UsageError: the value of a variable that is meant for this program is invalid.
     """
     takes, values = COMMANDS[command], dict[str, Any]()
     given_as: dict[str, str] = {}

@@ -68,8 +68,7 @@ class Named(NamedTuple):
 def read_name(name: str) -> Named:
     """Parse a name: `org/repo`, `org/repo:Q4_K_M`, either after `hf.co/`, the URL of a page, or a name in `KNOWN`.
 
-    Raises:
-        PullError: the name has another form, or is unknown.
+    PullError if the name has another form, or is unknown.
     """
     given = name.strip()
     for host in _HOSTS:

@@ -37,12 +37,9 @@ class ModelsFile:
     """A models.yaml: named models with their settings.
 
     Attributes:
-        models: the settings of each model, by name.
         default_model: the model for requests that name no model.
         globals: settings of the file that do not belong to one model.
         params: defaults for its models (`global_params`).
-        mailbox: the section on the mailbox, unparsed.
-        remarks: remarks on keys without effect.
     """
 
     path: Path
@@ -120,15 +117,9 @@ def model_entry(
 ) -> tuple[str, SettingsSource]:
     """Read one entry of `models`, and return the model's name and its settings.
 
-    Args:
-        entry: the entry.
-        where: its source for messages: a file or the request.
-        folder: base of relative paths.
-        remarks: receives remarks on keys without effect.
-        number: number of the entry, counted from 1.
-
-    Raises:
-        UsageError: the entry is invalid; the message names the key.
+    `where` is the source for messages, a file or the request; relative paths start from `folder`, and `number` counts
+    entries from 1. Remarks on keys without effect are added to `remarks`. UsageError, which names the key, if the entry
+    is invalid.
     """
     name = convert(Text(512), entry.get("name"), f"{where}{line_of(entry)}: name of model {number}")
     if name == "default":
@@ -167,7 +158,6 @@ def model_entry(
 
 
 def _adapters(entry: Mapping[str, Any], title: str, folder: Path) -> tuple[str, ...]:
-    """Convert a model's adapters to values of --lora-modules."""
     where = f"{title}{line_of(entry, 'adapters')}: adapters"
     found = entry["adapters"]
     if not isinstance(found, list):

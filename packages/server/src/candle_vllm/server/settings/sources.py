@@ -32,13 +32,10 @@ _KUBERNETES = re.compile(r"CANDLE_VLLM(_\w+)?_(SERVICE_(HOST|PORT)(_\w+)?|PORT(_
 
 @dataclass(frozen=True)
 class SettingsSource:
-    """Values from one source.
+    """Typed values from one source, by setting name; `title` is its name for messages.
 
-    Attributes:
-        title: name of the source, for messages.
-        values: typed values by setting name.
-        given_as: spelling of each setting in the source, for messages.
-        remarks: sentences about entries that have no effect, or a surprising one.
+    `given_as` has the spelling of each setting in the source, and `remarks` are sentences about entries that have no
+    effect, or a surprising one.
     """
 
     title: str
@@ -50,14 +47,11 @@ class SettingsSource:
 def environment_source(variables: Mapping[str, str], title: str, known: Container[str] | None = None) -> SettingsSource:
     """Read the `CANDLE_VLLM_*` variables; ignore other variables and `CANDLE_VLLM_TEST_*`.
 
-    Args:
-        variables: values by name.
-        title: name of the source, for messages.
-        known: settings that are used (None: all); errors in other settings and unknown variables become remarks.
+    `title` names the source in messages. `known` are the settings that are used (None: all); errors in other settings
+    and unknown variables become remarks.
 
-    Raises:
-        UsageError: a used setting's variable is invalid; a variable is a Kubernetes service link, or (without `known`)
-            unknown.
+    Raises UsageError if a used setting's variable is invalid, or a variable is a Kubernetes service link or (without
+    `known`) unknown.
     """
     options = {option.env: option for option in OPTIONS}
     values: dict[str, Any] = {}
@@ -161,8 +155,7 @@ def read_text(path: Path, called: str, encoding: str = "utf-8") -> str:
 def read_yaml(path: Path, *, secret: bool = False) -> Any:
     """Parse a YAML settings file, with its mappings as `Section`; if it is `secret`, no message repeats its content.
 
-    Raises:
-        UsageError: it is unreadable, not YAML or has a key twice; the message names the line if it is known.
+    UsageError, which names the line if it is known, if it is unreadable, not YAML or has a key twice.
     """
     import yaml
 
