@@ -216,7 +216,7 @@ def test_the_other_rows_lead_to_what_the_plan_names(load: Load) -> None:
     rows = {
         "decode attention, one row of 8k, share of copy": (
             kernel | {"kernel": "decode attention", "shape": "8B R=1 context=8192", "copy_share": 0.5},
-            "work list",
+            "splits and chunks",
         ),
         "prefill attention, share of FlashAttention 2": (
             kernel

@@ -170,7 +170,6 @@ def _look_q4(lines: Sequence[Line]) -> list[Step]:
 
 def _look_decode(_: Sequence[Line]) -> list[Step]:
     return [
-        Step("the work list built once a step", switch="work list once a step"),
         Step("other splits and chunks", sweep="decode attention"),
         Step("merge in the last-arriving program"),
     ]

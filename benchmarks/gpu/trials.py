@@ -25,9 +25,6 @@ class Switch:
 _ONLY = ("--prompts", "--serve", "--mixed")
 SWITCHES: Mapping[str, Switch] = {
     "own linear kernel": Switch(("linear.OWN_ROWS=16",), ("--model", "llama-3.1-8b", "--batches", "1", "8", *_ONLY)),
-    "work list once a step": Switch(
-        ("attention.triton_items.ITEM_LIST=1",), ("--model", "llama-3.1-8b", "--batches", "1", "64", *_ONLY)
-    ),
     "captured steps with prompts": Switch(
         ("EngineConfig.max_cudagraph_capture_size=2048",),
         ("--model", "llama-3.1-8b", "--batches", "1", "--prompts", "--serve", "--mixed", "64"),

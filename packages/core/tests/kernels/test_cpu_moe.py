@@ -26,6 +26,7 @@ from candle_vllm.core.kernels.cpu_runtime.values import buffer_value
 from candle_vllm.core.kernels.moe import Activation, Routing, reference
 from candle_vllm.core.kernels.packed_linear import PackedMatrix
 from candle_vllm.core.kernels.plain_linear import PlainKind
+from candle_vllm.core.kernels.recorded import ExpertWeights
 from candle_vllm.core.kernels.scaled_linear import ScaledMatrix
 from candle_vllm.core.kernels.torch_numbers import DTYPES
 from candle_vllm.core.quantization.scaled_codes import ScaledCodes
@@ -162,8 +163,8 @@ class Plan:
         logits = x.linear([problem.router], None)
         beside = [self._value(self.shared) if shared else None, self._value(self.gate) if gate else None]
         pairs, (first, second) = logits.route(routing), problem.biases or (None, None)
-        inner = x.expert_linear(problem.matrices[:2], pairs, first, problem.activation)
-        mixed = inner.expert_linear(problem.matrices[2:], pairs, second, None).combine(*beside)
+        inner = x.expert_linear(ExpertWeights(problem.matrices[:2], first), pairs, problem.activation)
+        mixed = inner.expert_linear(ExpertWeights(problem.matrices[2:], second), pairs, None).combine(*beside)
         if onto:
             total = self._value(self.out) + mixed
         else:

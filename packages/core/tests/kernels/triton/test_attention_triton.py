@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from candle_vllm.core.errors import ConfigError
-from candle_vllm.core.kernels.attention import reference, triton_decode, triton_items, triton_prefill
+from candle_vllm.core.kernels.attention import reference, triton_decode, triton_prefill
 from candle_vllm.core.kernels.attention.backend import AttentionNeeds, Backend
 from candle_vllm.core.kernels.attention.backends import choose
 from candle_vllm.core.kernels.attention.rows import AttentionRows, DeviceRows
@@ -442,42 +442,6 @@ def test_one_captured_launch_serves_every_mix(device: torch.device) -> None:
         step = make_step(device, contexts, queries, **shape)
         wanted = run(step, replace(step.rows.on_device(), decodes=decoding))
         assert torch.equal(got[: len(wanted)], wanted)
-
-
-LONG = (7, 300, 1, 600, 3, 20, 257, 8, 30)
-
-
-@pytest.mark.one_of_each(1)
-@pytest.mark.parametrize("options", [{}, {"window": 30, "softcap": 2.0, "sinks": torch.ones(2)}, {"window": 400}])
-@pytest.mark.parametrize("decoding", [None, 0, 3, 8])
-def test_items_may_be_listed_once_a_step(
-    device: torch.device, options: dict, decoding: int | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The same bits, of more sequences than a program looks at, and one list for the layers of a kind."""
-    options = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in options.items()}
-    step = make_step(device, LONG, (1,) * 8 + (20,), heads=2, kv_heads=1, dim=16)
-    rows = step.rows.on_device()
-    given = (step, rows) if decoding is None else captured(step, decoding, 8, 11, 40)
-    wanted = run(*given, **options)
-    monkeypatch.setattr(triton_items, "ITEM_LIST", 1)
-    monkeypatch.setattr(triton_decode, "_ROWS", 4)
-    monkeypatch.setattr(triton_items, "LISTED", 4)
-    for _ in range(2):
-        assert torch.equal(run(*given, **options)[: len(step.q)], wanted[: len(step.q)])
-        assert len(given[1].lists) == 1
-    run(*given, **{**options, "window": 5})
-    assert len(given[1].lists) == 2
-    assert replace(given[1], most_tokens=1).lists == {}
-
-
-def test_the_list_of_items_is_that_of_the_splits(device: torch.device) -> None:
-    """By sequence and split, without those that do not decode, and without those that have no context."""
-    contexts = torch.tensor([300, 0, 40, 513, 256, 700], dtype=torch.int32, device=device)
-    constants = {"WINDOW": 0, "BLOCK_N": 64, "SPLITS": 16, "CHUNK": 256}
-    for count, wanted in ((None, [0, 1, 32, 48, 49, 50, 64, 80, 81, 82]), (4, [0, 1, 32, 48, 49, 50]), (0, [])):
-        decoding = None if count is None else torch.tensor([count], dtype=torch.int32, device=device)
-        items = triton_items.list_items({}, contexts, decoding, constants).tolist()
-        assert items[: 1 + items[0]] == [len(wanted), *wanted]
 
 
 def test_host_and_device_rows_are_the_same(device: torch.device) -> None:

@@ -12,7 +12,6 @@ import torch
 
 from candle_vllm.core.errors import ConfigError
 from candle_vllm.core.kernels.attention import triton_decode as attention_decode
-from candle_vllm.core.kernels.attention import triton_items
 from candle_vllm.core.kernels.attention.backend import AttentionNeeds
 from candle_vllm.core.kernels.attention.backends import choose_latent
 from candle_vllm.core.kernels.attention.rows import AttentionRows, DeviceRows
@@ -173,10 +172,6 @@ def test_how_many_decode_is_a_number_on_the_device(
         for module in (triton_decode, triton_prefill):
             monkeypatch.setattr(module, "_ROWS", most)
         assert torch.equal(step.run(rows)[:count], wanted)
-    monkeypatch.setattr(triton_items, "ITEM_LIST", 1)
-    for _ in range(2):
-        assert torch.equal(step.run(rows)[:count], wanted)
-        assert len(rows.lists) == 1
     assert torch.equal(step.run(replace(rows, decodes=decoding, decoding=None))[:count], wanted)
 
 

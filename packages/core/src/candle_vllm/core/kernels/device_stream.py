@@ -31,7 +31,6 @@ class Mark(Protocol):
 
     def wait(self) -> None:
         """Return when all work before the mark is done."""
-        ...
 
 
 class DeviceStream(Protocol):
@@ -40,49 +39,39 @@ class DeviceStream(Protocol):
     @property
     def device(self) -> torch.device:
         """Device of its tensors."""
-        ...
 
     def run(self, work: Work) -> None:
         """Queue work after all earlier work. The work must not wait for the device."""
-        ...
 
     def join(self) -> None:
         """Make later work of this stream wait for work that was launched on torch's current stream."""
-        ...
 
     def capture(self, work: Work) -> Work:
         """Capture work without running it; return work that replays the captured work on the same memory.
 
         The work must have run once before. Tensors that it allocates stay, and each replay overwrites them.
         """
-        ...
 
     def new_pool(self) -> None:
         """Give later captures another memory pool, after all captured work was dropped."""
-        ...
 
     def between(self, host: Work) -> None:
         """Within work: call `host` before the rest of the work is launched, also in replays of captured work.
 
         Captured work is split at this call. `host` must not run work; it may mark the earlier work and wait for it.
         """
-        ...
 
     def mark(self) -> Mark:
         """Return a mark after all work so far."""
-        ...
 
     def beside(self) -> DeviceStream:
         """Return another stream of the same device; only `after` orders the work of the two streams."""
-        ...
 
     def after(self, mark: Mark) -> None:
         """Make later work wait for a mark of another stream; the host does not wait."""
-        ...
 
     def staged(self, size: int) -> torch.Tensor:
         """Return host memory, uint8 [size], whose copies to the device are asynchronous (pinned memory)."""
-        ...
 
 
 def copy(target: torch.Tensor, source: torch.Tensor) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 # Input and output of layers: a torch.Tensor, or a Recorded while a step is recorded.
 Value: TypeAlias = Any
@@ -49,6 +49,14 @@ LookUp: TypeAlias = Callable[[Any], Any]
 
 RecordedPairs: TypeAlias = Any
 """Result of `Recorded.route`: the pairs of a step's tokens and their experts."""
+
+
+class ExpertWeights(NamedTuple):
+    """Lists with a matrix for every expert, whose results are concatenated, their bias, and their adapter site."""
+
+    matrices: Sequence[Sequence[Matrix]]
+    bias: Floats | None = None
+    place: Place | None = None
 
 
 class Recorded(ABC):
@@ -163,14 +171,9 @@ class Recorded(ABC):
 
     @abstractmethod
     def expert_linear(
-        self,
-        matrices: Sequence[Sequence[Matrix]],
-        pairs: RecordedPairs,
-        bias: Floats | None,
-        activation: moe.Activation | None,
-        place: Place | None = None,
+        self, weights: ExpertWeights, pairs: RecordedPairs, activation: moe.Activation | None
     ) -> RecordedRows:
-        """See `kernels/moe`; each list has a matrix for every expert, and the results of the lists are concatenated."""
+        """See `kernels/moe`."""
 
     @abstractmethod
     def attend(self, k: Recorded | None, v: Recorded | None, cache: PagedCache, **scores: Any) -> Recorded:
@@ -219,12 +222,7 @@ class RecordedRows(ABC):
 
     @abstractmethod
     def expert_linear(
-        self,
-        matrices: Sequence[Sequence[Matrix]],
-        pairs: RecordedPairs,
-        bias: Floats | None,
-        activation: moe.Activation | None,
-        place: Place | None = None,
+        self, weights: ExpertWeights, pairs: RecordedPairs, activation: moe.Activation | None
     ) -> RecordedRows:
         """See `Recorded.expert_linear`."""
 

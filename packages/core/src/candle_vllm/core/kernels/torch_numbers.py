@@ -65,7 +65,6 @@ class MadeByTorch(Protocol):
 
     def tensor(self) -> torch.Tensor:
         """Return the elements, on that device."""
-        ...
 
 
 def load_tensor(stored: StoredTensor, dtype: torch.dtype | None = torch.float32) -> torch.Tensor:

@@ -117,8 +117,6 @@ class DeviceRows:
         decoding: [1] int32, at most `decodes`: the number of leading sequences that the decode kernel computes, read on
             the device; `decodes` is then only the maximum for the launch. None if `decodes` is the number. Only for
             backends that are `mixed`, see `Backend`.
-        lists: work lists that the first layer's kernels compute for all layers. So a `DeviceRows` serves only one step
-            or one captured step, and its tensors are rewritten only between replays.
     """
 
     query_start: torch.Tensor
@@ -129,9 +127,6 @@ class DeviceRows:
     most_context: int | None = None
     host: AttentionRows | None = None
     decoding: torch.Tensor | None = None
-    lists: dict[tuple[int, ...], torch.Tensor] = dataclasses.field(
-        default_factory=dict, init=False, repr=False, compare=False
-    )
 
     def causal(self) -> DeviceRows:
         host = self.host

@@ -18,15 +18,8 @@ import torch
 import triton
 import triton.language as tl
 
-from candle_vllm.core.kernels.attention import triton_items
 from candle_vllm.core.kernels.attention.rows import DeviceRows, ScoreOptions
-from candle_vllm.core.kernels.attention.triton_items import (
-    count_items,
-    counted_item,
-    list_items,
-    listed_item,
-    split_keys,
-)
+from candle_vllm.core.kernels.attention.triton_items import count_items, counted_item, split_keys
 from candle_vllm.core.kernels.attention.triton_tiles import (
     add_values,
     as_queries,
@@ -43,7 +36,7 @@ from candle_vllm.core.kernels.attention.triton_tiles import (
 from candle_vllm.core.kernels.kv_write.scaled_rows import SCALE, has_row_scales
 from candle_vllm.core.kernels.triton_build import OPTIONS, TENSOR_CORES, capability, next_power_of_2, stages
 
-_ROWS = 256  # maximum sequences of a launch, if each program counts the items
+_ROWS = 256  # maximum sequences of a launch
 _CHUNK = 256  # minimum number of keys of a split, except a sequence's last
 _MERGED = 8  # splits that the merging kernel reads together
 PARTIALS = 512 << 20  # maximum bytes of a launch's partial results; fewer may not occupy all multiprocessors
@@ -64,7 +57,6 @@ def decode_kernel(
     context_lens,  # [R]
     block_tables,  # [R, ...]
     decoding,  # [1] int32: only sequences first + r below it have work; None if all have
-    items,  # the list of `list_items_kernel`; None if each program counts the items, of at most ROWS sequences
     key_scale,  # [1] fp32, read with FP8
     value_scale,  # [1] fp32
     sinks,  # [H] fp32, read with SINKS
@@ -94,11 +86,8 @@ def decode_kernel(
     ROWS: tl.constexpr,
 ):
     stored: tl.constexpr = key_cache.dtype.element_ty
-    if items is not None:
-        total = tl.load(items) * K
-    else:
-        ends, total = count_items(context_lens, decoding, first, rows, WINDOW, BLOCK_N, SPLITS, CHUNK, ROWS)
-        total = total * K
+    ends, total = count_items(context_lens, decoding, first, rows, WINDOW, BLOCK_N, SPLITS, CHUNK, ROWS)
+    total = total * K
 
     lines = tl.arange(0, GP)
     dims = tl.arange(0, DP)
@@ -118,11 +107,7 @@ def decode_kernel(
 
     for item in range(tl.program_id(0), total, tl.num_programs(0)):
         head = item % K
-        work = item // K
-        if items is not None:
-            row, split = listed_item(items, work, SPLITS)
-        else:
-            row, split = counted_item(ends, work)  # pyrefly: ignore[unbound-name]
+        row, split = counted_item(ends, item // K)
         context = tl.load(context_lens + row).to(tl.int32)
         begin, keys, count = split_keys(context, WINDOW, BLOCK_N, SPLITS, CHUNK)
         begin = begin + split * keys
@@ -293,7 +278,6 @@ def decode(
     constants["EXTENT"] = 0 if relative is None else relative.shape[2]
     merging = _merge_constants(constants)
     most, values, states = partial_results(count, merging, _ROWS, q.device)
-    items = list_items(rows.lists, contexts, decoding, merging) if triton_items.ITEM_LIST else None
     for start in range(0, count, most):
         some = min(most, count - start)
         programs = min(some * kv_heads * shape.splits, shape.programs * multiprocessors(q.device))
@@ -307,7 +291,6 @@ def decode(
             contexts[start:],
             rows.block_tables[start:],
             decoding,
-            items,
             *(cache_scales or (None, None)),
             sinks,
             scores.get("slopes"),
@@ -338,7 +321,7 @@ def partial_results(
     `count` is the number of sequences of the step, and `merging` are the constants of the merging kernel.
     """
     splits, heads, dim = (merging[name] for name in ("SPLITS", "H", "D"))
-    most = count if triton_items.ITEM_LIST else min(most, PARTIALS // (4 * splits * heads * dim) or 1)
+    most = min(most, PARTIALS // (4 * splits * heads * dim) or 1)
     shape = (min(count, most), splits, heads)
     values, states = (torch.empty(*shape, size, dtype=torch.float32, device=device) for size in (dim, 2))
     return most, values, states

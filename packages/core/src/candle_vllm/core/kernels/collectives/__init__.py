@@ -54,19 +54,15 @@ class Stages(Protocol):
 
     def send(self, x: Value, to: int) -> None:
         """Send x [...], which must not be written to any more; the host does not wait for the receiver."""
-        ...
 
     def receive(self, x: Value, source: int) -> Value:
         """Fill x with a tensor that a stage sent, and return it."""
-        ...
 
     def least(self, number: int) -> int:
         """See `Collective`."""
-        ...
 
     def close(self) -> None:
         """See `Collective`."""
-        ...
 
 
 class Sums(Protocol):
@@ -74,7 +70,6 @@ class Sums(Protocol):
 
     def sum(self, x: Value) -> Value:
         """Sum x [T, ...] over all ranks; return all rows, or this rank's rows in a step that `TokenShares` divides."""
-        ...
 
 
 class Collective(Protocol):
@@ -91,14 +86,12 @@ class Collective(Protocol):
 
     def sum(self, x: Value) -> Value:
         """Add up x [...] of all ranks, perhaps in place; the result has the same bits on each rank."""
-        ...
 
     def gather(self, x: Value, width: int, out: Value | None = None) -> Value:
         """Concatenate x [T, up to width] of all ranks to [T, size * width]; missing columns of a rank are 0.
 
         The result may be written to `out` [T, size * width], contiguous, which saves an allocation.
         """
-        ...
 
     def exchange(self, x: Value, sent: Sequence[int], received: Sequence[int]) -> Value:
         """Send rows from each rank to each (all-to-all); return the received rows, [sum of received, C], in rank order.
@@ -107,15 +100,12 @@ class Collective(Protocol):
             x: [sum of sent, C], of any type: rows for the first rank, then for the second rank, and so on.
             sent, received: number of rows to and from each rank, this one included.
         """
-        ...
 
     def least(self, number: int) -> int:
         """Return the minimum of an integer below 2^63 over the ranks of all stages."""
-        ...
 
     def close(self) -> None:
         """Close the connections to the other ranks."""
-        ...
 
 
 def is_first(ranks: Collective) -> bool:
@@ -148,19 +138,15 @@ class Notes(Protocol):
 
     def set(self, key: str, value: bytes) -> None:
         """Write a value."""
-        ...
 
     def get(self, key: str) -> bytes:
         """Wait until the key is written; return the value."""
-        ...
 
     def has(self, key: str) -> bool:
         """Whether the key is written."""
-        ...
 
     def add(self, key: str, amount: int) -> int:
         """Add to an integer, which is 0 at first; return the sum."""
-        ...
 
 
 def _store(notes: Notes) -> Any:

@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from candle_vllm.core.kernels.lora import Place
     from candle_vllm.core.kernels.moe.arguments import Activation as ExpertActivation
     from candle_vllm.core.kernels.moe.arguments import Routing
-    from candle_vllm.core.kernels.recorded import GateKind
+    from candle_vllm.core.kernels.recorded import ExpertWeights, GateKind
     from candle_vllm.core.kernels.states import StateCache
 
 
@@ -379,15 +379,8 @@ class _Value(Recorded):
         recorder.keep_array(ones)
         return made, dataclasses.replace(pairs, weights=ones)
 
-    def expert_linear(
-        self,
-        matrices: Sequence[Sequence[Matrix]],
-        pairs: Pairs,
-        bias: Floats | None,
-        activation: ExpertActivation | None,
-        place: Place | None = None,
-    ) -> RecordedRows:
-        return _Prepared(self, Prologue.NONE, self.width).expert_linear(matrices, pairs, bias, activation, place)
+    def expert_linear(self, weights: ExpertWeights, pairs: Pairs, activation: ExpertActivation | None) -> RecordedRows:
+        return _Prepared(self, Prologue.NONE, self.width).expert_linear(weights, pairs, activation)
 
     def attend(self, k: Recorded | None, v: Recorded | None, cache: PagedCache, **scores: Any) -> Recorded:
         assert k is None or isinstance(k, _Value)
@@ -491,18 +484,11 @@ class _Prepared(_Wrapper):
             joins.inputs = forms[INPUT_FORM]
         return _Product(self.recorder, factors, bias, self.rows_from, joins)
 
-    def expert_linear(
-        self,
-        matrices: Sequence[Sequence[Matrix]],
-        pairs: Pairs,
-        bias: Floats | None,
-        activation: ExpertActivation | None,
-        place: Place | None = None,
-    ) -> RecordedRows:
-        wanted = [matrix.input_form for of_experts in matrices for matrix in of_experts]
-        joined = place if self.recorder.adapted else None
+    def expert_linear(self, weights: ExpertWeights, pairs: Pairs, activation: ExpertActivation | None) -> RecordedRows:
+        wanted = [matrix.input_form for of_experts in weights.matrices for matrix in of_experts]
+        joined = weights.place if self.recorder.adapted else None
         inputs = self._inputs(wanted if joined is None else [*wanted, INPUT_FORM])
-        made = record_products(self.recorder, matrices, inputs, pairs, bias, pairs.token_of)
+        made = record_products(self.recorder, weights, inputs, pairs, pairs.token_of)
         if joined is not None:
             record_experts(self.recorder, joined, inputs[INPUT_FORM], pairs, made, by_place=False)
         return _PairRows(self.recorder, made, activation)
@@ -735,14 +721,7 @@ class _PairRows(RecordedRows):
         self._recorder, self._results = recorder, results
         self._activation: ExpertActivation | None = activation
 
-    def expert_linear(
-        self,
-        matrices: Sequence[Sequence[Matrix]],
-        pairs: Pairs,
-        bias: Floats | None,
-        activation: ExpertActivation | None,
-        place: Place | None = None,
-    ) -> RecordedRows:
+    def expert_linear(self, weights: ExpertWeights, pairs: Pairs, activation: ExpertActivation | None) -> RecordedRows:
         assert self._activation is not None
         recorder, made = self._recorder, self._results
         source = InputRows(
@@ -752,13 +731,13 @@ class _PairRows(RecordedRows):
             prologue=PROLOGUES[self._activation],
             rows_from=StepNumber.PAIRS,
         )
-        forms = list(dict.fromkeys(matrix.input_form for of_experts in matrices for matrix in of_experts))
-        joined = place if recorder.adapted else None
+        forms = list(dict.fromkeys(matrix.input_form for of_experts in weights.matrices for matrix in of_experts))
+        joined = weights.place if recorder.adapted else None
         if joined is not None and INPUT_FORM not in forms:
             forms.append(INPUT_FORM)
         inputs = make_forms(recorder, forms, source, copies=pairs.top_k)
         every = recorder.row_numbers(pairs.top_k)
-        result = record_products(recorder, matrices, inputs, pairs, bias, every)
+        result = record_products(recorder, weights, inputs, pairs, every)
         if joined is not None:
             record_experts(recorder, joined, inputs[INPUT_FORM], pairs, result, by_place=True)
         return _PairRows(recorder, result, activation)

@@ -14,21 +14,14 @@ import torch
 import triton
 import triton.language as tl
 
-from candle_vllm.core.kernels.attention import triton_items
 from candle_vllm.core.kernels.attention.rows import DeviceRows
 from candle_vllm.core.kernels.attention.triton_decode import merge_kernel, multiprocessors, partial_results
-from candle_vllm.core.kernels.attention.triton_items import (
-    count_items,
-    counted_item,
-    list_items,
-    listed_item,
-    split_keys,
-)
+from candle_vllm.core.kernels.attention.triton_items import count_items, counted_item, split_keys
 from candle_vllm.core.kernels.attention.triton_tiles import load_tile, tile_slots
 from candle_vllm.core.kernels.latent_attention.triton_tiles import attend_latent_tile, load_queries
 from candle_vllm.core.kernels.triton_build import OPTIONS, cdiv, next_power_of_2, stages
 
-_ROWS = 256  # maximum sequences of a launch, if each program counts the items
+_ROWS = 256  # maximum sequences of a launch
 _CHUNK = 256  # minimum number of keys of a split
 _MERGED = 8  # splits that the merging kernel reads together
 
@@ -48,7 +41,6 @@ def latent_decode_kernel(
     context_lens,  # [R]
     block_tables,  # [R, ...]
     decoding,  # [1] int32: only sequences first + r below it have work; None if all have
-    items,  # the list of `list_items_kernel`; None if each program counts the items, of at most ROWS sequences
     scale,
     first,
     rows,
@@ -70,20 +62,13 @@ def latent_decode_kernel(
     ROWS: tl.constexpr,
 ):
     parts: tl.constexpr = (H + HEADS - 1) // HEADS
-    if items is not None:
-        total = tl.load(items) * parts
-    else:
-        ends, total = count_items(context_lens, decoding, first, rows, 0, BLOCK_N, SPLITS, CHUNK, ROWS)
-        total = total * parts
+    ends, total = count_items(context_lens, decoding, first, rows, 0, BLOCK_N, SPLITS, CHUNK, ROWS)
+    total = total * parts
     factor = scale * 1.4426950408889634
     for item in range(tl.program_id(0), total, tl.num_programs(0)):
         heads = (item % parts) * HEADS + tl.arange(0, HEADS)
         valid = heads < H
-        work = item // parts
-        if items is not None:
-            row, split = listed_item(items, work, SPLITS)
-        else:
-            row, split = counted_item(ends, work)  # pyrefly: ignore[unbound-name]
+        row, split = counted_item(ends, item // parts)
         context = tl.load(context_lens + row).to(tl.int32)
         begin, keys, count = split_keys(context, 0, BLOCK_N, SPLITS, CHUNK)
         begin += split * keys
@@ -164,7 +149,6 @@ def decode(
     merging = _merge_constants(constants)
     most, values, states = partial_results(count, merging, _ROWS, out.device)
     parts = cdiv(heads, shape.heads)
-    items = list_items(rows.lists, contexts, decoding, merging) if triton_items.ITEM_LIST else None
     for start in range(0, count, most):
         some = min(most, count - start)
         programs = min(some * parts * shape.splits, shape.programs * multiprocessors(out.device))
@@ -178,7 +162,6 @@ def decode(
             contexts[start:],
             rows.block_tables[start:],
             decoding,
-            items,
             scale,
             start,
             some,

@@ -53,7 +53,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from candle_vllm.core.kernels.dispatch import on_gpu
 from candle_vllm.core.kernels.moe.arguments import FEW, MOST_EXPERTS, Activation, Pairs, Routing, Scoring, is_gated
-from candle_vllm.core.kernels.recorded import Recorded, RecordedPairs, RecordedRows, Value
+from candle_vllm.core.kernels.recorded import ExpertWeights, Recorded, RecordedPairs, RecordedRows, Value
 
 if TYPE_CHECKING:
     import torch
@@ -131,7 +131,7 @@ def expert_linear(
     """
     assert activation is None or activation in get_args(Activation)
     if isinstance(x, (Recorded, RecordedRows)):
-        return x.expert_linear(matrices, pairs, bias, activation, place)
+        return x.expert_linear(ExpertWeights(matrices, bias, place), pairs, activation)
     matrix: DeviceMatrix
     (matrix,) = matrices
     height = matrix.rows // pairs.count

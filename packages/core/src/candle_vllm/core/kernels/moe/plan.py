@@ -6,23 +6,23 @@ A plan may run any step up to its limits, so its memory has k rows for each toke
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, get_args
 
 import numpy as np
-from numpy.typing import NDArray
 
 from candle_vllm.core.kernels.activation_quant import Prologue
 from candle_vllm.core.kernels.activation_rows import InputForm
 from candle_vllm.core.kernels.cpu_runtime.matrices import Inputs, linear_call
-from candle_vllm.core.kernels.cpu_runtime.operation import Matrix, StepNumber, address_of, operation, plan_row
+from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of, operation, plan_row
 from candle_vllm.core.kernels.moe import arguments as given
 from candle_vllm.core.kernels.moe.arguments import Activation, Routing, Scoring
 
 if TYPE_CHECKING:
     from candle_vllm.core.kernels.cpu_runtime.recorder import Recorder
+    from candle_vllm.core.kernels.recorded import ExpertWeights
 
 PROLOGUES: Mapping[Activation, Prologue] = MappingProxyType({
     "silu": Prologue.SILU, "gelu_tanh": Prologue.GELU_GATE, "swiglu_oai": Prologue.SWIGLU_OAI,
@@ -124,21 +124,16 @@ def record_route(recorder: Recorder, logits: tuple[int, int], count: int, routin
 
 
 def record_products(
-    recorder: Recorder,
-    matrices: Sequence[Sequence[Matrix]],
-    inputs: Mapping[InputForm, Inputs],
-    pairs: Pairs,
-    bias: NDArray[np.float32] | None,
-    picked: np.ndarray,
+    recorder: Recorder, weights: ExpertWeights, inputs: Mapping[InputForm, Inputs], pairs: Pairs, picked: np.ndarray
 ) -> Results:
     """Record the products of each place's row with its expert's matrices, whose results are side by side in a row.
 
     Args:
-        matrices: one list for each projection, with a matrix of every expert.
+        weights: one list of matrices for each projection; the bias is [X, width] or None.
         inputs: the rows, in the forms that the matrices read.
-        bias: [X, width] or None.
         picked: int64 [T * k], the number of the row that each place reads.
     """
+    matrices, bias, _ = weights
     count, width = len(matrices[0]), sum(of_experts[0].rows for of_experts in matrices)
     rows, stride = recorder.rows(width, pairs.top_k)
     table = np.zeros((count, len(matrices), given.ENTRY), np.int64)

@@ -31,7 +31,6 @@ def _builds(
     slopes: bool = False,
     extent: int = 0,
     mixed: bool = False,
-    listed: bool = False,
     turing: bool = False,
     rows: str = "",
 ) -> tuple[Build, Build]:
@@ -46,9 +45,7 @@ def _builds(
     arguments |= dict.fromkeys(("rows", "q_stride", "table_stride"), "i32")
     scales, sink = ("key_scale", "value_scale"), {"sinks": "*fp32"} if sinks else {}
     label = f"{dtype}-d{dim}-g{group}-s{block_size}" + "-window" * bool(window) + "-cap" * cap + "-fp8" * fp8
-    label += (
-        "-sinks" * sinks + "-slopes" * slopes + "-mixed" * mixed + "-listed" * listed + f"-{rows}-rows" * bool(rows)
-    )
+    label += "-sinks" * sinks + "-slopes" * slopes + "-mixed" * mixed + f"-{rows}-rows" * bool(rows)
     label += "-relative" * bool(extent)
     none = dict.fromkeys(("sinks",) * (not sinks) + ("decoding",) * (not mixed))
     targets = (75,) if turing else build_types(cache, WITH_TENSOR_CORES)
@@ -58,7 +55,6 @@ def _builds(
             arguments
             | sink
             | (dict.fromkeys(scales, "*fp32") if fp8 else {})
-            | ({"items": "*i32"} if listed else {})
             | ({"slopes": "*fp32"} if slopes else {})
             | ({"relative": "*fp32"} if extent else {}),
             {
@@ -69,7 +65,6 @@ def _builds(
                 **none,
                 **({} if fp8 else dict.fromkeys(scales)),
             }
-            | ({} if listed else {"items": None})
             | ({} if slopes else {"slopes": None})
             | ({} if extent else {"relative": None}),
             num_warps=shape.num_warps,
@@ -94,16 +89,12 @@ def _builds(
 FORMS = (
     *_builds("bf16", 128, 8, 4, 16),
     *_builds("bf16", 128, 8, 4, 16, mixed=True),
-    *_builds("bf16", 128, 8, 4, 16, listed=True)[:1],
-    *_builds("bf16", 128, 8, 4, 16, mixed=True, listed=True)[:1],
-    *_builds("bf16", 128, 8, 4, 16, fp8=True, listed=True)[:1],
     *_builds("bf16", 128, 8, 4, 64)[:1],
     *_builds("fp16", 64, 2, 7, 16)[:1],
     *_builds("bf16", 80, 32, 1, 32)[:1],
     *_builds("bf16", 8, 8, 1, 64)[:1],
     *_builds("bf16", 256, 4, 4, 16, window=1024, cap=True),
-    *_builds("bf16", 256, 4, 4, 16, window=1024, cap=True, listed=True)[:1],
-    *_builds("bf16", 512, 1, 8, 16, listed=True),
+    *_builds("bf16", 512, 1, 8, 16),
     *_builds("fp32", 128, 8, 4, 16)[:1],
     *_builds("fp32", 512, 1, 8, 16)[:1],
     *_builds("bf16", 128, 8, 4, 16, fp8=True)[:1],
@@ -121,7 +112,6 @@ FORMS = (
     *_builds("fp16", 128, 8, 4, 16, rows="u8", turing=True)[:1],
     *_builds("fp16", 128, 8, 4, 16, turing=True),
     *_builds("fp16", 128, 8, 4, 16, mixed=True, turing=True),
-    *_builds("fp16", 128, 8, 4, 16, mixed=True, listed=True, turing=True)[:1],
     *_builds("fp16", 64, 8, 8, 16, window=128, sinks=True, turing=True)[:1],
     *_builds("fp16", 80, 32, 1, 32, turing=True)[:1],
     *_builds("fp16", 256, 4, 4, 16, window=1024, cap=True, turing=True)[:1],
