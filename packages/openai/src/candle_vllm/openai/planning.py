@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Mapping
-from typing import NamedTuple
+from contextlib import suppress
+from typing import Any, NamedTuple
 
 from msgspec.structs import replace
 
@@ -66,13 +67,17 @@ class AnswerPlanner:
         reasoning_parser: str | None = None,
         thinking: ThinkingLimit = NO_LIMIT,
     ) -> None:
+        template = None
+        if conventions.chat_template is not None:
+            with suppress(UnsupportedModelError):  # the engine does not load such a model either
+                template = ChatTemplate(conventions.chat_template, conventions.token_names)
         self.choice: Choice = choose_layout(
             tool_parser=tool_parser,
             reasoning_parser=reasoning_parser,
             template=conventions.chat_template,
             response_template=conventions.response_template,
             model_type=model_type,
-            chat_template=_compiled(conventions),
+            chat_template=template,
         )
         tools, reasoning = self.choice.tools, self.choice.reasoning
         logger.debug("tool calls: %s (%s)", tools.name if tools else "none", self.choice.tools_reason)
@@ -264,18 +269,17 @@ def constrain(
             "--tool-parser and the name of its format",
             "tool_choice",
         )
+    shared: dict[str, Any] = {
+        "parallel": use.parallel,
+        "reasoning": reasoning,
+        "in_reasoning": in_reasoning,
+        "special": special,
+        "loose": loose,
+    }
     if structured is not None and use.mode != "required":
         if continued and ((form and form.flow) or (reasoning and reasoning.flow)):
             return structured  # only the content of the message remains to be generated
-        around = answer_grammar(
-            form,
-            offered,
-            parallel=use.parallel,
-            reasoning=reasoning,
-            in_reasoning=in_reasoning,
-            special=special,
-            loose=loose,
-        )
+        around = answer_grammar(form, offered, **shared)
         if around is not None:
             return replace(structured, around=around)
         if reasoning is None:
@@ -288,21 +292,8 @@ def constrain(
         form,
         offered,
         mode="auto" if use.mode == "auto" else "required",
-        parallel=use.parallel,
-        reasoning=reasoning,
-        in_reasoning=in_reasoning,
-        special=special,
         own=own,
-        loose=loose,
         always=len(use.shown) > len(use.tools),  # the model sees tools that it may not call
+        **shared,
     )
     return None if calls is None else StructuredOutputsParams(grammar=calls)
-
-
-def _compiled(conventions: ChatConventions) -> ChatTemplate | None:
-    if conventions.chat_template is None:
-        return None
-    try:
-        return ChatTemplate(conventions.chat_template, conventions.token_names)
-    except UnsupportedModelError:  # the engine does not load such a model either
-        return None
