@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Mapping
-from contextlib import suppress
 from typing import Any, NamedTuple
 
 from msgspec.structs import replace
@@ -67,17 +66,13 @@ class AnswerPlanner:
         reasoning_parser: str | None = None,
         thinking: ThinkingLimit = NO_LIMIT,
     ) -> None:
-        template = None
-        if conventions.chat_template is not None:
-            with suppress(UnsupportedModelError):  # the engine does not load such a model either
-                template = ChatTemplate(conventions.chat_template, conventions.token_names)
         self.choice: Choice = choose_layout(
             tool_parser=tool_parser,
             reasoning_parser=reasoning_parser,
             template=conventions.chat_template,
             response_template=conventions.response_template,
             model_type=model_type,
-            chat_template=template,
+            chat_template=_compiled(conventions),
         )
         tools, reasoning = self.choice.tools, self.choice.reasoning
         logger.debug("tool calls: %s (%s)", tools.name if tools else "none", self.choice.tools_reason)
@@ -297,3 +292,12 @@ def constrain(
         **shared,
     )
     return None if calls is None else StructuredOutputsParams(grammar=calls)
+
+
+def _compiled(conventions: ChatConventions) -> ChatTemplate | None:
+    if conventions.chat_template is None:
+        return None
+    try:
+        return ChatTemplate(conventions.chat_template, conventions.token_names)
+    except UnsupportedModelError:  # the engine does not load such a model either
+        return None
