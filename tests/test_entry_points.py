@@ -23,7 +23,7 @@ from candle_vllm.core import InferenceEngine, SamplingParams
 from candle_vllm.core.remote.engine import RemoteEngine
 from candle_vllm.openai.formats.layout import Layout
 from candle_vllm.openai.formats.parser import OutputParser
-from candle_vllm.openai.formats.table import tool_names
+from candle_vllm.openai.formats.table import TOOL_FORMATS, by_name
 
 with InferenceEngine(sys.argv[1], device="cpu", threads=1, kv_cache_memory=1 << 20) as engine:
     (output,) = engine.generate(["a"], SamplingParams(max_tokens=3, ignore_eos=True))
@@ -36,7 +36,7 @@ with InferenceEngine(sys.argv[1], device="cpu", threads=1, kv_cache_memory=1 << 
 with RemoteEngine(sys.argv[1], device="cpu", threads=1, kv_cache_memory=1 << 20) as engine:
     (remote,) = engine.generate(["a"], named)
     print(remote.token_ids == other.token_ids)
-parser = OutputParser(Layout(None, tool_names()["example"]), tools={"add": {}}, make_id=str)
+parser = OutputParser(Layout(None, by_name(TOOL_FORMATS)["example"]), tools={"add": {}}, make_id=str)
 events = [*parser.feed('[[call]]{"name": "add", "arguments": {}}[[/call]]'), *parser.finish(True)]
 print([event.name for event in events if hasattr(event, "name")])
 """

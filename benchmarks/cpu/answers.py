@@ -36,7 +36,8 @@ from candle_vllm.openai.formats.gemma import Gemma
 from candle_vllm.openai.formats.layout import BoundLayout, Layout, ToolFormat
 from candle_vllm.openai.formats.nested import Nested
 from candle_vllm.openai.formats.parser import OutputParser
-from candle_vllm.openai.formats.table import TOOL_FORMATS, reasoning_names
+from candle_vllm.openai.formats.reasoning_table import REASONING_FORMATS
+from candle_vllm.openai.formats.table import TOOL_FORMATS, by_name
 from candle_vllm.openai.json_body import to_json_bytes
 from candle_vllm.openai.protocol.chat import ChatCompletionChunk, ChatCompletionRequest
 from candle_vllm.openai.task import Paths, Task
@@ -114,7 +115,7 @@ def answers(form: ToolFormat, size: int) -> Iterator[tuple[str, Answer]]:
 
 
 def reasoning_of(form: ToolFormat) -> Any:
-    names = reasoning_names()
+    names = by_name(REASONING_FORMATS)
     return names.get(form.name, names["think"])
 
 

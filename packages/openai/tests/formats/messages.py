@@ -14,9 +14,10 @@ import pytest
 from candle_vllm.openai.formats.events import CallArguments, CallEnd, CallStart, Event, TextPiece
 from candle_vllm.openai.formats.layout import Layout
 from candle_vllm.openai.formats.parser import OutputParser
-from candle_vllm.openai.formats.table import reasoning_names, tool_names
+from candle_vllm.openai.formats.reasoning_table import REASONING_FORMATS
+from candle_vllm.openai.formats.table import TOOL_FORMATS, by_name
 
-REASONING, TOOLS = reasoning_names(), tool_names()
+REASONING, TOOLS = by_name(REASONING_FORMATS), by_name(TOOL_FORMATS)
 
 
 class Parsed(NamedTuple):

@@ -15,7 +15,7 @@ from candle_vllm.openai.formats.choice import choose_layout
 from candle_vllm.openai.formats.json_calls import JsonCalls
 from candle_vllm.openai.formats.layout import ReasoningFormat, ToolFormat
 from candle_vllm.openai.formats.reasoning_table import REASONING_FORMATS
-from candle_vllm.openai.formats.table import TOOL_FORMATS, reasoning_names, tool_names
+from candle_vllm.openai.formats.table import TOOL_FORMATS, by_name
 
 # What other servers call formats. Those that we do not have are refused: inkling, k2_horizon, gigachat35, and
 # minimax_m2_append_think, which puts thoughts into content.
@@ -75,7 +75,7 @@ def test_every_name_is_one_format() -> None:
         types = [one.replace("_", "") for row in rows for one in row.model_types]
         assert len(names) == len(set(names))
         assert len(types) == len(set(types))
-    assert set(reasoning_names()) >= {"think", "deepseek_r1"}
+    assert set(by_name(REASONING_FORMATS)) >= {"think", "deepseek_r1"}
 
 
 @pytest.mark.parametrize("option", ["none", "passthrough", "OFF"])
@@ -92,7 +92,7 @@ def test_an_unknown_name_is_refused_with_those_that_there_are(setting: str) -> N
     ) as raised:
         choose_layout(**cast(Any, {setting: "zzz9"}))
     assert raised.value.setting == setting
-    known = tool_names() if setting == "tool_parser" else reasoning_names()
+    known = by_name(TOOL_FORMATS) if setting == "tool_parser" else by_name(REASONING_FORMATS)
     assert all(row.name in str(raised.value) for row in known.values())
 
 
@@ -120,7 +120,7 @@ def test_what_decides_first() -> None:
     assert (name(choice.tools), choice.tools_reason) == ("json", "the chat template uses tools, in no known format")
     choice = choose_layout(template="{{ messages[0].content }}", model_type="unheard")
     assert (name(choice.tools), choice.tools_reason) == ("-", "no sign of tools")
-    assert choose_layout().layout == choose_layout(template={}).layout
+    assert choose_layout() == choose_layout(template={})
 
 
 def test_the_template_for_tools_is_asked() -> None:
@@ -244,11 +244,11 @@ def test_what_a_template_needs() -> None:
     ],
 )
 def test_whether_a_prompt_leaves_thoughts_open(tail: str, reasoning: str, is_open: bool) -> None:
-    assert bool(reasoning_names()[reasoning].open_mark(tail)) is is_open
+    assert bool(by_name(REASONING_FORMATS)[reasoning].open_mark(tail)) is is_open
 
 
 def test_an_answer_to_go_on_with() -> None:
-    think = reasoning_names()["think"]
+    think = by_name(REASONING_FORMATS)["think"]
     assert think.open_mark("<think>\nFirst I", continued=True)
     assert not think.open_mark("<think>\nFirst I")
     assert not think.open_mark("<think>\nFirst I</think>So", continued=True)

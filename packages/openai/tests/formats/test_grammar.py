@@ -22,7 +22,8 @@ from candle_vllm.openai.errors import UnsupportedParameterError
 from candle_vllm.openai.formats.grammar import tool_grammar
 from candle_vllm.openai.formats.layout import Layout, ReasoningFormat, SpecialText, ToolFormat, bind
 from candle_vllm.openai.formats.parser import OutputParser
-from candle_vllm.openai.formats.table import REASONING_FORMATS, TOOL_FORMATS
+from candle_vllm.openai.formats.reasoning_table import REASONING_FORMATS
+from candle_vllm.openai.formats.table import TOOL_FORMATS
 from packages.openai.tests.formats.messages import Parsed, parse
 from packages.openai.tests.formats.samples import SAMPLES, TOOLS, Sample
 from packages.openai.tests.formats.test_custom_grammar import PATCH

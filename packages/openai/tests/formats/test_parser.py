@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from candle_vllm.openai.formats.layout import Body, Layout, ToolFormat, bind
 from candle_vllm.openai.formats.parser import OutputParser
-from candle_vllm.openai.formats.table import REASONING_FORMATS, TOOL_FORMATS
+from candle_vllm.openai.formats.reasoning_table import REASONING_FORMATS
+from candle_vllm.openai.formats.table import TOOL_FORMATS
 from packages.openai.tests.formats.messages import Parsed, parse, parser
 from packages.openai.tests.formats.samples import SAMPLES, SHORT, SMALL, TOOLS, Sample, chunked, cut, read
 

@@ -14,7 +14,8 @@ from candle_vllm.openai import parse_chat_request
 from candle_vllm.openai.formats.choice import choose_layout
 from candle_vllm.openai.formats.layout import Layout, bind
 from candle_vllm.openai.formats.parser import OutputParser
-from candle_vllm.openai.formats.table import reasoning_names, tool_names
+from candle_vllm.openai.formats.reasoning_table import REASONING_FORMATS
+from candle_vllm.openai.formats.table import TOOL_FORMATS, by_name
 from candle_vllm.openai.planning import AnswerPlanner
 from candle_vllm.openai.requests import read_chat
 from packages.openai.tests.formats.messages import Parsed, parse, parser
@@ -166,7 +167,7 @@ class TestHarmony:
 
     def test_a_recipient_right_before_a_special_token(self) -> None:
         special = {name: index for index, name in enumerate(("<|channel|>", "<|constrain|>", "<|message|>"))}
-        bound = bind(Layout(reasoning_names()["openai"], tool_names()["openai"]), special)
+        bound = bind(Layout(by_name(REASONING_FORMATS)["openai"], by_name(TOOL_FORMATS)["openai"]), special)
         text = f"<|channel|>commentary to=functions.f2<|constrain|>json<|message|>{X}"
         for name, index in special.items():
             text = text.replace(name, bound.characters[index])
@@ -358,7 +359,8 @@ class TestThoughts:
     def test_an_answer_that_begins_within_thoughts(self) -> None:
         names = ("<|open|>", "<|close|>", "<|sep|>")
         bound = bind(
-            Layout(reasoning_names()["kimi_k3"], tool_names()["kimi_k3"]), {one: i for i, one in enumerate(names)}
+            Layout(by_name(REASONING_FORMATS)["kimi_k3"], by_name(TOOL_FORMATS)["kimi_k3"]),
+            {one: i for i, one in enumerate(names)},
         )
         text = "Hm.<|open|>response<|sep|>Ok.<|close|>response<|sep|>"
         for index, name in enumerate(names):

@@ -19,7 +19,8 @@ from candle_vllm.openai import parse_chat_request
 from candle_vllm.openai.formats.grammar import tool_grammar
 from candle_vllm.openai.formats.layout import BoundLayout, Layout, ToolFormat, bind
 from candle_vllm.openai.formats.parser import OutputParser
-from candle_vllm.openai.formats.table import REASONING_FORMATS, TOOL_FORMATS, reasoning_names, tool_names
+from candle_vllm.openai.formats.reasoning_table import REASONING_FORMATS
+from candle_vllm.openai.formats.table import TOOL_FORMATS, by_name
 from candle_vllm.openai.planning import AnswerPlanner, constrain
 from candle_vllm.openai.requests import read_chat
 from candle_vllm.openai.task import ToolUse
@@ -27,7 +28,7 @@ from packages.openai.tests.formats.messages import Parsed, parse
 from packages.openai.tests.formats.test_grammar import Tool, check, vocabulary
 from packages.openai.tests.formats.walks import Vocabulary, accepts, walk
 
-ROWS, THOUGHTS = tool_names(), reasoning_names()
+ROWS, THOUGHTS = by_name(TOOL_FORMATS), by_name(REASONING_FORMATS)
 FORM = {
     "type": "object",
     "properties": {

@@ -87,11 +87,9 @@ class ChatWriter(AnswerWriter[chat.ChatCompletionChunk]):
     Each choice begins with its role, and ends with a chunk that has its finish reason and no text.
 
     Args:
-        request: the request, which selects the fields of chunks.
         prompt_token_ids: tokens of the prompt, returned if the request asks for token ids.
         prompt: the rendered prompt, returned if the request is `verbose`.
         calls: whether choices may have tool calls.
-        whole: whether the last chunk always has the counts, for a whole answer.
     """
 
     _empty = chat.ChunkChoice(index=0, delta=chat.ChatDelta())
@@ -164,36 +162,27 @@ class CustomCallWriter(ChatWriter):
             # a `Text` without text only has the token ids and log-probabilities of an output, also within a call
             empty = isinstance(event, Text) and not event.text
             if not empty and not isinstance(event, (CallText, Usage)) and event.choice in self._inputs:
-                chunks.append(self._input(event.choice))
+                number, parts = self._inputs.pop(event.choice)
+                custom = chat.CustomCallDelta(input=custom_input("".join(parts)))
+                delta = chat.ChatDelta(tool_calls=(chat.ToolCallDelta(index=number, custom=custom),))
+                chunks.append(self._chunk(chat.ChunkChoice(index=event.choice, delta=delta, token_ids=self._no_ids)))
             chunks += super().write([event])
         return chunks
 
     def _written(self, event: Event) -> chat.ChatCompletionChunk | None:
         if isinstance(event, CallText) and event.choice in self._inputs:
-            return self._held(event)
+            number, parts = self._inputs[event.choice]
+            parts.append(event.text)
+            if event.ids is None and event.logprobs is None:  # else they are reported at once
+                return None
+            call = chat.ToolCallDelta(index=number, custom=chat.CustomCallDelta(input=""))
+            return self._news(event, chat.ChatDelta(tool_calls=(call,)))
         if isinstance(event, CallBegun) and event.name in self._custom:
             self._inputs[event.choice] = event.call, []
             custom = chat.CustomCallDelta(name=event.name, input="")
             call = chat.ToolCallDelta(index=event.call, id=event.id, type="custom", custom=custom)
             return self._news(event, chat.ChatDelta(tool_calls=(call,)))
         return super()._written(event)
-
-    def _held(self, event: CallText) -> chat.ChatCompletionChunk | None:
-        """Collect a custom call's arguments until it is complete; report token ids and log-probabilities at once."""
-        number, parts = self._inputs[event.choice]
-        parts.append(event.text)
-        if event.ids is None and event.logprobs is None:
-            return None
-        return self._news(
-            event, chat.ChatDelta(tool_calls=(chat.ToolCallDelta(index=number, custom=chat.CustomCallDelta(input="")),))
-        )
-
-    def _input(self, choice: int) -> chat.ChatCompletionChunk:
-        number, parts = self._inputs.pop(choice)
-        call = chat.ToolCallDelta(index=number, custom=chat.CustomCallDelta(input=custom_input("".join(parts))))
-        return self._chunk(
-            chat.ChunkChoice(index=choice, delta=chat.ChatDelta(tool_calls=(call,)), token_ids=self._no_ids)
-        )
 
 
 def told_of(request: GenerationFields) -> Told:

@@ -37,12 +37,7 @@ class EchoedPrompt(NamedTuple):
 
 
 class CompletionWriter(AnswerWriter[Completion]):
-    """Writes the chunks of one completion answer; each choice ends with a chunk with its finish reason and no text.
-
-    Args:
-        request: the request, which selects the fields of chunks.
-        whole: whether the last chunk always has the token counts, for an answer that is not streamed.
-    """
+    """Writes the chunks of one completion answer; each choice ends with a chunk with its finish reason and no text."""
 
     _empty = CompletionChoice(index=0, text="")
 

@@ -30,13 +30,11 @@ class EngineLike(EmbeddingEngineLike, Protocol):
 
     def check_structured_outputs(self, params: StructuredOutputsParams) -> None:
         """Raise `RequestError` if a request with these parameters would fail."""
-        ...
 
     def infill(self, prefix: str | Sequence[int], suffix: str) -> InfillPrompt: ...
 
     def detokenize(self, token_ids: Sequence[int], skip_special_tokens: bool = True, *, whole: bool = True) -> str:
         """Return the text of tokens; if `whole` is false, an incomplete last character is left out."""
-        ...
 
     def token_names(self, token_ids: Sequence[int]) -> list[str]: ...
 
@@ -46,11 +44,9 @@ class EngineLike(EmbeddingEngineLike, Protocol):
         self, token_ids: Sequence[int], images: Sequence[object], names: Sequence[str] = (), *, bounded: bool = True
     ) -> tuple[list[int], tuple[ImageInput, ...]]:
         """Return the prompt with its image placeholders expanded, and the preprocessed images."""
-        ...
 
     def render_messages(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
         """Render messages in the form that the template needs; the arguments are those of `ChatTemplate.render`."""
-        ...
 
     def stream(
         self,
@@ -64,6 +60,5 @@ class EngineLike(EmbeddingEngineLike, Protocol):
         lora_request: Uses = (),
     ) -> TokenStream:
         """Validate and submit the request before returning its stream."""
-        ...
 
     def stats(self) -> EngineStats: ...

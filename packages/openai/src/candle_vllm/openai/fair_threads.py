@@ -163,7 +163,14 @@ class FairThreads:
         result = asyncio.wrap_future(job.result)
         try:
             with self._lock:
-                self._enter(job)
+                mine, everyone = self._waiting.count(job.asker) if job.asker else 0, len(self._waiting)
+                if self._closed or everyone >= self._most_waiting or mine >= self._most_waiting // 2:
+                    job.result.cancel()
+                    raise EngineOverloadedError(
+                        f"{mine or everyone} requests wait for a thread ({self._name}), and no more are accepted: try "
+                        "again later"
+                    )
+                self._waiting.add(job.asker, job)
             self._start()
             await asyncio.wait((result,), timeout=MOST_WAITING)
             if job.result.cancel():
@@ -191,16 +198,6 @@ class FairThreads:
             while (job := self._waiting.take()) is not None:
                 job.result.cancel()
         await asyncio.to_thread(self._threads.shutdown)
-
-    def _enter(self, job: _Job) -> None:
-        mine, everyone = self._waiting.count(job.asker) if job.asker else 0, len(self._waiting)
-        if self._closed or everyone >= self._most_waiting or mine >= self._most_waiting // 2:
-            job.result.cancel()
-            raise EngineOverloadedError(
-                f"{mine or everyone} requests wait for a thread ({self._name}), and no more are accepted: try again "
-                "later"
-            )
-        self._waiting.add(job.asker, job)
 
     def _start(self) -> None:
         with self._lock:

@@ -113,7 +113,6 @@ class _Asked(LlamaFields, LlamaForms):
     response_fields: Annotated[list[str], Field(max_length=256, fail_fast=True)] | None = None
 
     def sampling(self) -> dict[str, Any]:
-        """Return the options of the request under their names in `SamplingParams`."""
         limit = self.n_predict
         limits = {"max_tokens": None if limit is None or limit < 0 else max(limit, 1)}
         return self.given_values() | limits | ({"logprobs": self.n_probs} if self.n_probs else {})
@@ -320,11 +319,12 @@ async def _tasks(adapter: OpenAIAdapter, request: LlamaRequest, defaults: Mappin
         "tell_counts": bool(request.timings_per_token),
         "lora": lora_scales(request.lora),
     })  # fmt: skip
-    return [replace(task, add_special_tokens=not _begins(task.prompts[0], adapter.beginning)) for task in tasks]
+    begin = adapter.beginning  # rendered chat templates already have it
+    whole = [bool(begin) and isinstance(one := task.prompts[0], str) and one.startswith(begin) for task in tasks]
+    return [replace(task, add_special_tokens=not begun) for task, begun in zip(tasks, whole, strict=True)]
 
 
 async def _bias(adapter: OpenAIAdapter, request: LlamaRequest) -> dict[int, float]:
-    """Return the logit bias of each token."""
     pairs: Sequence[tuple[int | str, float]] = request.logit_bias or ()
     texts = [name for name, _ in pairs if isinstance(name, str)]
     known = dict(zip(texts, await adapter.tokens_of(texts, add_special_tokens=False) if texts else (), strict=True))
@@ -348,11 +348,6 @@ def _settings(adapter: OpenAIAdapter, request: LlamaRequest, task: Task) -> dict
         "grammar": request.grammar or "",
         "timings_per_token": bool(request.timings_per_token),
     }
-
-
-def _begins(prompt: str | Sequence[int], beginning: str) -> bool:
-    """Whether a text already begins with the beginning-of-sequence token, as rendered chat templates do."""
-    return bool(beginning) and isinstance(prompt, str) and prompt.startswith(beginning)
 
 
 async def llama_answer(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from msgspec.structs import replace
 
@@ -264,18 +264,17 @@ def constrain(
             "--tool-parser and the name of its format",
             "tool_choice",
         )
+    shared: dict[str, Any] = {
+        "parallel": use.parallel,
+        "reasoning": reasoning,
+        "in_reasoning": in_reasoning,
+        "special": special,
+        "loose": loose,
+    }
     if structured is not None and use.mode != "required":
         if continued and ((form and form.flow) or (reasoning and reasoning.flow)):
             return structured  # only the content of the message remains to be generated
-        around = answer_grammar(
-            form,
-            offered,
-            parallel=use.parallel,
-            reasoning=reasoning,
-            in_reasoning=in_reasoning,
-            special=special,
-            loose=loose,
-        )
+        around = answer_grammar(form, offered, **shared)
         if around is not None:
             return replace(structured, around=around)
         if reasoning is None:
@@ -288,13 +287,9 @@ def constrain(
         form,
         offered,
         mode="auto" if use.mode == "auto" else "required",
-        parallel=use.parallel,
-        reasoning=reasoning,
-        in_reasoning=in_reasoning,
-        special=special,
         own=own,
-        loose=loose,
         always=len(use.shown) > len(use.tools),  # the model sees tools that it may not call
+        **shared,
     )
     return None if calls is None else StructuredOutputsParams(grammar=calls)
 

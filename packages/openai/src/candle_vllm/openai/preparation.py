@@ -29,7 +29,7 @@ from candle_vllm.openai.answers import AnswerPlan
 from candle_vllm.openai.completion_answers import EchoedPrompt
 from candle_vllm.openai.engine import EngineLike
 from candle_vllm.openai.errors import UnsupportedParameterError, no_priority
-from candle_vllm.openai.planning import AnswerPlanner, Planned
+from candle_vllm.openai.planning import AnswerPlanner
 from candle_vllm.openai.protocol.fields import MAX_BEAM_TOKENS, MAX_LOGPROBS, Cut
 from candle_vllm.openai.protocol.templating import check_variables
 from candle_vllm.openai.remarks import remark
@@ -39,8 +39,6 @@ from candle_vllm.openai.task import MEDIA_MARK, Call, ImagePart, Message, Task, 
 
 MAX_PIXELS = 1 << 28  # pixels of all images of a request: a few bytes can encode an image of the maximum size
 _GROUP, _MOST_SPLIT = 16, 4  # tools whose schemas are tried together; refused groups whose tools are tried one by one
-
-
 _NOT_SHOWN = TextPart("[an image, which this model cannot see]")
 _NO_TOOLS = "the chat template does not show tools: the model knows only those that a message describes"
 _LOOKED = (
@@ -48,8 +46,6 @@ _LOOKED = (
     Message(role="assistant", calls=(Call("call_image", "look", "{}"),)),
     Message(role="tool", parts=(ImagePart(""),), call_id="call_image"),
 )
-
-
 Unseen = tuple[Sequence[bytes | ImageAddress], Sequence[str]]
 
 logger = logging.getLogger(__name__)
@@ -97,7 +93,11 @@ class TaskPreparation:
         self, engine: EngineLike, planner: AnswerPlanner, *, allow_priority: bool, allow_chat_template: bool,
         template_defaults: Mapping[str, Any] | None = None, images: ImageSources | None = None,
     ) -> None:  # fmt: skip
-        self._template_defaults = _checked_variables(template_defaults or {})
+        self._template_defaults = dict(template_defaults or {})
+        try:
+            check_variables(self._template_defaults)
+        except ValueError as error:
+            raise ConfigError(f"default_chat_template_kwargs: {error}", "default_chat_template_kwargs") from None
         self._images = images or ImageSources()
         self._engine = engine
         self._planner = planner
@@ -119,7 +119,14 @@ class TaskPreparation:
             text = self._render(task)
             if bounded and task.cut is None:
                 check_length(self._engine, text)
-            (answers, structured, thoughts, marks), loose = self._planned(task, text)
+            loose = dict[str, str]()
+            try:
+                planned = self._planner.plan(task, text)
+            except RequestError:
+                if not (loose := self._loose(task, text)):
+                    raise
+                planned = self._planner.plan(task, text, loose=loose)
+            answers, structured, thoughts, marks = planned
             # Templates write special tokens themselves; a request may add more.
             prompt = self._behind(task, text, add_special_tokens=task.add_special_tokens)
             if task.cut is not None:
@@ -270,15 +277,6 @@ class TaskPreparation:
             except RequestError as error:
                 found[tool.name] = str(error)
         return found
-
-    def _planned(self, task: Task, text: str) -> tuple[Planned, Mapping[str, str]]:
-        try:
-            return self._planner.plan(task, text), {}
-        except RequestError:
-            loose = self._loose(task, text)
-            if not loose:
-                raise
-            return self._planner.plan(task, text, loose=loose), loose
 
     def _loose(self, task: Task, text: str) -> dict[str, str]:
         """Map the non-strict tools whose schema cannot be enforced to the reasons.
@@ -472,7 +470,6 @@ def _compiled(source: str, token_names: tuple[tuple[str, str], ...]) -> ChatTemp
 
 
 def _check_prompt_logprobs(field: str, asked: int | None, tokens: int, sequences: int = 1) -> None:
-    """Refuse a request with too many log-probabilities of its prompt tokens."""
     entries = 0 if asked is None else tokens * sequences * (asked + 1)
     if entries > MAX_LOGPROBS:
         raise InvalidParameterError(
@@ -503,7 +500,6 @@ def _check_beams(task: Task, params: SamplingParams) -> None:
 
 
 def _checked_defaults(defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """Check the model's sampling defaults once, before any request."""
     request_only = {"n", "logprobs", "prompt_logprobs", "logit_bias", "structured_outputs", "prediction"}
     request_only |= {"thoughts", "thinking_token_budget", "stop_marks", "continues_prompt", "logprob_token_ids"}
     request_only |= {"prompt_progress"}
@@ -518,18 +514,8 @@ def _checked_defaults(defaults: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _path_of(task: Task, name: str) -> str:
-    """Return the path of a tool's schema or grammar in the request."""
     place = next(i for i, shown in enumerate(task.tools.shown) if shown["function"]["name"] == name)
     return task.paths.schemas[place]
-
-
-def _checked_variables(variables: Mapping[str, Any]) -> dict[str, Any]:
-    """Check the operator's template variables once, before any request."""
-    try:
-        check_variables(variables)
-    except ValueError as error:
-        raise ConfigError(f"default_chat_template_kwargs: {error}", "default_chat_template_kwargs") from None
-    return dict(variables)
 
 
 def _remarks(task: Task, loose: Mapping[str, str] = MappingProxyType({})) -> tuple[str, ...]:

@@ -34,7 +34,6 @@ class AdapterNames(Protocol):
 
     def is_known(self, name: str) -> bool:
         """Whether an adapter has this name."""
-        ...
 
     def uses(self, name: str | None, scales: Mapping[int, float] | None) -> Uses:
         """Return the adapter of this name; for the model or None, adapters with `scales` by id, or default scales.
@@ -43,7 +42,6 @@ class AdapterNames(Protocol):
             InvalidParameterError: an adapter is named and there are `scales`, or an id is unknown.
             ModelNotServedError: the name is of neither the model nor an adapter.
         """
-        ...
 
 
 def answered_by(name: str, served: Sequence[str], *, strict: bool) -> str:

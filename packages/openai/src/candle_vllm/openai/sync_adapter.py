@@ -127,9 +127,8 @@ class SyncChunks(Generic[T]):
 
     def close(self) -> None:
         """Abort the request if it is still running; no effect if the adapter is closed."""
-        if self._adapter.closed:
-            return
-        self._adapter.wait(self._chunks.aclose)
+        if not self._adapter.closed:
+            self._adapter.wait(self._chunks.aclose)
 
     def __enter__(self) -> Self:
         return self
@@ -144,7 +143,6 @@ class SyncChunks(Generic[T]):
 
 
 async def _cancel_others() -> None:
-    """Cancel all other tasks of this loop and wait until they end."""
     others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
     for task in others:
         task.cancel()

@@ -34,6 +34,9 @@ from candle_vllm.openai.anthropic.tool_input import ToolInput, parsed_input
 from candle_vllm.openai.anthropic.turns import read_turns
 from candle_vllm.openai.events import Begun, CallBegun, CallText, Ended, Event, Head, Progress, Text, Thought, Usage
 from candle_vllm.openai.fair_threads import apart
+from candle_vllm.openai.json_body import rules_below
+from candle_vllm.openai.protocol.generation import sampling_values
+from candle_vllm.openai.protocol.structured import constraint
 from candle_vllm.openai.protocol.tools import function_of, unknown_tool
 from candle_vllm.openai.task import Choice, Paths, Task, ThinkingLimit, ToolUse
 
@@ -56,11 +59,7 @@ class MessagesAdapter:
     """
 
     def __init__(self, adapter: OpenAIAdapter, *, sampling_defaults: Fields | None = None) -> None:
-        """
-        Args:
-            adapter: answers the tasks.
-            sampling_defaults: defaults by name in `SamplingParams`; they take precedence over the model's own.
-        """
+        """`sampling_defaults` are by name in `SamplingParams`, and take precedence over the model's own."""
         self._adapter = adapter
         self._sampling_defaults = dict(sampling_defaults or {})
 
@@ -166,24 +165,15 @@ def read_messages(request: MessagesRequest | CountTokensRequest, sampling_defaul
 
 
 def _sampling(request: MessagesRequest, defaults: Mapping[str, Any]) -> dict[str, Any]:
-    given = {
-        "max_tokens": request.max_tokens,
-        "stop": request.stop_sequences or None,
-        "temperature": request.temperature,
-        "top_p": request.top_p,
-        "top_k": request.top_k,
-    }
-    return {**defaults, **{name: value for name, value in given.items() if value is not None}}
+    given = sampling_values(request) | {"max_tokens": request.max_tokens}
+    return {**defaults, **given, **({"stop": request.stop_sequences} if request.stop_sequences else {})}
 
 
 def _form(request: MessagesRequest | CountTokensRequest) -> StructuredOutputsParams | None:
     if request.output_config is None or request.output_config.format is None:
         return None
-    try:
-        return StructuredOutputsParams(json=request.output_config.format.json_schema)
-    except InvalidParameterError as error:
-        reason = str(error).removeprefix("structured_outputs: ")
-        raise InvalidParameterError(f"{_FORM} cannot be used: {reason}", _FORM) from None
+    with rules_below(""):
+        return constraint(_FORM, json=request.output_config.format.json_schema)
 
 
 def _tool_use(request: MessagesRequest | CountTokensRequest) -> ToolUse:
@@ -218,25 +208,21 @@ class EventWriter(Writer[answers.MessageEvent]):
     def __init__(self, *, show_thinking: bool = True, context_bound: bool = False) -> None:
         self._show_thinking = show_thinking
         self._context_bound = context_bound
-        self._counts: Usage | None = None
         self._index = -1
         self._open: _Kind | ToolInput | None = None
         self._space: tuple[_Kind, str] | None = None  # white space that may begin a block
         self._stop: answers.StopDelta | None = None
-        self._begun = False
 
     def start(self, head: Head, counts: Usage) -> list[answers.MessageEvent]:
         """Return the events before the first token, which tell clients that the request runs.
 
         The number of cached prompt tokens is not known yet; the final counts have it.
         """
-        self._begun = True
         name = "msg_" + head.id.removeprefix("chatcmpl-")
         message = answers.Message(id=name, model=head.model, content=(), usage=answers.Usage.of(counts))
         return [answers.MessageStart(message=message), answers.Ping()]
 
     def write(self, events: Sequence[Event]) -> list[answers.MessageEvent]:
-        """Convert events of an answer with one choice."""
         return [made for event in events for made in self._written(event)]
 
     def _written(self, event: Event) -> list[answers.MessageEvent]:
@@ -251,20 +237,19 @@ class EventWriter(Writer[answers.MessageEvent]):
             case CallBegun():
                 block = answers.ToolUseBlock(id=event.id, name=event.name, input={})
                 return [*self._close(), *self._begin(ToolInput(), block)]
-            case Begun():
-                assert self._counts is not None
-                return [] if self._begun else self.start(event.head, self._counts)
             case Ended():
-                self._stop = self._stopped(event)
+                bound = event.reason is FinishReason.LENGTH and self._context_bound
+                self._stop = answers.StopDelta(
+                    stop_reason="model_context_window_exceeded" if bound else event.reason.anthropic
+                )
+                if event.reason is FinishReason.STOP and isinstance(event.stop, str):
+                    self._stop = answers.StopDelta(stop_reason="stop_sequence", stop_sequence=event.stop)
                 return self._close(cut=event.reason is not FinishReason.TOOL_CALLS)
-            case Usage():
-                self._counts = event
-                if not event.final:
-                    return []
+            case Usage(final=True):
                 assert self._stop is not None
                 return [answers.MessageDelta(delta=self._stop, usage=answers.Usage.of(event)), answers.MessageStop()]
-            case Progress():
-                return []  # no request of this API asks for it
+            case Begun() | Usage() | Progress():
+                return []  # `start` returns the beginning; no request of this API asks for progress
 
     def _say(self, kind: _Kind, text: str) -> list[answers.MessageEvent]:
         if self._open == kind:
@@ -306,12 +291,6 @@ class EventWriter(Writer[answers.MessageEvent]):
         elif isinstance(kind, ToolInput):
             events += self._json(kind.finish(cut=cut))
         return [*events, answers.ContentBlockStop(index=self._index)]
-
-    def _stopped(self, ended: Ended) -> answers.StopDelta:
-        if ended.reason is FinishReason.STOP and isinstance(ended.stop, str):
-            return answers.StopDelta(stop_reason="stop_sequence", stop_sequence=ended.stop)
-        bound = ended.reason is FinishReason.LENGTH and self._context_bound
-        return answers.StopDelta(stop_reason="model_context_window_exceeded" if bound else ended.reason.anthropic)
 
 
 def join_message(events: Sequence[answers.MessageEvent]) -> answers.Message:

@@ -228,21 +228,17 @@ class ErrorDetail(msgspec.Struct, frozen=True, kw_only=True):
     type: str
     message: str
     param: str | None = None
-    details: ErrorCode | msgspec.UnsetType = msgspec.UNSET
+    details: ErrorCode | UnsetType = UNSET
 
 
 _NO_THREADS = ErrorCode(error_code="thread_unsupported_request", unsupported=("thread",))
 
 
-class ErrorBody(Tagged, frozen=True, kw_only=True, tag="error"):
+class ErrorBody(_Event, frozen=True, kw_only=True, tag="error"):
     """Body of a failed request, and data of an error inside a stream."""
 
     error: ErrorDetail
     request_id: str | None = None
-
-    @property
-    def event_name(self) -> str:
-        return "error"
 
 
 class ErrorResponse(NamedTuple):
@@ -271,16 +267,11 @@ def anthropic_error(
 ) -> ErrorResponse:
     """Return a response with this status; a server calls it for errors that it finds itself, such as a missing key."""
     kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "api_error")
-    details = _NO_THREADS if param == "thread" else msgspec.UNSET
-    detail = ErrorDetail(type=kind, message=_with_field(message, param), param=param, details=details)
+    details = _NO_THREADS if param == "thread" else UNSET
+    if param is not None:  # as at Anthropic: the field, a colon, and what is wrong with it
+        named = message.startswith((f"{param} ", f"{param}:"))
+        rest = message.removeprefix(param).removeprefix(":").lstrip() if named else message
+        message = f"{param}: {rest}"
+    detail = ErrorDetail(type=kind, message=message, param=param, details=details)
     final = {"x-should-retry": "false"} if status in _FINAL else {}
     return ErrorResponse(status, ErrorBody(error=detail, request_id=request_id), {**(headers or {}), **final})
-
-
-def _with_field(message: str, param: str | None) -> str:
-    """Format the message as Anthropic does: the field, a colon, and what is wrong with it."""
-    if param is None:
-        return message
-    named = message.startswith((f"{param} ", f"{param}:"))
-    rest = message.removeprefix(param).removeprefix(":").lstrip() if named else message
-    return f"{param}: {rest}"

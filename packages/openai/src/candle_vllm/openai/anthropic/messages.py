@@ -3,14 +3,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Tag, model_validator
 
 from candle_vllm.openai.anthropic import blocks
 from candle_vllm.openai.protocol.fields import WireModel, invalid
-from candle_vllm.openai.protocol.messages import by_role
+from candle_vllm.openai.protocol.messages import all_answered, by_role
+
+_UNANSWERED = "tool_use blocks without a tool_result"
 
 
 class UserMessage(WireModel):
@@ -70,7 +72,7 @@ def check_history(messages: Sequence[Message]) -> None:
     for index, message in enumerate(messages):
         if isinstance(message, AssistantMessage):
             if answered_in is not None:
-                _all_answered(pending, answered_in)
+                all_answered(pending, f"messages.{answered_in}.content", _UNANSWERED)
             answered_in = None
             for place, block in _blocks(message, blocks.ToolUseBlock):
                 if block.id in pending:
@@ -80,29 +82,18 @@ def check_history(messages: Sequence[Message]) -> None:
                 pending[block.id] = None
         elif isinstance(message, UserMessage):
             answered_in = index if answered_in is None else answered_in
-            _take_results(message, index, pending)
-    if pending:
-        _all_answered(pending, len(messages) - 1 if answered_in is None else answered_in)
-
-
-def _take_results(message: UserMessage, index: int, pending: dict[str, None]) -> None:
-    for number, (place, block) in enumerate(_blocks(message, blocks.ToolResultBlock)):
-        here = f"messages.{index}.content.{place}"
-        if number != place:
-            raise invalid(f"{here}.type", "tool_result must come before the text of its message")
-        if block.tool_use_id not in pending:
-            raise invalid(
-                f"{here}.tool_use_id", f"{block.tool_use_id!r:.80} does not match a tool_use of the previous turn"
-            )
-        del pending[block.tool_use_id]
+            for number, (place, block) in enumerate(_blocks(message, blocks.ToolResultBlock)):
+                here = f"messages.{index}.content.{place}"
+                if number != place:
+                    raise invalid(f"{here}.type", "tool_result must come before the text of its message")
+                if block.tool_use_id not in pending:
+                    said = f"{block.tool_use_id!r:.80} does not match a tool_use of the previous turn"
+                    raise invalid(f"{here}.tool_use_id", said)
+                del pending[block.tool_use_id]
+    last = len(messages) - 1 if answered_in is None else answered_in
+    all_answered(pending, f"messages.{last}.content", _UNANSWERED)
 
 
 def _blocks(message: UserMessage | AssistantMessage, kind: type[Any]) -> Iterator[tuple[int, Any]]:
     if not isinstance(message.content, str):
         yield from ((place, block) for place, block in enumerate(message.content) if isinstance(block, kind))
-
-
-def _all_answered(pending: Mapping[str, None], index: int) -> None:
-    if pending:
-        missing = ", ".join(repr(one)[:80] for one in list(pending)[:5])
-        raise invalid(f"messages.{index}.content", f"leaves tool_use blocks without a tool_result: {missing}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import partial
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
@@ -316,11 +317,6 @@ class CountTokensRequest(PromptRequest):
     refused_fields: ClassVar[Mapping[str, Refusal]] = REFUSED_COUNT_FIELDS
 
 
-def parse_messages_request(body: bytes | Mapping[str, Any] | MessagesRequest) -> MessagesRequest:
-    """Parse and validate a request from a body or an object, unless it is one already; raises `RequestError`."""
-    return parse_body(MessagesRequest, body)
-
-
-def parse_count_tokens_request(body: bytes | Mapping[str, Any] | CountTokensRequest) -> CountTokensRequest:
-    """Parse and validate a request from a body or an object, unless it is one already; raises `RequestError`."""
-    return parse_body(CountTokensRequest, body)
+parse_messages_request = partial(parse_body, MessagesRequest)
+parse_count_tokens_request = partial(parse_body, CountTokensRequest)
+"""Parsers of a body or an object, unless it is a request already; they raise `RequestError`."""

@@ -55,7 +55,7 @@ class ToolInput:
         self._text += text
         parts: list[str] = []
         try:
-            while not self._complete and self._state(parts):
+            while not self._complete and (self._in_text or self._skip()) and self._state(parts):
                 pass
         except _Broken:
             self._broken = True
@@ -73,10 +73,9 @@ class ToolInput:
         return f"{bridge if self._begun else '{'}{member}}}"
 
     # Each state consumes what it can of the text; it returns False if it needs more text, or the object is complete.
+    # Outside of strings, the text is not empty and does not begin with white space.
 
     def _begin(self, parts: list[str]) -> bool:
-        if not self._skip():
-            return False
         self._take("{")
         parts.append("{")
         self._begun = True
@@ -84,8 +83,6 @@ class ToolInput:
         return True
 
     def _name(self, parts: list[str]) -> bool:
-        if not self._skip():
-            return False
         if self._text[0] == "}":
             return self._close(parts)
         if self._text[0] != '"':
@@ -100,15 +97,11 @@ class ToolInput:
         return True
 
     def _colon(self, _: list[str]) -> bool:
-        if not self._skip():
-            return False
         self._take(":")
         self._state = self._value
         return True
 
     def _value(self, parts: list[str]) -> bool:
-        if not self._scan.place and not self._skip():
-            return False
         if self._text[0] == '"':
             parts.append(self._held + '"')
             self._held, self._text = "", self._text[1:]
@@ -147,8 +140,6 @@ class ToolInput:
         return True
 
     def _next(self, parts: list[str]) -> bool:
-        if not self._skip():
-            return False
         if self._text[0] == "}":
             return self._close(parts)
         self._take(",")
@@ -234,10 +225,8 @@ def _check(text: str) -> None:
 
 def _has_wide_integer(value: Any) -> bool:
     """Whether the value has an integer of more than 64 bits, which cannot be encoded in answers."""
-    if isinstance(value, dict):
-        return any(map(_has_wide_integer, value.values()))
-    if isinstance(value, list):
-        return any(map(_has_wide_integer, value))
+    if isinstance(value, (dict, list)):
+        return any(map(_has_wide_integer, value.values() if isinstance(value, dict) else value))
     return isinstance(value, int) and not -(1 << 63) <= value < 1 << 64
 
 

@@ -45,7 +45,6 @@ class Blocks:
         return {"": {**kinds, **within}, "header": kinds, THOUGHTS: within, CALL: within}, {}
 
     def run(self, reader: Reader, output: Output, *, tools: bool, in_reasoning: bool = False) -> Need[None]:
-        """Parse a message to its end; calls are text unless `tools`. The prompt may have opened the reasoning."""
         kind = self.thoughts if in_reasoning else (yield from self._header(reader, output))
         while kind:
             if kind == self.call and tools:
@@ -70,7 +69,6 @@ class Blocks:
         reader.put_back("" if mark in self.ends else mark)
 
     def _call(self, reader: Reader, output: Output) -> Need[None]:
-        """Parse a call; anything else is text."""
         reader.mark()
         yield from reader.skip_space()
         called = yield from self.body.read(reader, output.calls)

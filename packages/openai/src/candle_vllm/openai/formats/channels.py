@@ -82,7 +82,6 @@ class Harmony:
         return {**states, THOUGHTS: within, CALL: within}, {} if self.channel and not tools else {_TO: "recipient"}
 
     def run(self, reader: Reader, output: Output, *, tools: bool, in_reasoning: bool = False) -> Need[None]:
-        """Parse a message to its end; without `tools`, calls are text. The prompt may have opened its reasoning."""
         stops = markers(self.start, self.channel, *self.ends)
         opened = _Header(self.reasoning[0], role=self.role) if in_reasoning else None
         while True:
@@ -124,7 +123,6 @@ class Harmony:
         reader.put_back((yield from reader.until(stops, nowhere if called else output.content)))
 
     def _header(self, reader: Reader) -> Need[_Header]:
-        """Parse a part's header, and the mark after it."""
         yield from reader.skip_space()
         begins = (self.start, self.message, _TO, *filter(None, (self.channel,)))
         begun = yield from reader.take(*begins)
@@ -161,7 +159,8 @@ class Headed:
     """Functionary 3.2: parts that begin with `>>>`, a name and a line break; the name `all` marks the answer.
 
     The prompt ends with the first part's `>>>`. A later part may begin within a line, as templates write it, but not in
-    an answer's code. It needs the name `all` or that of an offered tool; within text, a call also needs arguments.
+    an answer's code. It needs the name `all` or that of an offered tool; within text, a call also needs arguments. The
+    format has no reasoning.
     """
 
     mark: str = ">>>"
@@ -173,7 +172,6 @@ class Headed:
         return {"": marks, CALL: marks}, heads
 
     def run(self, reader: Reader, output: Output, *, tools: bool, in_reasoning: bool = False) -> Need[None]:  # noqa: ARG002
-        """Parse a message to its end; without `tools`, calls are text. The format has no reasoning."""
         parts = _Parts(self, reader, output, tools)
         name = yield from parts.first()
         while name:
@@ -209,7 +207,6 @@ class _Parts:
         return name or self._shape.answer
 
     def call(self, name: str) -> Need[str]:
-        """Parse a part with a call's arguments."""
         reader, calls = self._reader, self._output.calls
         yield from reader.skip_space()
         start = yield from reader.peek()

@@ -14,6 +14,7 @@ import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from candle_vllm.core.errors import ConfigError, UnsupportedModelError
@@ -26,7 +27,7 @@ from candle_vllm.openai.formats.layout import Body, Layout, ReasoningFormat, Too
 from candle_vllm.openai.formats.named_calls import NamedJson
 from candle_vllm.openai.formats.parser import OutputParser
 from candle_vllm.openai.formats.reasoning_table import REASONING_FORMATS
-from candle_vllm.openai.formats.table import TOOL_FORMATS, reasoning_names, tool_names
+from candle_vllm.openai.formats.table import TOOL_FORMATS, by_name
 from candle_vllm.openai.formats.tagged import Tagged
 
 _OFF = ("none", "passthrough", "off")
@@ -51,10 +52,6 @@ class Choice:
     tools_reason: str
     reasoning_reason: str
     needs: template_needs.TemplateNeeds | None = None
-
-    @property
-    def layout(self) -> Layout:
-        return Layout(self.reasoning, self.tools)
 
     @property
     def shows_tools(self) -> bool:
@@ -87,8 +84,12 @@ def choose_layout(
     Raises:
         ConfigError: no format has the name in the option.
     """
-    text = _text(template)
-    probe = _probe(template, chat_template)
+    named = template if isinstance(template, Mapping) else {"default": template or ""}
+    text = next((named[name] for name in ("tool_use", "default") if name in named), "")  # it is used with tools
+    if chat_template is None and template:
+        with suppress(UnsupportedModelError):
+            chat_template = ChatTemplate(template, dict.fromkeys(_SPECIAL, ""))
+    probe = template_needs.TemplateProbe(chat_template) if chat_template is not None else None
     needs = template_needs.template_needs(probe) if probe is not None else None
     kind = _plain(model_type or "")
 
@@ -100,10 +101,10 @@ def choose_layout(
         return marked_tools(text), "the chat template contains the format's marks"
 
     given = response_template, response_tools, tools_by_template, kind
-    tools, tools_reason = _first(tool_parser, "tool_parser", tool_names(), TOOL_FORMATS, *given)
+    tools, tools_reason = _first(tool_parser, "tool_parser", TOOL_FORMATS, *given)
     if tools is None and not tools_reason:
         reads = needs.writes_tools if needs is not None else re.search(r"\btools\b", text) is not None
-        tools = tool_names()[_GENERIC] if reads else None
+        tools = by_name(TOOL_FORMATS)[_GENERIC] if reads else None
         tools_reason = "the chat template uses tools, in no known format" if reads else "no sign of tools"
 
     def reasoning_by_template() -> tuple[ReasoningFormat | None, str]:
@@ -113,16 +114,13 @@ def choose_layout(
         return row and _with_answer_marks(row, text, kind), reason
 
     given = response_template, response_reasoning, reasoning_by_template, kind
-    reasoning, reasoning_reason = _first(
-        reasoning_parser, "reasoning_parser", reasoning_names(), REASONING_FORMATS, *given
-    )
+    reasoning, reasoning_reason = _first(reasoning_parser, "reasoning_parser", REASONING_FORMATS, *given)
     return Choice(tools, reasoning, tools_reason, reasoning_reason or "no sign of reasoning", needs)
 
 
 def _first(
     option: str | None,
     setting: str,
-    names: Mapping[str, _Row],
     rows: tuple[_Row, ...],
     response_template: Any | None,
     translate: Callable[[Any], _Row | str],
@@ -131,7 +129,7 @@ def _first(
 ) -> tuple[_Row | None, str]:
     """Return the format that is found first, and the reason; the reason is empty if no source decides."""
     if option is not None and _plain(option) != _AUTO:
-        return _named(option, setting, names), f"{setting} is {option!r}"
+        return _named(option, setting, by_name(rows)), f"{setting} is {option!r}"
     note = ""
     if response_template is not None:
         found = translate(response_template)
@@ -173,25 +171,6 @@ def _named(option: str, setting: str, names: Mapping[str, _Row]) -> _Row | None:
 def _plain(name: str) -> str:
     """Return a name in lower case, without `-`, `_`, `.` and spaces."""
     return re.sub(r"[-_. ]", "", name.strip().lower())
-
-
-def _text(template: str | Mapping[str, str] | None) -> str:
-    """Return the text of the template that is used with tools."""
-    if isinstance(template, Mapping):
-        return next((template[name] for name in ("tool_use", "default") if name in template), "")
-    return template or ""
-
-
-def _probe(
-    template: str | Mapping[str, str] | None, compiled: ChatTemplate | None
-) -> template_needs.TemplateProbe | None:
-    """Return a probe of the template; None without a template, or if it cannot be compiled."""
-    if compiled is None and template:
-        try:
-            compiled = ChatTemplate(template, dict.fromkeys(_SPECIAL, ""))
-        except UnsupportedModelError:
-            return None
-    return template_needs.TemplateProbe(compiled) if compiled is not None else None
 
 
 _COMMON = frozenset({"```json", "functools"})  # too common in texts to indicate a format
@@ -279,7 +258,6 @@ def _literals(body: Body) -> Iterator[str]:
 
 
 def _calls(row: ToolFormat, written: template_needs.Written) -> list[tuple[str, Any]]:
-    """Parse the calls in a template's output with a row."""
     parser = OutputParser(Layout(None, row), tools={template_needs.NAME: template_needs.SCHEMA}, make_id=str)
     texts: list[list[str]] = []
     for event in (*parser.feed(written.text), *parser.finish(True)):
@@ -294,7 +272,6 @@ def _calls(row: ToolFormat, written: template_needs.Written) -> list[tuple[str, 
 
 
 def _thoughts(row: ReasoningFormat, written: template_needs.Written) -> str:
-    """Parse the reasoning in a template's output with a row."""
     opening = row.open_mark(written.head)
     parser = OutputParser(Layout(row.led_by(opening), None), in_reasoning=bool(opening))
     events = (*parser.feed(written.text), *parser.finish(True))

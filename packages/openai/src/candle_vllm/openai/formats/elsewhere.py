@@ -49,7 +49,6 @@ class _Kept(CallSink):
 
     @property
     def complete(self) -> bool:
-        """Whether there are calls and all of them were closed."""
         return 0 < len(self._calls) == self._whole
 
     def begin(self, name: str, given_id: str = "") -> None:

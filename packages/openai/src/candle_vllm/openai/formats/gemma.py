@@ -34,7 +34,6 @@ class Gemma:
     known_only: bool = False
 
     def read(self, reader: Reader, calls: CallSink) -> Need[bool]:
-        """Parse calls after the opening mark; return False, without any event, if there is no call."""
         before = calls.count
         while True:
             yield from reader.skip_space()
@@ -119,7 +118,12 @@ class _Object:
         reader = self._reader
         yield from reader.skip_space()
         if (yield from reader.take(self._quote)):
-            return (yield from self._text())
+            self._emit('"')
+            mark = yield from reader.until(markers(self._quote), lambda text: self._emit(escaped(text)), inside=True)
+            if not mark and not reader.whole:
+                return False
+            self._emit('"')
+            return True
         mark = yield from reader.peek()
         if mark == '"':
             return (yield from read_value(reader, self._emit))
@@ -132,12 +136,4 @@ class _Object:
         if not (yield from self._ends()) and ((yield from reader.peek()) or not reader.whole):
             return False
         self._emit(to_json("".join(parts).strip(SPACE), kinds._replace(marked=True)))
-        return True
-
-    def _text(self) -> Need[bool]:
-        self._emit('"')
-        mark = yield from self._reader.until(markers(self._quote), lambda text: self._emit(escaped(text)), inside=True)
-        if not mark and not self._reader.whole:
-            return False
-        self._emit('"')
         return True

@@ -174,7 +174,6 @@ class _Message:
         return self._form.bodies[0]
 
     def required(self) -> str:
-        """Return an expression of reasoning followed by calls."""
         return sequence(self._thoughts(), self._calls(), SPACE)  # many models write a line break after the last call
 
     def answer(self) -> str:
@@ -215,7 +214,6 @@ class _Message:
         return next(known, next(iter(self._form.opens), ""))
 
     def _strays(self, these: re.Pattern[str], but: re.Pattern[str] = _NONE, *, space: str = SPACE) -> str:
-        """Return an expression of optional marks around all calls of a message."""
         marks = [mark for mark in self._form.strays if these.search(mark) and not but.search(mark)]
         return sequence(*(f"({space} {self._writer.mark(mark)})?" for mark in marks)) if marks else ""
 

@@ -131,7 +131,6 @@ class _ObjectReader:
         self._closed = False  # whether the object's last bracket was read
 
     def read(self) -> Need[bool]:
-        """Parse the object; return whether it is a call."""
         reader = self._reader
         reader.at += 1
         yield from reader.skip_space()

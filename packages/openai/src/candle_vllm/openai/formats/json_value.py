@@ -62,11 +62,6 @@ def number(text: str) -> str | None:
     return f"{match[1].strip('+')}{match[2].lstrip('0') or '0'}{fraction}{match[4] or ''}"
 
 
-def _plain(word: str) -> str:
-    """Return the JSON of a word without quotes: a number, a word of JSON, Python or JavaScript, or a string."""
-    return _WORDS.get(word.lower()) or number(word) or json.dumps(word, ensure_ascii=False)
-
-
 class _Value:
     def __init__(self, reader: Reader, sink: Sink, stops: Markers, most: int = 1 << 30) -> None:
         self._reader = reader
@@ -106,7 +101,6 @@ class _Value:
                 return True
 
     def string(self) -> Need[bool]:
-        """Parse a quoted string to JSON; return whether it is closed."""
         reader = self._reader
         quote = reader.text[reader.at]
         reader.at += 1
@@ -138,8 +132,13 @@ class _Value:
             return False
         following = reader.text[reader.at + 1]
         if following == "u":
-            return (yield from self._unicode())
-        if following in _ESCAPES:
+            if not (yield from self._ahead(6)):
+                return False
+            digits = reader.text[reader.at + 2 : reader.at + 6]
+            valid = re.fullmatch("[0-9a-fA-F]{4}", digits) is not None
+            self._run(f"\\u{digits}" if valid else "\\\\")
+            reader.at += 6 if valid else 1
+        elif following in _ESCAPES:
             self._run("\\" + following)
             reader.at += 2
         elif following == "'":
@@ -159,16 +158,6 @@ class _Value:
             yield
         return True
 
-    def _unicode(self) -> Need[bool]:
-        reader = self._reader
-        if not (yield from self._ahead(6)):
-            return False
-        digits = reader.text[reader.at + 2 : reader.at + 6]
-        valid = re.fullmatch("[0-9a-fA-F]{4}", digits) is not None
-        self._run(f"\\u{digits}" if valid else "\\\\")
-        reader.at += 6 if valid else 1
-        return True
-
     def _word(self) -> Need[None]:
         """Pass on a number, word or unquoted key if it is complete, or else one character that is no special token."""
         parts: list[str] = []
@@ -181,7 +170,8 @@ class _Value:
                 self._sink(character)
             self._state = "more"
         elif not self._reader.cut:
-            self._sink(json.dumps(word, ensure_ascii=False) if self._state == "key" else _plain(word))
+            known = None if self._state == "key" else _WORDS.get(word.lower()) or number(word)
+            self._sink(known or json.dumps(word, ensure_ascii=False))
             self._state = "colon" if self._state == "key" else "more"
 
     def _space(self, text: str) -> None:

@@ -25,7 +25,6 @@ class Body(Protocol):
 
     def read(self, reader: Reader, calls: CallSink) -> Need[bool]:
         """Parse calls, after their opening mark if any; return False, without any event, if there is no call."""
-        ...
 
 
 class Flow(Protocol):
@@ -33,11 +32,9 @@ class Flow(Protocol):
 
     def run(self, reader: Reader, output: Output, *, tools: bool, in_reasoning: bool = False) -> Need[None]:
         """Parse a message to its end; calls are text unless `tools`. `in_reasoning`: the prompt opened reasoning."""
-        ...
 
     def states(self, tools: Collection[str]) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
         """Return `StopMarks.states` and `StopMarks.fresh` of a message in which tools of these names may be called."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True)

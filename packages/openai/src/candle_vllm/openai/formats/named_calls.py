@@ -44,13 +44,6 @@ class NamedJson:
     closed: int = 1
 
     def read(self, reader: Reader, calls: CallSink) -> Need[bool]:
-        """Parse a call after the opening mark; return False, without any event, if there is no call."""
-        called = yield from self._call(reader, calls)
-        if called:
-            yield from skip_closers(reader, self.closers)
-        return called
-
-    def _call(self, reader: Reader, calls: CallSink) -> Need[bool]:
         yield from reader.skip_space()
         first_id = prefix = ""
         if self.id_end:
@@ -67,9 +60,10 @@ class NamedJson:
             match = _COUNTED.fullmatch(name)
             given_id = prefix + name if match else ""
             name = match[1] if match else name
-        if not calls.is_name(name):
+        if not calls.is_name(name) or not (yield from self._arguments(reader, calls, name, given_id)):
             return False
-        return (yield from self._arguments(reader, calls, name, given_id))
+        yield from skip_closers(reader, self.closers)
+        return True
 
     def _head(self, reader: Reader) -> Need[tuple[str, str] | None]:
         """Return name and id if `name_end`, "{" or a closer follows; only `name_end` is consumed. Otherwise None."""

@@ -34,7 +34,6 @@ class Nested:
     closers: tuple[str, ...] = ()
 
     def read(self, reader: Reader, calls: CallSink) -> Need[bool]:
-        """Parse calls after the opening mark; return False, without any event, if there is no call."""
         before = calls.count
         while True:
             yield from reader.skip_space()
@@ -71,7 +70,9 @@ class _Arguments:
         while True:
             if not key:
                 yield from reader.skip_space()
-                key = yield from self._tag()
+                if (yield from reader.take(f"{self._shape.tag}<")):
+                    name, end = yield from reader.name(markers(">"))
+                    key = name if end else ""
             if not key and not (reader.whole and reader.ended and reader.at == len(reader.text)):
                 return False
             if not key or key.startswith("/"):
@@ -86,13 +87,6 @@ class _Arguments:
             self._emit = emit
             keys.add(key)
             key = ""
-
-    def _tag(self) -> Need[str]:
-        """Return a tag's name, with the slash of a closing tag; "" without a tag."""
-        if not (yield from self._reader.take(f"{self._shape.tag}<")):
-            return ""
-        name, end = yield from self._reader.name(markers(">"))
-        return name if end else ""
 
     def _value(self, schema: Mapping[str, Any], depth: int) -> Need[bool]:
         reader = self._reader

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import re
 import secrets
@@ -188,15 +189,12 @@ class Output:
             events, self._events = self._events, []
             return events
         events: list[Event] = []
-        run: list[str] = []  # texts to append to the last event
-        for event in self._events:
-            last = events[-1] if events else None
-            if isinstance(event, TextPiece) and isinstance(last, TextPiece) and event.kind == last.kind:
-                run.append(event.text)
-                continue
-            _join(events, run)
-            events.append(event)
-        _join(events, run)
+        for kind, run in itertools.groupby(
+            self._events, lambda event: event.kind if isinstance(event, TextPiece) else None
+        ):
+            alike = list(run)
+            texts = (event.text for event in alike if isinstance(event, TextPiece))
+            events += [TextPiece(kind, "".join(texts))] if kind else alike
         self._events.clear()
         return events
 
@@ -207,14 +205,6 @@ class Output:
 def _named(text: str, names: Mapping[str, str]) -> str:
     """Return a text with the names of special tokens in place of their characters; without a name they are left out."""
     return text if text.isascii() else SPECIAL.sub(lambda match: names.get(match.group(), ""), text)
-
-
-def _join(events: list[Event], run: list[str]) -> None:
-    if run:
-        last = events[-1]
-        assert isinstance(last, TextPiece)
-        events[-1] = TextPiece(last.kind, last.text + "".join(run))
-        run.clear()
 
 
 class _Text:
@@ -234,7 +224,6 @@ class _Text:
 
     @property
     def begun(self) -> bool:
-        """Whether text of the current part was emitted."""
         return not (self._lead or self._empty)
 
     def add(self, text: str) -> None:

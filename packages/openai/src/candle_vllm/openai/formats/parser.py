@@ -313,7 +313,6 @@ class TextFlow:
             calls.may_begin = None
 
     def _bodies(self, mark: str) -> tuple[Body, ...]:
-        """Return the formats that may follow a mark."""
         form = self._form
         assert form is not None
         if mark == FENCE and form.fenced:

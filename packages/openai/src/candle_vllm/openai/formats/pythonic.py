@@ -42,7 +42,6 @@ class Pythonic:
     listed: bool = True
 
     def read(self, reader: Reader, calls: CallSink) -> Need[bool]:
-        """Parse calls after the opening mark; return False, without any event, if there is no call."""
         before = calls.count
         yield from reader.skip_space()
         listed = bool((yield from reader.take("[")))
@@ -91,18 +90,15 @@ class _Arguments:
                 return False
             if text:
                 place = f"argument_{len(self._keys)}"  # of a positional argument that the tool does not have
-                self._argument(key or next((one for one in self._order if one not in self._keys), place), text)
+                key = key or next((one for one in self._order if one not in self._keys), place)
+            if text and key not in self._keys:
+                self._calls.arguments((", " if self._keys else "{") + json.dumps(key, ensure_ascii=False) + ": ")
+                self._keys.add(key)
+                self._calls.arguments(_to_json(text))
             if end not in (",", "="):
                 break
         self._calls.arguments("}" if self._keys else "{}")
         return True
-
-    def _argument(self, key: str, text: str) -> None:
-        if key in self._keys:
-            return
-        self._calls.arguments((", " if self._keys else "{") + json.dumps(key, ensure_ascii=False) + ": ")
-        self._keys.add(key)
-        self._calls.arguments(_to_json(text))
 
     def _piece(self, inside: bool = False) -> Need[tuple[str, str]]:
         """Return text and the mark after it: ",", ")", "=" unless `inside` a value, an unread special token, or ""."""

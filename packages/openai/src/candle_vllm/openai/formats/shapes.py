@@ -82,19 +82,6 @@ DEEPSEEK = NamedJson(
 DEEPSEEK_PLAIN = NamedJson(name_end="<｜tool▁sep｜>", closers=("<｜tool▁call▁end｜>",))
 
 
-def dsml(section: str, space: str = "") -> Tagged:  # `section`: the tag around all calls
-    return Tagged(
-        name_open=f'<｜DSML｜{space}invoke name="',
-        name_end='">',
-        key_open=f'<｜DSML｜{space}parameter name="',
-        key_end=">",
-        head=r'(?P<key>[^"]*)"(?: string="(?P<text>true|false)")?',
-        value_end=f"</｜DSML｜{space}parameter>",
-        call_end=f"</｜DSML｜{space}invoke>",
-        closers=(f"</｜DSML｜{space}{section}>",),
-    )
-
-
 def invokes(section: str, tag: str = "") -> Tagged:  # `section`: the mark after all calls
     return Tagged(
         name_open=f'<{tag}invoke name="',

@@ -20,14 +20,23 @@ from candle_vllm.openai.formats.named_calls import NamedJson, RawCode
 from candle_vllm.openai.formats.nested import Nested
 from candle_vllm.openai.formats.output import mistral_id
 from candle_vllm.openai.formats.pythonic import Pythonic
-from candle_vllm.openai.formats.reasoning_table import REASONING_FORMATS
 from candle_vllm.openai.formats.tagged import Tagged
 
 _Row = TypeVar("_Row", ToolFormat, ReasoningFormat)
 
 
-def _dsml(name: str, body: Tagged, *types: str) -> ToolFormat:
-    """Return a row of DeepSeek's markup language; `name` is also a model type."""
+def _dsml(name: str, section: str, *types: str, space: str = "") -> ToolFormat:
+    """Return a row of DeepSeek's markup language with `section` around all calls; `name` is also a model type."""
+    body = Tagged(
+        name_open=f'<｜DSML｜{space}invoke name="',
+        name_end='">',
+        key_open=f'<｜DSML｜{space}parameter name="',
+        key_end=">",
+        head=r'(?P<key>[^"]*)"(?: string="(?P<text>true|false)")?',
+        value_end=f"</｜DSML｜{space}parameter>",
+        call_end=f"</｜DSML｜{space}invoke>",
+        closers=(f"</｜DSML｜{space}{section}>",),
+    )
     return ToolFormat(
         name,
         opens=(body.closers[0].replace("</", "<"),),
@@ -187,9 +196,9 @@ TOOL_FORMATS: tuple[ToolFormat, ...] = (
         ends_thoughts=True,
         strays=shapes.DEEPSEEK_STRAYS,
     ),
-    _dsml("deepseek_v32", shapes.dsml("function_calls")),
-    _dsml("deepseek_v4", shapes.dsml("tool_calls")),
-    _dsml("deepseek_v41", shapes.dsml("calls", " "), "deepseek_v41_text"),
+    _dsml("deepseek_v32", "function_calls"),
+    _dsml("deepseek_v4", "tool_calls"),
+    _dsml("deepseek_v41", "calls", "deepseek_v41_text", space=" "),
     ToolFormat(
         "phi4_mini_json",
         opens=("functools",),
@@ -420,16 +429,7 @@ TOOL_FORMATS: tuple[ToolFormat, ...] = (
 )
 
 
-def tool_names() -> dict[str, ToolFormat]:
-    """Return the tool formats by name and alias; a format's name precedes an equal alias."""
-    return _by_name(TOOL_FORMATS)
-
-
-def reasoning_names() -> dict[str, ReasoningFormat]:
-    """Return the reasoning formats by name and alias; a format's name precedes an equal alias."""
-    return _by_name(REASONING_FORMATS)
-
-
-def _by_name(rows: tuple[_Row, ...]) -> dict[str, _Row]:
+def by_name(rows: tuple[_Row, ...]) -> dict[str, _Row]:
+    """Return formats by name and alias; a format's name precedes an equal alias."""
     own = {row.name: row for row in rows}
     return own | {alias: row for row in rows for alias in row.aliases if alias not in own}

@@ -68,7 +68,6 @@ class Tagged:
         return (self.key_open, *self.tight[1:])
 
     def read(self, reader: Reader, calls: CallSink) -> Need[bool]:
-        """Parse calls after the opening mark; return False, without any event, if there is no call."""
         before = calls.count
         while (yield from reader.attempt(self._call(reader, calls), back=calls.count > before)):
             yield from reader.skip_space()
@@ -119,11 +118,14 @@ class _Arguments:
         self._keys: set[str] = set()
 
     def read(self) -> Need[bool]:
-        """Parse the arguments; return False if they are incomplete."""
         shape, reader, emit = self._shape, self._reader, self._calls.arguments
         yield from reader.skip_space()
-        if (yield from reader.peek()) == "{":
-            return (yield from self._object())
+        if (yield from reader.peek()) == "{":  # models write all arguments as one JSON object by mistake
+            closed = yield from read_value(reader, emit, markers(shape.call_end, *shape.closers))
+            if closed:
+                yield from reader.skip_space()
+                yield from reader.take(shape.call_end)
+            return closed
         closed = True
         while closed:
             yield from reader.skip_space()
@@ -136,15 +138,6 @@ class _Arguments:
             closed = yield from self._argument()
         if closed:
             emit("}" if self._keys else "{}")
-        return closed
-
-    def _object(self) -> Need[bool]:
-        """Parse all arguments as one JSON object, which models write by mistake."""
-        shape, reader = self._shape, self._reader
-        closed = yield from read_value(reader, self._calls.arguments, markers(shape.call_end, *shape.closers))
-        if closed:
-            yield from reader.skip_space()
-            yield from reader.take(shape.call_end)
         return closed
 
     def _argument(self) -> Need[bool]:

@@ -211,7 +211,12 @@ def read_messages(messages: Sequence[wires.Message]) -> tuple[TaskMessage, ...]:
             calls.append(Call(call.id or f"call{count:05d}", call.function.name, text))
         if message.role == "assistant":
             pending = deque(calls)
-        answered = _answered(pending, message) if message.role == "tool" else None
+        answered = None
+        if message.role == "tool":
+            given_id, name = message.tool_call_id, message.tool_name or message.name
+            answered = next((c for c in pending if given_id in (None, c.id) and name in (None, c.name)), None)
+        if answered is not None:
+            pending.remove(answered)
         made.append(
             TaskMessage(
                 role=message.role,
@@ -223,15 +228,6 @@ def read_messages(messages: Sequence[wires.Message]) -> tuple[TaskMessage, ...]:
             )
         )
     return tuple(made)
-
-
-def _answered(pending: deque[Call], message: wires.Message) -> Call | None:
-    """Return the pending call that a tool message answers, and remove it from `pending`."""
-    for call in pending:
-        if message.tool_call_id in (None, call.id) and (message.tool_name or message.name) in (None, call.name):
-            pending.remove(call)
-            return call
-    return None
 
 
 def _raw_task(request: wires.GenerateRequest, defaults: Mapping[str, Any]) -> Task:

@@ -158,7 +158,6 @@ class LineWriter(Writer[Line]):
         self._ended: Ended | None = None
 
     def write(self, events: Sequence[Event]) -> list[Line]:
-        """Convert events of an answer with one choice to lines."""
         return [line for event in events for line in self._written(event)]
 
     def _written(self, event: Event) -> list[Line]:
@@ -186,9 +185,21 @@ class LineWriter(Writer[Line]):
             case Ended():
                 self._ended = event
                 return self._called(cut=event.reason is not FinishReason.TOOL_CALLS)
-            case Usage():
-                return [self._last(event)] if event.final else []
-            case Progress():
+            case Usage(final=True):
+                assert self._ended is not None
+                more: dict[str, Any] = {} if self._context is None else {"context": tuple(self._context)}
+                more |= self._times.durations()
+                line = self._line(
+                    done=True,
+                    done_reason=self._ended.reason.ollama,
+                    prompt_eval_count=event.prompt_tokens,
+                    prompt_eval_duration=round((event.prompt_ms or 0) * _MS),
+                    eval_count=event.completion_tokens,
+                    eval_duration=round((event.completion_ms or 0) * _MS),
+                    **more,
+                )
+                return [line]
+            case Usage() | Progress():
                 return []  # no request of this API asks for progress
 
     def _say(self, logprobs: Any, text: str = "", thought: str = "") -> list[Line]:
@@ -210,20 +221,6 @@ class LineWriter(Writer[Line]):
         arguments = parsed_input("".join([*self._parts, self._input.finish(cut=cut)]))
         function = FunctionCalled(index=call.call, name=call.name, arguments=arguments)
         return [self._line(calls=(CallMade(id=call.id, function=function),))]
-
-    def _last(self, usage: Usage) -> Line:
-        assert self._ended is not None
-        more: dict[str, Any] = {} if self._context is None else {"context": tuple(self._context)}
-        return self._line(
-            done=True,
-            done_reason=self._ended.reason.ollama,
-            **self._times.durations(),
-            prompt_eval_count=usage.prompt_tokens,
-            prompt_eval_duration=round((usage.prompt_ms or 0) * _MS),
-            eval_count=usage.completion_tokens,
-            eval_duration=round((usage.completion_ms or 0) * _MS),
-            **more,
-        )
 
 
 def join_lines(lines: Sequence[Line]) -> Line:

@@ -12,13 +12,13 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, WithJsonSchema, field_validator
 
-from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.core.pooling import MAX_DIMENSIONS
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
-from candle_vllm.openai.json_body import parse_body
+from candle_vllm.openai.json_body import parse_body, rules_below
 from candle_vllm.openai.protocol import fields
 from candle_vllm.openai.protocol.generation import LlamaFields, Logprobs
 from candle_vllm.openai.protocol.pooling import MAX_INPUTS
+from candle_vllm.openai.protocol.structured import constraint
 from candle_vllm.openai.protocol.tools import FunctionDefinition, Tool, check_chat_tools
 from candle_vllm.openai.task import ImagePart
 
@@ -118,10 +118,6 @@ def _thought(value: Any) -> Any:
     return value
 
 
-def _streamed(value: Any) -> Any:
-    return True if value is None else value
-
-
 KeepAlive = Annotated[
     Any, AfterValidator(_kept), WithJsonSchema({"anyOf": [{"type": "number"}, {"type": "string"}, {"type": "null"}]})
 ]
@@ -133,7 +129,9 @@ Think = Annotated[
 Format = Annotated[
     Any, AfterValidator(_formed), WithJsonSchema({"anyOf": [{"enum": ["", "json", None]}, {"type": "object"}]})
 ]
-Streams = Annotated[bool, BeforeValidator(_streamed), WithJsonSchema({"type": ["boolean", "null"]})]
+Streams = Annotated[
+    bool, BeforeValidator(lambda value: True if value is None else value), WithJsonSchema({"type": ["boolean", "null"]})
+]
 _Count = Annotated[int, Field(ge=-1, le=1 << 31)] | None
 
 
@@ -201,7 +199,6 @@ class _Asked(fields.WireModel):
         return not any(getattr(self, name, None) for name in ("messages", "prompt", "suffix", "input"))
 
     def sampling(self) -> dict[str, Any]:
-        """Return the options under their names in `SamplingParams`."""
         return {} if self.options is None else self.options.sampling()
 
 
@@ -232,15 +229,11 @@ class _Generating(_Asked):
         """Return the constraint on the answer; raises `InvalidParameterError`."""
         if self.format in (None, ""):
             return None
-        try:
-            json: dict[str, Any] = {"json_object": True} if self.format == "json" else {"json": self.format}
-            return StructuredOutputsParams(**json)
-        except InvalidParameterError as error:
-            reason = str(error).removeprefix("structured_outputs: ")
-            raise InvalidParameterError(f"format cannot be used: {reason}", "format") from None
+        json: dict[str, Any] = {"json_object": True} if self.format == "json" else {"json": self.format}
+        with rules_below(""):
+            return constraint("format", **json)
 
     def sampling(self) -> dict[str, Any]:
-        """Return the options under their names in `SamplingParams`, with `logprobs` if the request asks for them."""
         return {**super().sampling(), **({"logprobs": self.top_logprobs or 0} if self.logprobs else {})}
 
 
@@ -312,13 +305,12 @@ class ChatRequest(_Generating):
     refused_fields: ClassVar[Mapping[str, fields.Refusal]] = REFUSED_CHAT_FIELDS
 
     messages: Annotated[list[Message], Field(max_length=fields.MAX_MESSAGES, fail_fast=True)] | None = None
-    tools: Annotated[list[OfferedTool], Field(max_length=fields.MAX_TOOLS, fail_fast=True)] | None = None
-
-    @field_validator("tools")
-    @classmethod
-    def _tools_fit(cls, tools: list[OfferedTool] | None) -> list[OfferedTool] | None:
-        check_chat_tools(tools)
-        return tools
+    tools: (
+        Annotated[
+            list[OfferedTool], Field(max_length=fields.MAX_TOOLS, fail_fast=True), AfterValidator(check_chat_tools)
+        ]
+        | None
+    ) = None
 
 
 _TEMPLATED = ("system",), "system, which only a chat template can place"

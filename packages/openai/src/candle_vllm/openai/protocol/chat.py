@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 import msgspec
 from msgspec import UNSET, UnsetType
-from pydantic import BeforeValidator, Discriminator, Field, GetJsonSchemaHandler, Tag, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, GetJsonSchemaHandler, Tag, model_validator
 from pydantic_core import CoreSchema
 
 from candle_vllm.openai.json_body import Tagged
@@ -17,8 +17,6 @@ from candle_vllm.openai.protocol.messages import AssistantMessage, Messages, che
 from candle_vllm.openai.protocol.templating import TemplateFields
 from candle_vllm.openai.protocol.tools import (
     AnyTool,
-    CustomTool,
-    Tool,
     ToolChoice,
     check_chat_tools,
     custom_names,
@@ -90,19 +88,15 @@ class ChatCompletionRequest(TemplateFields, GenerationFields):
     logprobs: bool | None = None
     top_logprobs: Logprobs | None = None
     modalities: Annotated[list[str], Field(fail_fast=True), BeforeValidator(_text_modality)] | None = None
-    tools: Annotated[list[AnyTool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
+    tools: (
+        Annotated[list[AnyTool], Field(max_length=MAX_TOOLS, fail_fast=True), AfterValidator(check_chat_tools)] | None
+    ) = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     include_reasoning: bool | None = None
     prediction: Prediction | None = None
     timings_per_token: bool | None = None
     verbose: bool | None = None
-
-    @field_validator("tools")
-    @classmethod
-    def _tools_fit(cls, tools: list[Tool | CustomTool] | None) -> list[Tool | CustomTool] | None:
-        check_chat_tools(tools)
-        return tools
 
     @model_validator(mode="after")
     def _chat_rules(self) -> Self:

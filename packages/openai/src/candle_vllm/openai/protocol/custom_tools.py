@@ -93,7 +93,6 @@ class GrammarFormat(WireModel):
 
     @classmethod
     def check_kind(cls, data: dict[str, Any]) -> None:
-        """Refuse, with a hint, a grammar in the form of other routes."""
         if "grammar" not in data and "definition" in data:
             raise invalid("grammar", "is required: put syntax and definition into it")
 
@@ -123,7 +122,6 @@ class CustomTool(WireModel):
 
     @classmethod
     def check_kind(cls, data: dict[str, Any]) -> None:
-        """Refuse, with a hint, a tool in the form of other routes."""
         if "custom" not in data:
             raise invalid("custom", "is required: put name, description and format into it")
 

@@ -31,7 +31,6 @@ class TextPart(WireModel):
 
     @classmethod
     def check_kind(cls, data: dict[str, Any]) -> None:
-        """Raise an error for an image, which only some roles may send, and for parts that the server cannot read."""
         if (kind := data.get("type")) in _IMAGES:
             raise unsupported("type", "images can only be in messages of users and tools")
         if OTHER_PART.fullmatch(str(kind)):
@@ -268,15 +267,16 @@ def check_history(messages: Sequence[Message]) -> None:
             del pending[message.tool_call_id]
             continue
         if not (index and isinstance(message, AssistantMessage) and isinstance(messages[index - 1], AssistantMessage)):
-            _all_answered(pending, f"{here}.role")
+            all_answered(pending, f"{here}.role", "tool calls without a tool message")
         for number, call in enumerate(getattr(message, "tool_calls", None) or ()):
             if call.id in pending:
                 raise invalid(f"{here}.tool_calls.{number}.id", f"{call.id!r:.80} is already the id of another call")
             pending[call.id] = None
-    _all_answered(pending, "messages")
+    all_answered(pending, "messages", "tool calls without a tool message")
 
 
-def _all_answered(pending: Mapping[str, None], field: str) -> None:
+def all_answered(pending: Mapping[str, None], field: str, calls: str) -> None:
+    """Raise an error for `field` if calls with these ids are pending; `calls` describes them in the message."""
     if pending:
         missing = ", ".join(repr(call_id)[:80] for call_id in list(pending)[:5])
-        raise invalid(field, f"leaves tool calls without a tool message: {missing}")
+        raise invalid(field, f"leaves {calls}: {missing}")

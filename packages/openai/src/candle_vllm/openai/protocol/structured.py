@@ -40,7 +40,6 @@ class TextFormat(WireModel):
 
     @classmethod
     def check_kind(cls, data: dict[str, Any]) -> None:
-        """Raise an error that explains another server's format, or lists the supported formats."""
         kind = data.get("type")
         if isinstance(kind, str) and kind in _OTHER_FORMATS:
             raise unsupported("type", f"for {kind!r} use structured_outputs instead of response_format")
@@ -80,7 +79,6 @@ class JsonSchemaFormat(WireModel):
     json_schema: Annotated[JsonSchema, BeforeValidator(_named)]
 
     def core_fields(self) -> dict[str, Any]:
-        """Return the equivalent fields of core's `StructuredOutputsParams`."""
         return {"json": self.json_schema.json_schema}
 
 
@@ -115,7 +113,6 @@ class StructuralTagFormat(WireModel):
         return self
 
     def core_fields(self) -> dict[str, Any]:
-        """Return the equivalent fields of core's `StructuredOutputsParams`."""
         if self.format is not None:
             return {"structural_tag": {"type": self.type, "format": self.format}}
         structures = [
@@ -199,7 +196,6 @@ class StructuredOutputs(WireModel):
         return self.json_value if kind == "json" else getattr(self, kind)
 
     def core_fields(self) -> dict[str, Any]:
-        """Return the equivalent fields of core's `StructuredOutputsParams`."""
         fields: dict[str, Any] = {kind: self._value(kind) for kind in KINDS if self.asks_for(kind)}
         if self.whitespace_pattern is not None:
             fields["whitespace_pattern"] = self.whitespace_pattern
@@ -223,13 +219,17 @@ class LlamaForms(WireModel):
         """Return the field that is set and its constraint, or None; raises the error that pydantic reports."""
         if self.grammar and self.json_schema:
             raise invalid("grammar", "and json_schema exclude each other; give one of them")
-        name = "grammar" if self.grammar else "json_schema"
-        try:
-            if self.grammar:
-                return name, StructuredOutputsParams(grammar=self.grammar)
-            return (name, StructuredOutputsParams(json=self.json_schema)) if self.json_schema else None
-        except InvalidParameterError as error:
-            raise invalid(name, f"cannot be used: {str(error).removeprefix('structured_outputs: ')}") from None
+        if self.grammar:
+            return "grammar", constraint("grammar", grammar=self.grammar)
+        return ("json_schema", constraint("json_schema", json=self.json_schema)) if self.json_schema else None
+
+
+def constraint(field: str, **kinds: Any) -> StructuredOutputsParams:
+    """Return a constraint; raises the error that pydantic reports, which names `field`, if core refuses its values."""
+    try:
+        return StructuredOutputsParams(**kinds)
+    except InvalidParameterError as error:
+        raise invalid(field, f"cannot be used: {str(error).removeprefix('structured_outputs: ')}") from None
 
 
 def structured_params(
@@ -246,13 +246,7 @@ def structured_params(
         fields = response_format.core_fields()
     elif structured_outputs is not None:
         fields = structured_outputs.core_fields()
-    if not fields:
-        return None
-    try:
-        return StructuredOutputsParams(**fields)
-    except InvalidParameterError as error:
-        reason = str(error).removeprefix("structured_outputs: ")
-        raise invalid(blamed_field(response_format, structured_outputs), f"cannot be used: {reason}") from None
+    return constraint(blamed_field(response_format, structured_outputs), **fields) if fields else None
 
 
 def blamed_field(response_format: ResponseFormat | None, structured_outputs: StructuredOutputs | None) -> str:

@@ -115,7 +115,6 @@ class Tool(fields.WireModel):
 
     @classmethod
     def check_kind(cls, data: dict[str, Any]) -> None:
-        """Raise an error for another type of tool, or for a tool in the flat form of `/v1/responses`."""
         kind = data.get("type", "function")
         if isinstance(kind, str) and kind != "function":
             raise fields.unsupported("type", f"{kind!r:.60} tools are not supported, only 'function'")
@@ -161,7 +160,6 @@ class ToolReference(fields.WireModel):
 
     @classmethod
     def check_kind(cls, data: dict[str, Any]) -> None:
-        """List the other forms of a tool choice in the error."""
         if data.get("type", "function") != "function":
             raise fields.invalid(
                 "type",
@@ -229,9 +227,10 @@ def check_tools(tools: Iterable[tuple[str, str, Mapping[str, Any]]], schema_path
             )
 
 
-def check_chat_tools(tools: Sequence[Tool | CustomTool] | None) -> None:
-    """Apply `check_tools` to the tools of a chat request."""
-    check_tools((f"{index}.{tool.type}.name", tool.name, tool.shown()) for index, tool in enumerate(tools or ()))
+def check_chat_tools(tools: Sequence[Tool | CustomTool]) -> Sequence[Tool | CustomTool]:
+    """Apply `check_tools` to the tools of a chat request, and return them."""
+    check_tools((f"{index}.{tool.type}.name", tool.name, tool.shown()) for index, tool in enumerate(tools))
+    return tools
 
 
 def tool_use(tools: Sequence[Tool | CustomTool], choice: ToolChoice | None, parallel: bool | None) -> ToolUse:

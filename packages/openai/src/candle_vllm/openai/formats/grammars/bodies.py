@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 
 from candle_vllm.openai.formats.grammars.schemas import TYPES, Branch, FunctionShape, Root, Schema, entries
 from candle_vllm.openai.formats.grammars.texts import Guard, edged, json_value, scalar, string_body
-from candle_vllm.openai.formats.grammars.writer import SPACE, Block, Context, Writer, quoted, sequence
+from candle_vllm.openai.formats.grammars.writer import SPACE, SPACES, Block, Context, Writer, quoted, sequence
 from candle_vllm.openai.formats.json_calls import JsonCalls
 from candle_vllm.openai.formats.named_calls import NamedJson
 from candle_vllm.openai.formats.nested import Nested
@@ -59,7 +59,9 @@ class _TaggedCall(_Call[Tagged]):
             value = self._writer.rule(sequence(SPACE, self._entry(key, schema)))
             values.append(value if required else f"{value}?")
         if others is not None:
-            values.append(self._others([key for key, _, _ in known], others) + "*")
+            free_key = self._writer.other(_FREE_KEY, [key for key, _, _ in known])
+            kinds = argument_kinds(self._tool.parameters, "")  # no property has this name
+            values.append(self._writer.rule(sequence(SPACE, self._value(free_key, others, kinds))) + "*")
         return sequence(quoted(self._tool.name), attribute, name_end, *values, SPACE, mark(body.call_end))
 
     def _entry(self, key: str, schema: Schema) -> str:
@@ -67,12 +69,6 @@ class _TaggedCall(_Call[Tagged]):
         if not key or key != key.strip() or any(mark in key for mark in marks):
             raise self._root.refused(f"properties: {key!r:.60}", "that name cannot be told from the marks around it")
         return self._value(quoted(key), schema, argument_kinds(self._tool.parameters, key))
-
-    def _others(self, known: list[str], schema: Schema) -> str:
-        """Return the rule of one additional entry."""
-        key = self._writer.other(_FREE_KEY, known)
-        kinds = argument_kinds(self._tool.parameters, "")  # no property has this name
-        return self._writer.rule(sequence(SPACE, self._value(key, schema, kinds)))
 
     def _value(self, key: str, schema: Schema, kinds: Kinds) -> str:
         """Return the rule of a key, its value, and the marks around them."""
@@ -184,7 +180,6 @@ def nested(body: Nested, context: Context) -> Block:
 
 class _NestedCall(_Call[Nested]):
     def expression(self) -> str:
-        """Return a call, from its name to its end."""
         inside = self._entries(self._root.schema)
         return sequence(quoted(self._tool.name + '">'), inside, SPACE, self._close(self._body.call))
 
@@ -206,7 +201,6 @@ class _NestedCall(_Call[Nested]):
         return sequence(*parts) if parts else ""
 
     def _any(self) -> str:
-        """Return nested tags with any names."""
         writer, tag = self._writer, self._body.tag
         name = writer.reserve()
         text = writer.until(f"{tag}</", writer.without("TEXT", [f"{tag}<"]))
@@ -268,7 +262,6 @@ _MISTRAL_ID = "/[A-Za-z0-9]{9}/"
 _NUMBER = "/0|[1-9][0-9]{0,2}/"
 _FREE_ID = "/[A-Za-z0-9_\\-]{1,40}/"
 _FENCE = "```"
-_SPACES = "/[ \\n]{0,4}/"
 
 
 def json_calls(body: JsonCalls, context: Context) -> Block:
@@ -322,13 +315,13 @@ def begun_objects(body: JsonCalls, context: Context) -> tuple[str, str]:
     calls = []
     for tool in context.tools:
         name = quoted(f'"{tool.name}",')
-        begun = writer.rule(f'{_SPACES} {name} {_SPACES} /"(arguments|parameters)":/', "[lazy]")
+        begun = writer.rule(f'{SPACES} {name} {SPACES} /"(arguments|parameters)":/', "[lazy]")
         calls.append(sequence(begun, SPACE, context.json(tool), SPACE, '"}"'))
     call = writer.rule(" | ".join(calls))
     again = f'({SPACE} "," {SPACE} {one})*' if context.many else ""
-    head = sequence('"{"', _SPACES, '/("type":[ ]?"function",[ ]?)?/', quoted('"name":'))
-    single = writer.rule(sequence(_SPACES, head), "[lazy]")
-    listed = writer.rule(sequence(_SPACES, '"["', _SPACES, head), "[lazy]")
+    head = sequence('"{"', SPACES, '/("type":[ ]?"function",[ ]?)?/', quoted('"name":'))
+    single = writer.rule(sequence(SPACES, head), "[lazy]")
+    listed = writer.rule(sequence(SPACES, '"["', SPACES, head), "[lazy]")
     whole = writer.rule(f'{single} {call} | {listed} {sequence(call, again, SPACE)} "]"')
     return whole, writer.rule(f"{single} | {listed}")
 

@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from graphlib import CycleError, TopologicalSorter
+from typing import NamedTuple
 
 from candle_vllm.core.sampling.lark import quoted
 from candle_vllm.openai.errors import UnsupportedParameterError
@@ -50,7 +51,7 @@ def json_rules(definition: str, prefix: str) -> tuple[str, list[str]]:
     Raises:
         UnsupportedParameterError: the grammar is too long or has a construct that cannot be rewritten for escaped text.
     """
-    kinds = _checked_tokens(definition)
+    kinds = _tokens(definition)
     names = _Names(prefix, single=not _is_recursive(kinds))
 
     def regex(text: str) -> str:
@@ -69,7 +70,7 @@ def text_terminals(definition: str, prefix: str) -> tuple[str, list[str]]:
     Formats that write a text between marks search for the mark after it, and only a terminal can exclude this mark from
     the text. Raises UnsupportedParameterError if the grammar is too long or recursive, or has an unsupported construct.
     """
-    kinds = _checked_tokens(definition)
+    kinds = _tokens(definition)
     if _is_recursive(kinds):
         raise _refused("it is recursive, and so cannot exclude the mark that ends the text of a call")
 
@@ -77,12 +78,6 @@ def text_terminals(definition: str, prefix: str) -> tuple[str, list[str]]:
         return quoted(_decoded(text)) + ("i" if text.endswith("i") else "")
 
     return _renamed(kinds, _Names(prefix, single=True), string, str)
-
-
-def _checked_tokens(definition: str) -> list[tuple[str, str]]:
-    if len(definition) > MAX_DEFINITION:
-        raise _refused(f"it has more than {MAX_DEFINITION} characters")
-    return list(_tokens(definition))
 
 
 _Spell = Callable[[str], str]
@@ -110,18 +105,17 @@ def _renamed(kinds: list[tuple[str, str]], names: _Names, string: _Spell, regex:
     return names.of("start"), "".join(part if part == "\n" else f"{part} " for part in out).split("\n")
 
 
-class _Names:
+class _Names(NamedTuple):
     """New names of a user's rules, distinct from the other rules' names; `single` makes all of them terminals."""
 
-    def __init__(self, prefix: str, *, single: bool) -> None:
-        self.single = single
-        self._prefix = prefix
+    prefix: str
+    single: bool
 
     def of(self, name: str) -> str:
         plain = name.lstrip("!?")
         if plain.lstrip("_")[:1].isupper():
-            return f"{self._prefix.upper()}T_{plain}"
-        return f"{self._prefix.upper()}R_{plain.upper()}" if self.single else f"{self._prefix}{plain}"
+            return f"{self.prefix.upper()}T_{plain}"
+        return f"{self.prefix.upper()}R_{plain.upper()}" if self.single else f"{self.prefix}{plain}"
 
 
 def _is_recursive(kinds: list[tuple[str, str]]) -> bool:
@@ -144,8 +138,10 @@ def _is_recursive(kinds: list[tuple[str, str]]) -> bool:
     return False
 
 
-def _tokens(definition: str) -> Iterator[tuple[str, str]]:
-    position = 0
+def _tokens(definition: str) -> list[tuple[str, str]]:
+    if len(definition) > MAX_DEFINITION:
+        raise _refused(f"it has more than {MAX_DEFINITION} characters")
+    position, found = 0, list[tuple[str, str]]()
     while position < len(definition):
         match = _TOKENS.match(definition, position)
         if match is None:
@@ -153,7 +149,8 @@ def _tokens(definition: str) -> Iterator[tuple[str, str]]:
         position = match.end()
         kind = match.lastgroup or ""
         if kind != "space":
-            yield kind, "\n" if kind == "line" else match.group()
+            found.append((kind, "\n" if kind == "line" else match.group()))
+    return found
 
 
 def _imported(text: str) -> Iterator[tuple[str, tuple[str, str]]]:
@@ -165,12 +162,11 @@ def _imported(text: str) -> Iterator[tuple[str, tuple[str, str]]]:
     for name in [one] if one else re.findall(r"\w+", several):
         if name not in _COMMON:
             raise _refused(f"common has no {name!r:.40} here; it has {', '.join(_COMMON)}")
-        [found] = list(_tokens(_COMMON[name]))
+        [found] = _tokens(_COMMON[name])
         yield alias or name, found
 
 
 def _range(first: str, last: str) -> str:
-    """Convert a range of characters, given by two strings, to a regular expression."""
     ends = _decoded(first), _decoded(last)
     if any(len(end) != 1 for end in ends):
         raise _refused("a range goes from one character to another")

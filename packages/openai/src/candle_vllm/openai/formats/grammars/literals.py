@@ -13,7 +13,7 @@ from typing import Any
 from candle_vllm.openai.formats.gemma import Gemma
 from candle_vllm.openai.formats.grammars.schemas import Branch, FunctionShape, Root, entries
 from candle_vllm.openai.formats.grammars.texts import json_value, scalar, string_body
-from candle_vllm.openai.formats.grammars.writer import SPACE, Block, Context, Writer, quoted, sequence
+from candle_vllm.openai.formats.grammars.writer import SPACE, SPACES, Block, Context, Writer, quoted, sequence
 from candle_vllm.openai.formats.pythonic import Pythonic
 
 _BARE_KEY = re.compile(r"[A-Za-z_][\w.\-]*")
@@ -23,7 +23,6 @@ _BARE = r"/[^\"'\\\x00-\x1f]*/"
 _PLAIN = {'"': r"[^\"\\\x00-\x1f]", "'": r"[^'\\\x00-\x1f]"}
 _ESCAPE = r"\\[\"'\\nrt]"
 _PYTHON_WORDS = {None: '"None"', False: '"False"', True: '"True"'}
-_SPACES = "/[ \\n]{0,4}/"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,15 +109,13 @@ class Values:
         if branch.type == "array":
             return self._array(branch.schema)
         if branch.type == "object":
-            return self._object(branch.schema)
+            schema = {"type": "object", **branch.schema}
+            inside = self.items(schema, self._notation.key, self._notation.free_key)
+            return self._writer.rule(sequence('"{"', inside, '"}"'))
         if branch.type in ("null", "boolean"):
             values = (None,) if branch.type == "null" else (False, True)
             return self._writer.rule(" | ".join(self._notation.words[value] for value in values))
         return scalar(self._writer, branch) or json_value(self._writer, self._root, branch)
-
-    def _object(self, schema: Mapping[str, Any]) -> str:
-        inside = self.items({"type": "object", **schema}, self._notation.key, self._notation.free_key)
-        return self._writer.rule(sequence('"{"', inside, '"}"'))
 
     def _array(self, schema: Mapping[str, Any]) -> str:
         if "prefixItems" in schema or isinstance(schema.get("items"), list):
@@ -175,7 +172,7 @@ def begun_calls(context: Context) -> tuple[str, str]:
         name = writer.rule(quoted(f"{tool.name}("), "[lazy]")
         begun.append(sequence(name, _arguments(context, tool)))
     again = f'("," {SPACE} {calls})*' if context.many else ""
-    head = writer.rule(f'{_SPACES} "["', "[lazy]")
+    head = writer.rule(f'{SPACES} "["', "[lazy]")
     return writer.rule(sequence(head, writer.rule(" | ".join(begun)), again, '"]"')), head
 
 
@@ -197,7 +194,9 @@ def _arguments(context: Context, tool: FunctionShape) -> str:
 
 def _python_notation(writer: Writer) -> Notation:
     def text(value: str) -> str:
-        return writer.terminal(f"{quoted(_double(value))} | {quoted(_single(value))}")
+        double = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\x7f")
+        single = "'" + double[1:-1].replace('\\"', '"').replace("'", "\\'") + "'"
+        return writer.terminal(f"{quoted(double)} | {quoted(single)}")
 
     def free_key(known: list[str]) -> str:
         bare = writer.other(_FREE_KEY, known)
@@ -225,14 +224,6 @@ def _string(writer: Writer, root: Root, branch: Branch) -> str:
     count = f"{{{least},{most}}}" if least or most != "" else "*"
     forms = [f"{quoted(quote)} /({plain}|{_ESCAPE}){count}/ {quoted(quote)}" for quote, plain in _PLAIN.items()]
     return writer.terminal(" | ".join(forms))
-
-
-def _double(value: str) -> str:
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\x7f")
-
-
-def _single(value: str) -> str:
-    return "'" + _double(value)[1:-1].replace('\\"', '"').replace("'", "\\'") + "'"
 
 
 def gemma(body: Gemma, context: Context) -> Block:

@@ -60,7 +60,6 @@ def _calls(flow: Harmony, context: Context, write: _Write) -> str:
 
 
 def _thoughts(flow: Harmony, context: Context) -> str:
-    """Return reasoning parts, each with the beginning of the next part."""
     writer = context.writer
     head = writer.mark(flow.reasoning[0]) if flow.channel else quoted(" " + flow.reasoning[0])
     return writer.rule(sequence(head, writer.mark(flow.message), _rest_of_thoughts(flow, context))) + _THOUGHTS
@@ -81,7 +80,6 @@ def _text(flow: Harmony, context: Context) -> str:
 
 
 def _named(flow: Harmony, context: Context) -> str:
-    """Return a header with the function's name, and its arguments."""
     writer, mark = context.writer, context.writer.mark
     message = mark(flow.message)
     kind = f'({mark("<|constrain|>")})? "json"'

@@ -20,10 +20,11 @@ from candle_vllm.openai.formats.values import JSON_NAMES
 Schema = Mapping[str, Any]
 TYPES = ("null", "boolean", "integer", "number", "array", "object", "string")
 OBJECT: Schema = {"type": "object"}
-_OWN = {
+_NUMBERS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
+OWN = {  # type -> keywords that constrain only its values
     "string": ("minLength", "maxLength", "pattern", "format"),
-    "integer": ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"),
-    "number": ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"),
+    "integer": _NUMBERS,
+    "number": _NUMBERS,
     "array": ("items", "prefixItems", "additionalItems", "minItems", "maxItems"),
     "object": ("properties", "required", "additionalProperties", "patternProperties", "minProperties", "maxProperties"),
 }
@@ -163,7 +164,7 @@ class Root:
         else:
             kinds = schema.get("type", TYPES)
             for kind in [kinds] if isinstance(kinds, str) else kinds:
-                own = {name: schema[name] for name in _OWN.get(kind, ()) if name in schema}
+                own = {name: schema[name] for name in OWN.get(kind, ()) if name in schema}
                 if not (kind == "integer" and "number" in kinds and not isinstance(kinds, str)):
                     yield Branch(kind, own)
 
@@ -222,20 +223,11 @@ def patterns(schema: Schema) -> list[str]:
     return [found] if isinstance(found, str) else found
 
 
-class Entries(NamedTuple):
-    """The properties of an object, for tool-call formats in which the model writes properties one by one.
+def entries(root: Root, schema: Schema) -> tuple[Sequence[tuple[str, Any, bool]], Any | None]:
+    """Return an object's properties, and the schema of additional properties (None if the model may not write any).
 
-    Attributes:
-        known: (key, schema, whether it is required), in the schema's order.
-        others: schema of additional properties; None if the model may not write any.
-    """
-
-    known: Sequence[tuple[str, Any, bool]]
-    others: Any | None
-
-
-def entries(root: Root, schema: Schema) -> Entries:
-    """Return the properties of an object's schema.
+    Properties are (key, schema, whether it is required), in the schema's order. This is for tool-call formats in which
+    the model writes properties one by one.
 
     The model may write additional properties if the schema describes them, or has no `properties`. A schema with
     `properties` but without `additionalProperties` allows additional properties too, but the model may not write any.
@@ -253,10 +245,10 @@ def entries(root: Root, schema: Schema) -> Entries:
         raise root.refused("required", f"{forbidden[0]!r} is required, and no property of that name is allowed")
     missing = [key for key in dict.fromkeys(required) if key not in properties]
     known += [(key, True if others is None else others, True) for key in missing]
-    return Entries([entry for entry in known if entry[1] is not False], None if others is False else others)
+    return [entry for entry in known if entry[1] is not False], None if others is False else others
 
 
-_OBJECT = {"type", *_OWN["object"]}
+_OBJECT = {"type", *OWN["object"]}
 
 
 def _asserted(schema: Schema) -> set[str]:

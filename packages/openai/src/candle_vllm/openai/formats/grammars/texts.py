@@ -12,7 +12,7 @@ from llguidance import regex_to_lark
 
 from candle_vllm.core.sampling.json_cases import brackets
 from candle_vllm.core.sampling.json_opposites import lacking
-from candle_vllm.openai.formats.grammars.schemas import Branch, Root, Schema, patterns
+from candle_vllm.openai.formats.grammars.schemas import OWN, Branch, Root, Schema, patterns
 from candle_vllm.openai.formats.grammars.writer import Writer, quoted
 from candle_vllm.openai.formats.values import SPELLINGS
 
@@ -78,7 +78,7 @@ class Guard:
 
     def _typed(self, kind: str, schema: Schema) -> dict[str, Any]:
         if kind == "string":
-            asked = {key: schema[key] for key in ("minLength", "maxLength", "pattern", "format") if key in schema}
+            asked = {key: schema[key] for key in OWN["string"] if key in schema}
             text = {"$ref": f"#/$defs/{_TEXT}"}
             own = [{"type": "string", "pattern": pattern} for pattern in self._patterns]
             return {"allOf": [{"type": "string", **asked}, *own]} if asked else text
@@ -89,7 +89,7 @@ class Guard:
             return {"type": "array", "items": self._node(schema.get("items", True)), **found}
         if kind == "object":
             return self._object(schema)
-        return {"type": kind, **{key: value for key, value in schema.items() if key in _NUMBERS and kind in _NUMERIC}}
+        return {"type": kind, **{key: value for key, value in schema.items() if key in OWN.get(kind, ())}}
 
     def _object(self, schema: Schema) -> dict[str, Any]:
         if "patternProperties" in schema:
@@ -105,10 +105,6 @@ class Guard:
     @staticmethod
     def _map(schema: Any) -> dict[str, Any]:
         return {"type": "object", "patternProperties": {_KEYS: schema}, "additionalProperties": False}
-
-
-_NUMERIC = ("integer", "number")
-_NUMBERS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
 
 
 def _strings(value: Any) -> list[str]:
@@ -151,7 +147,9 @@ def string_body(writer: Writer, root: Root, branch: Branch, unlike: Collection[s
         return writer.terminal(" | ".join(quoted(value) for value in branch.values if value) or quoted(""))
     if root.grammar is not None:
         return writer.custom(root.grammar)
-    parts = [*_lengths(root, branch.schema), *_patterns(root, branch.schema)]
+    parts = _lengths(root, branch.schema)
+    parts += [f"/{_anchored(root, pattern)}/" for pattern in patterns(branch.schema)]
+    parts += [f"/{_FORMATS[branch.schema['format']]}/"] if "format" in branch.schema else []
     spelt = {kind: f"({SPELLINGS[kind]})" + "?" * (kind in _EMPTY) for kind in sorted(unlike) if kind in SPELLINGS}
     parts += [f"~/{_AROUND}{one}{_AROUND}/" for one in spelt.values()]
     if not parts or parts[0].startswith("~"):  # a complement alone would include texts that are not UTF-8
@@ -203,11 +201,6 @@ def _lengths(root: Root, schema: Schema) -> list[str]:
     if most is None and not least:
         return []
     return [f"/(?s:.){{{least},{'' if most is None else most}}}/"]
-
-
-def _patterns(root: Root, schema: Schema) -> list[str]:
-    found = [f"/{_anchored(root, pattern)}/" for pattern in patterns(schema)]
-    return [*found, f"/{_FORMATS[schema['format']]}/"] if "format" in schema else found
 
 
 def _anchored(root: Root, pattern: str) -> str:

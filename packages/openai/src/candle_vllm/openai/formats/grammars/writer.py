@@ -20,6 +20,7 @@ from candle_vllm.openai.formats.grammars.schemas import OBJECT, FunctionShape, R
 from candle_vllm.openai.formats.layout import ToolFormat
 
 SPACE = "WS?"
+SPACES = "/[ \\n]{0,4}/"  # as `SPACE`, within a lazy rule
 _SPACE = r"/\n{1,3}[ ]{0,4}|[ ]{1,4}/"
 _QUOTES = "`\"'"
 _UNQUOTED = "/(?s:(.*[^`\"'])?)/"
@@ -154,7 +155,7 @@ class Writer:
         """
         if not self.is_text(mark):
             return self.rule(sequence(self.until(mark, body), SPACE if lead else "", self.mark(lead), then))
-        behind = sequence(quoted(mark), "/[ \\n]{0,4}/" if lead else "", quoted(lead) if lead else "")
+        behind = sequence(quoted(mark), SPACES if lead else "", quoted(lead) if lead else "")
         plain = _UNQUOTED if body == "TEXT" else self.terminal(f"{body} & {_UNQUOTED}")
         found = [f"{self.rule(f'{plain} {behind}', '[lazy]')} {then}"]
         for quote in _QUOTES if not mark.startswith("`") else "":
