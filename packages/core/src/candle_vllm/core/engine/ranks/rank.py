@@ -199,10 +199,10 @@ def _serve(
         elif isinstance(message, rank_line.WakeUp):
             sleeper.wake_up(message.tags)
         elif parts is not None and isinstance(message, rank_line.KeepBlocks):
-            for block, digest in zip(rank_line.as_ints(message.blocks).tolist(), message.digests, strict=True):
+            for block, digest in zip(message.blocks.tolist(), message.digests, strict=True):
                 parts.offer(block, digest)
         elif parts is not None and isinstance(message, rank_line.BringBlocks):
-            for block in rank_line.as_ints(message.blocks).tolist():
+            for block in message.blocks.tolist():
                 parts.bring(message.reading, block)
         elif parts is not None and isinstance(message, rank_line.ForgetBlocks):
             parts.clear()

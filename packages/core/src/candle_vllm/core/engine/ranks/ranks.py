@@ -23,14 +23,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
-from msgspec.structs import astuple
 from numpy.typing import NDArray
 
 from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.engine.ranks import rank_line
 from candle_vllm.core.engine.ranks.message_ring import MessageRing, made_ring
 from candle_vllm.core.engine.ranks.nodes import RANK, RankListener, rank_device
-from candle_vllm.core.engine.ranks.rank_line import as_bytes
 from candle_vllm.core.engine.runners.model_runner import Launched, ModelRunner, StepwiseRunner
 from candle_vllm.core.engine.step.batch import AdapterRows, Batch, Ints
 from candle_vllm.core.errors import AdapterError, CandleVllmError, ConfigError, EngineDeadError, ModelLoadError
@@ -480,7 +478,7 @@ class RankedParts:
 
     def offer(self, blocks: Sequence[tuple[int, bytes]]) -> None:
         numbers, digests = zip(*blocks, strict=True)
-        self._broadcast(rank_line.KeepBlocks(as_bytes(np.array(numbers)), digests))
+        self._broadcast(rank_line.KeepBlocks(np.array(numbers), digests))
 
     def read(self, number: int, digests: Sequence[bytes]) -> None:
         """See `BlockParts`; sent at once, outside of steps."""
@@ -490,7 +488,7 @@ class RankedParts:
         """See `BlockParts`; sent in order with the steps."""
         with contextlib.suppress(EngineDeadError):
             self._broadcast_pages()
-        self._broadcast(rank_line.BringBlocks(number, as_bytes(np.array(blocks))))
+        self._broadcast(rank_line.BringBlocks(number, np.array(blocks)))
 
     def end(self, number: int, brought: int) -> None:
         self._ranks.broadcast_beside(rank_line.EndReading(number, brought))
@@ -569,7 +567,7 @@ class RankedRunner:
         return self.own.draw(states).tokens()
 
     def score(self, rows: Ints) -> Value:
-        return self._together(rank_line.Score(as_bytes(rows)), lambda: self.own.score(rows))
+        return self._together(rank_line.Score(rows), lambda: self.own.score(rows))
 
     def hidden_rows(self, rows: Ints) -> NDArray[np.float32]:
         assert isinstance(self.own, StepwiseRunner)
@@ -617,18 +615,18 @@ class RankedRunner:
         if adapters is None:
             return None
         return rank_line.Adapters(
-            as_bytes(adapters.rows),
-            np.ascontiguousarray(adapters.scales, np.float32).tobytes(),
-            as_bytes(adapters.starts),
-            as_bytes(adapters.sources),
+            adapters.rows,
+            adapters.scales,
+            adapters.starts,
             tuple(self._numbers[each.serial] for each in adapters.adapters),
+            adapters.sources,
         )
 
     def broadcast_pages(self) -> None:
         """Broadcast changed page table entries, before a step or a block copy needs them."""
         if len(changed := np.flatnonzero(self._page_of != self._broadcast_page_of)):
             self._broadcast_page_of[changed] = self._page_of[changed]
-            self._ranks.broadcast(rank_line.Pages(as_bytes(changed), as_bytes(self._page_of[changed])))
+            self._ranks.broadcast(rank_line.Pages(changed, self._page_of[changed]))
 
     def sleep(self, asked: int | frozenset[str]) -> None:
         """Make the other ranks sleep at a level, or wake up tags."""
@@ -655,7 +653,7 @@ class RankedRunner:
         behind = sent is not None and batch.tokens is sent.tokens and self._place == place + 1
         if behind and batch.goes_on:
             self._tables_version = batch.tables_version
-            return rank_line.Next(as_bytes(batch.token_ids), tuple(batch.begun), _states(batch))
+            return rank_line.Next(batch.token_ids, tuple(batch.begun), _states(batch))
         if batch.drafted and not isinstance(self.own, StepwiseRunner):
             from candle_vllm.core.engine.runners.device_inputs import by_rows
 
@@ -663,19 +661,19 @@ class RankedRunner:
         known, seen = batch.tables_version is self._tables_version, batch.embedded
         self._tables_version = batch.tables_version
         return rank_line.Forward(
-            as_bytes(batch.tokens),
-            as_bytes(batch.query_start),
-            as_bytes(batch.context_lens),
-            as_bytes(batch.sampled_rows),
+            batch.tokens,
+            batch.query_start,
+            batch.context_lens,
+            batch.sampled_rows,
             batch.num_decodes,
-            None if known else as_bytes(batch.block_tables),
-            None if batch.ahead is None else as_bytes(batch.ahead),
+            None if known else batch.block_tables,
+            batch.ahead,
             self._numbered(batch.adapters),
-            None if seen is None else rank_line.Seen(as_bytes(seen.rows), seen.vectors.shape[1]),
-            None if batch.turned is None else rank_line.RotaryMessage(*map(as_bytes, astuple(batch.turned))),
+            None if seen is None else rank_line.Seen(seen.rows, seen.vectors.shape[1]),
+            batch.turned,
             _states(batch),
         )
 
 
 def _states(batch: Batch) -> tuple[bytes, ...] | None:
-    return None if batch.states is None else tuple(map(as_bytes, batch.states.tables.values()))
+    return None if batch.states is None else tuple(batch.states.tables.values())
