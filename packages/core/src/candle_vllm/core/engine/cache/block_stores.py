@@ -61,11 +61,8 @@ class BlockStore(Protocol):
         """Whether the store may have a block, so that the caller should try `read`."""
 
     def read(self, digest: bytes) -> Bytes | None:
-        """Return a block's bytes; None, or an OSError, if the store does not have the block.
-
-        Raises:
-            OSError: the block is absent, could not be read, or was damaged; a damaged block is deleted.
-        """
+        """Return a block's bytes; None, or an OSError, if the block is absent, could not be read or was damaged; a
+        damaged block is deleted."""
 
     def write(self, digest: bytes, data: Bytes) -> None:
         """Store a block's bytes; raises OSError if the store fails."""

@@ -117,11 +117,8 @@ class StatePool:
         self._free_running.append(state.plain.slot)
 
     def plan(self, run: Run, *, generated: bool) -> RunState:
-        """Choose the slots that the next run of a sequence reads and writes.
-
-        Args:
-            generated: whether checkpoints are written after generated tokens.
-        """
+        """Choose the slots that the next run of a sequence reads and writes; `generated` allows checkpoints after
+        generated tokens."""
         sequence, state, size = run.sequence, run.sequence.state, self._size
         assert state is not None
         now, slot = state.going, state.plain.slot

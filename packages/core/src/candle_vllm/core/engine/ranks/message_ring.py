@@ -51,11 +51,8 @@ class _Time(ctypes.Structure):
 
 
 class _Ring:
-    """A process's mapping of the ring's shared memory (slots and counts), and its futex calls.
-
-    Raises:
-        OSError: the number of the futex call on this processor is not known, or the memory cannot be mapped.
-    """
+    """A process's mapping of the ring's shared memory (slots and counts), and its futex calls. Raises OSError if the
+    number of the futex call on this processor is not known, or the memory cannot be mapped."""
 
     def __init__(self, memory: BinaryIO) -> None:
         number = _CALLS.get(platform.machine())

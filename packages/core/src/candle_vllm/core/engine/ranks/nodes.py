@@ -423,10 +423,8 @@ def start_rank(invitation: Invitation) -> subprocess.Popen[bytes]:
 def run_node(config: EngineConfig) -> int:
     """Run a later node's ranks until SIGTERM or Ctrl+C; return the exit status: 0, or `REFUSED` if a rank may not join.
 
-    When the first node or any rank ends, all ranks end, and new ranks wait until the first node runs again.
-
-    Raises:
-        ConfigError: see `resolve_ranks`.
+    When the first node or any rank ends, all ranks end, and new ranks wait until the first node runs again. Raises as
+    `resolve_ranks`.
     """
     config = resolve_ranks(config)
     assert config.cluster_key is not None

@@ -545,11 +545,8 @@ _ONE_ON = np.array([[0], [1], [1], [0]])  # increments of the planes of `Batch.t
 
 
 class Batches:
-    """Makes a rank's batches from messages; only the first rank has the runs of a batch.
-
-    Attributes:
-        adapters: loaded adapters, by their numbers.
-    """
+    """Makes a rank's batches from messages; `adapters` are the loaded adapters by number. Only the first rank has the
+    runs of a batch."""
 
     def __init__(self) -> None:
         self.adapters: dict[int, Any] = {}

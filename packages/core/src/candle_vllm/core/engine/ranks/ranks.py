@@ -247,10 +247,7 @@ class Ranks:
 
     def broadcast(self, message: rank_line.ToRank) -> None:
         """Broadcast to all other ranks: over the shared ring on this machine, if there is one, else over connections.
-
-        Raises:
-            EngineDeadError: a rank has gone, or has not read in time.
-        """
+        Raises EngineDeadError if a rank has gone, or has not read in time."""
         data = rank_line.encoded(message)
         try:
             if self._ring is not None:
@@ -273,11 +270,8 @@ class Ranks:
         return self._failure is not None
 
     def adapters_loaded(self, number: int) -> list[rank_line.AdapterLoaded]:
-        """Wait until the other ranks have loaded an adapter or failed; called in one thread, for one adapter at a time.
-
-        Raises:
-            EngineDeadError: a rank has gone.
-        """
+        """Wait until the other ranks have loaded an adapter or failed; raises EngineDeadError if a rank has gone.
+        Called in one thread, for one adapter at a time."""
         found: list[rank_line.AdapterLoaded] = []
         for other in self._others.values():
             try:
@@ -319,11 +313,8 @@ class Ranks:
         return None
 
     def dead(self, here: str = "") -> EngineDeadError:
-        """End all other ranks, because one has gone or a step has failed; return an error that names the cause.
-
-        Args:
-            here: this rank's failure in the step, reported if no rank is known to have gone.
-        """
+        """End all other ranks, because one has gone or a step has failed; return an error that names the cause. If no
+        rank is known to have gone, the cause is `here`, this rank's failure in the step."""
         with self._lock:
             if self._failure is None:
                 self._failure = self._gone() or "a step over several ranks failed" + (here and f": {here}")
@@ -520,12 +511,9 @@ class _InFlight(NamedTuple):
 
 
 class RankedRunner:
-    """The first rank's runner, which makes the others run their parts of each step; see `ModelRunner`.
+    """The first rank's runner: `own` runs its part of each step, and the other ranks run theirs; see `ModelRunner`.
 
     Any failure in a step ends the engine, because the state of the other ranks is then unknown.
-
-    Attributes:
-        own: the runner of the first rank's part.
     """
 
     overlaps = False
@@ -675,5 +663,5 @@ class RankedRunner:
         )
 
 
-def _states(batch: Batch) -> tuple[bytes, ...] | None:
+def _states(batch: Batch) -> tuple[Ints, ...] | None:
     return None if batch.states is None else tuple(batch.states.tables.values())

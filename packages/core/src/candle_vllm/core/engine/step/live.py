@@ -34,11 +34,7 @@ from candle_vllm.core.text.tokenizer import Tokenizer
 
 
 class Live(ABC):
-    """One sequence of a request, from its preparation to its last output.
-
-    Args:
-        sequence: the scheduler's view of the sequence.
-    """
+    """One sequence of a request, from its preparation to its last output; `sequence` is the scheduler's view of it."""
 
     __slots__ = ("first_scheduled_time", "first_token_time", "is_over", "reported", "sequence")
 

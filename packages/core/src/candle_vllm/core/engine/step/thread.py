@@ -55,14 +55,11 @@ _Item = tuple[Sink, TokenOutput]
 
 
 class OutputQueue:
-    """Output queue of one event loop: calls its sinks in batches. Items of one request keep their order.
+    """Output queue of an event loop `loop`: calls its sinks there, in batches. Items of one request keep their order.
 
     A step of a thousand sequences wakes a thousand readers. If all are woken at once, the loop does not poll its
     sockets until the last one has run. Between two batches it polls them, and reads requests that have arrived. First
     outputs are delivered before all others, because they determine the time to the first token.
-
-    Args:
-        loop: the event loop in which the sinks must be called.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
