@@ -83,14 +83,7 @@ def replica_configs(config: EngineConfig) -> list[EngineConfig]:
 
 
 class Replica(RemoteEngine):
-    """One engine of a fleet.
-
-    Args:
-        process: the process that was started with this configuration.
-
-    Raises:
-        ConfigError, ModelNotFoundError, ModelLoadError: the model cannot be loaded.
-    """
+    """One engine of a fleet, in a `process` that was started with this configuration; raises as `RemoteEngine`."""
 
     def __init__(self, config: EngineConfig, process: EngineProcess) -> None:  # processes load in parallel
         self._load(config, process)
@@ -399,10 +392,7 @@ class Fleet:
 
     def _each(self, work: Callable[[Replica], Any]) -> list[Any]:
         """Call `work` for all living replicas in parallel; return the results, without replicas that die meanwhile.
-
-        Raises:
-            EngineDeadError: no replica is left.
-            CandleVllmError: the error of a replica, raised after all replicas have answered.
+        Raises EngineDeadError if no replica is left, or a replica's CandleVllmError after all replicas have answered.
         """
         living = self._living()
         said: list[Any] = []

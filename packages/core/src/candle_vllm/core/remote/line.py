@@ -95,12 +95,8 @@ def write_start(config: EngineConfig, token: bytes, address: str, folder: str, a
 
 
 def read_start(descriptor: int) -> Start:
-    """Read the start message.
-
-    Raises:
-        ValueError: the bytes are not a start message.
-        EOFError: the parent has exited.
-    """
+    """Read the start message; raises ValueError if the bytes are not a start message, and EOFError if the parent has
+    exited."""
     size = int.from_bytes(_read_exactly(descriptor, 4), "little")
     if size > MAX_START:
         raise ValueError(f"the parent announces {size} bytes; at most {MAX_START} are read")

@@ -256,14 +256,7 @@ def _found(folder: Path, order: Mapping[str, int] = MappingProxyType({})) -> Ord
 
 class HostBlocks:
     """A `BlockStore` in main memory, as a tier below a GPU's cache; the least recently used blocks are dropped first.
-
-    Args:
-        most_bytes: limit of the bytes of all blocks.
-        block_bytes: size of a block.
-
-    Raises:
-        ConfigError: the limit is less than one block.
-    """
+    Raises ConfigError if `most_bytes`, the limit of the bytes of all blocks, is less than one block."""
 
     def __init__(self, most_bytes: int, block_bytes: int) -> None:
         if most_bytes < block_bytes:

@@ -293,12 +293,8 @@ class Line:
                 raise ConnectionError(*error.args) from None
 
     def receive(self, kind: type[_Message] | Any) -> _Message:
-        """Wait for a message.
-
-        Raises:
-            EOFError: the other end has gone.
-            ValueError: the received bytes are no such message, or their signature is wrong.
-        """
+        """Wait for a message; raises EOFError if the other end has gone, and ValueError if the received bytes are no
+        such message or have a wrong signature."""
         size = int.from_bytes(read_exactly(self.socket, 4), "little")
         if size > MOST_BYTES:
             raise ValueError(f"a message of {size} bytes is announced; at most {MOST_BYTES} are read")
@@ -342,13 +338,8 @@ def _array(kind: Any, data: bytes) -> NDArray[Any]:
 def read_exactly(end: socket.socket, count: int, until: float | None = None) -> bytearray:
     """Read `count` bytes; memory is allocated as they arrive.
 
-    Args:
-        count: number of bytes.
-        until: deadline for all bytes together, by `time.monotonic`.
-
-    Raises:
-        EOFError: the other end has gone, or the connection has failed.
-        TimeoutError: the bytes have not arrived in time.
+    Raises EOFError if the other end has gone or the connection has failed, and TimeoutError if not all bytes have
+    arrived at `until`, by `time.monotonic`.
     """
     data, done = bytearray(), 0
     while done < count:

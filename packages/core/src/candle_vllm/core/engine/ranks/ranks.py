@@ -211,14 +211,8 @@ class Ranks:
         return self._collective
 
     def all_loaded(self, files: Sequence[Path]) -> None:
-        """Wait until every rank has loaded its weights.
-
-        Args:
-            files: the files from which this rank has loaded its weights.
-
-        Raises:
-            CandleVllmError: a rank cannot load its weights (the rank's error), or nodes have different files.
-        """
+        """Wait until every rank has loaded its weights, this one from `files`. Raises CandleVllmError if a rank cannot
+        load its weights (the rank's error), or nodes have different files."""
         marks = [said.files for said in self._wait(1) if said.files is not None]
         others = [path for path in files if path != self.config.mmproj]
         if marks and set(marks) != {files_mark(others, times=False)}:
@@ -440,16 +434,11 @@ def meet(
 
 
 class RankedParts:
-    """The `BlockParts` of the other ranks, which are called through messages; each rank has its own store.
+    """The `BlockParts` of the other ranks, numbered from 1 to `count`, each with its own store; called through
+    messages.
 
-    They report progress to `OffloadedBlocks.heard`. The death of a rank raises no error here: it ends the engine.
-
-    Args:
-        ranks: the other ranks.
-        broadcast_pages: broadcasts changed page tables, see `RankedRunner`.
-
-    Attributes:
-        count: number of other ranks, which are numbered from 1.
+    They report progress to `OffloadedBlocks.heard`. The death of a rank raises no error here: it ends the engine. For
+    `broadcast_pages` see `RankedRunner`.
     """
 
     def __init__(self, ranks: Ranks, broadcast_pages: Callable[[], None]) -> None:
@@ -570,11 +559,8 @@ class RankedRunner:
 
     def adapter_is_loaded(self, number: int, packed: PackedAdapter | None) -> None:
         """Wait until the other ranks have loaded an adapter; `packed` is None if the first rank has failed to load it.
-
-        Raises:
-            AdapterError: another rank could not load it, or found other files than this one.
-            EngineDeadError: a rank has gone.
-        """
+        Raises AdapterError if another rank could not load it or found other files, and EngineDeadError if a rank has
+        gone."""
         found = self._ranks.adapters_loaded(number)
         if packed is not None:
             self._numbers[packed.serial] = number

@@ -208,14 +208,10 @@ def layer_caches_of(
 
 
 class StageRunner(EagerRunner):
-    """Runs a pipeline stage of a model.
+    """Runs a pipeline stage of a model: `decoder` is its part, and `others` are the other arguments of `EagerRunner`.
 
-    On the first stage, steps are in flight from `forward` to `collect`, at most one for each stage; `draw` and
-    `score` refer to the step that `collect` collected last.
-
-    Args:
-        decoder: this stage's part of the model.
-        others: the other arguments of `EagerRunner`.
+    On the first stage, steps are in flight from `forward` to `collect`, at most one for each stage; `draw` and `score`
+    refer to the step that `collect` collected last.
     """
 
     def __init__(self, decoder: Decoder, *others: Any) -> None:

@@ -301,27 +301,18 @@ def check_pooling_request(request: PoolingRequest, vocab_size: int, max_model_le
 
 
 def pooling_tasks(labels: Seq[str], pooling: str | None = None) -> tuple[str, ...]:
-    """Return `ModelInfo.tasks` of a model that generates no text.
-
-    Args:
-        labels: the labels of its head; empty without a head.
-        pooling: the pooling before that head, see `EncoderConfig.head_pooling`.
-    """
+    """Return `ModelInfo.tasks` of a model that generates no text, with these `labels` of its head (none without a head)
+    and this `pooling` before it, see `EncoderConfig.head_pooling`."""
     if not labels:
         return ("embed", "score")
     return ("score", "classify") if len(labels) == 1 and pooling not in BY_TOKEN else ("classify",)
 
 
 def check_encoder_task(name: str, wanted: str, tasks: Seq[str]) -> None:
-    """Check that an encoder can do a task.
+    """Check that an encoder `name` can do the task `wanted`; raises InvalidParameterError, which says what to request
+    instead.
 
-    Args:
-        name: the model's name.
-        wanted: the task of a request.
-        tasks: `ModelInfo.tasks` of the model. A cross-encoder also classifies, with its score as the only class.
-
-    Raises:
-        InvalidParameterError: the model cannot do `wanted`; the message says what to request instead.
+    `tasks` are its `ModelInfo.tasks`. A cross-encoder also classifies, with its score as the only class.
     """
     if "embed" in tasks:
         way = "request vectors or scores (/v1/embeddings, /v1/score, /v1/rerank)"

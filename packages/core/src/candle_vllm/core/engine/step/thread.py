@@ -308,13 +308,9 @@ class EngineThread:
         self._call(partial(_settle, lambda: self._engine.wake_up(sorted(tags))))
 
     def _call(self, ask: Callable[[Future[Any]], None], patience: float | None = None, most: float = math.inf) -> Any:
-        """Have the thread run `ask` between two steps, and wait for the answer that it sets.
-
-        Raises:
-            EngineDeadError: the engine has stopped.
-            EngineOverloadedError: `most` other calls wait already.
-            TimeoutError: there was no answer within `patience` seconds.
-        """
+        """Have the thread run `ask` between two steps, and wait for the answer that it sets. Raises EngineDeadError if
+        the engine has stopped, EngineOverloadedError if `most` other calls wait already, and TimeoutError without an
+        answer within `patience` seconds."""
         answer: Future[Any] = Future()
         with self._wake:
             if self._dead is not None or self._closing:
