@@ -15,10 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeAlias, TypeVar
 
-import msgspec
-
 from candle_vllm.core.config import EngineConfig
-from candle_vllm.core.engine.ranks.rank_line import Batches, ToRank
+from candle_vllm.core.engine.ranks.rank_line import Batches, ToRank, decoder, encoded
 from candle_vllm.core.engine.runners.model_runner import ModelRunner
 from candle_vllm.core.errors import EngineDeadError
 from candle_vllm.core.kernels.collectives import Stages
@@ -243,7 +241,7 @@ class ToldRanks:
                         time.sleep(0.0005)
                 if (data := told.get()) is None:
                     return
-                batches.run(runner, msgspec.msgpack.decode(data, type=ToRank))
+                batches.run(runner, decoder(ToRank).decode(data))
             except Exception as error:
                 self.failed.append(error)
                 return
@@ -252,7 +250,7 @@ class ToldRanks:
         """See `Ranks`."""
         assert not self.failed
         for told in self._told:
-            told.put(msgspec.msgpack.encode(message))
+            told.put(encoded(message))
 
     def dead(self, here: str = "") -> EngineDeadError:
         """See `Ranks`."""

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from candle_vllm.core.assembly.model import LoadedModel
-from candle_vllm.core.engine.ranks.rank_line import Batches, Forward, Next
+from candle_vllm.core.engine.ranks.rank_line import Batches, Forward, Next, ToRank, decoder, encoded
 from candle_vllm.core.engine.ranks.ranks import RankedRunner
 from candle_vllm.core.engine.runners.device_runner import DeviceRunner
 from candle_vllm.core.engine.step.engine import Engine
@@ -150,7 +150,7 @@ class Staged:
     def broadcast(self, message: Any) -> None:
         """As `Ranks`; see `LateStage`."""
         for each in self.others:
-            each.tell(message)
+            each.tell(decoder(ToRank).decode(encoded(message)))
 
     def dead(self, here: str = "") -> Exception:
         """As `Ranks`."""

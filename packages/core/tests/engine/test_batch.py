@@ -12,7 +12,7 @@ import pytest
 
 from candle_vllm.core import SamplingParams
 from candle_vllm.core.engine.cache.block_manager import BlockManager
-from candle_vllm.core.engine.ranks.rank_line import Batches, Forward, Next, ToRank, as_bytes, decoder, encoded
+from candle_vllm.core.engine.ranks.rank_line import Batches, Forward, Next, ToRank, decoder, encoded
 from candle_vllm.core.engine.ranks.ranks import RankedRunner
 from candle_vllm.core.engine.requests import GenerationRequest
 from candle_vllm.core.engine.step import batch as batch_module
@@ -136,13 +136,13 @@ def test_any_run_of_steps(overlapping: bool) -> None:
 @pytest.mark.parametrize(
     ("before", "told", "said"),
     [
-        ((), Next(bytes(8), ()), "does not follow a decoding step of 1"),
-        ((3, 5), Next(bytes(8), ()), "does not follow a decoding step of 1"),
-        ((3,), Next(bytes(16), ()), "does not follow a decoding step of 2"),
-        ((3,), Next(bytes(8), ((1, 1, 1),)), "sequence 1 begins"),
-        ((3,), Next(bytes(8), ((-1, 1, 1),)), "sequence -1 begins"),
-        ((3,), Next(bytes(8), ((0, 2, 1),)), "block 2 of"),
-        ((3,), Next(bytes(8), ((0, 0, 1),)), "block 0 of"),
+        ((), Next(np.zeros(1, np.int64), ()), "does not follow a decoding step of 1"),
+        ((3, 5), Next(np.zeros(1, np.int64), ()), "does not follow a decoding step of 1"),
+        ((3,), Next(np.zeros(2, np.int64), ()), "does not follow a decoding step of 2"),
+        ((3,), Next(np.zeros(1, np.int64), ((1, 1, 1),)), "sequence 1 begins"),
+        ((3,), Next(np.zeros(1, np.int64), ((-1, 1, 1),)), "sequence -1 begins"),
+        ((3,), Next(np.zeros(1, np.int64), ((0, 2, 1),)), "block 2 of"),
+        ((3,), Next(np.zeros(1, np.int64), ((0, 0, 1),)), "block 0 of"),
     ],
 )
 def test_a_step_that_cannot_go_on_is_refused(before: tuple[int, ...], told: Next, said: str) -> None:
@@ -150,9 +150,9 @@ def test_a_step_that_cannot_go_on_is_refused(before: tuple[int, ...], told: Next
     if before:
         count = len(before)
         rows, starts, contexts, tables = (
-            as_bytes(np.array(each)) for each in ([list(before)] * 4, range(count + 1), before, [[0]] * count)
+            np.array(each) for each in ([list(before)] * 4, range(count + 1), before, [[0]] * count)
         )
-        batches.batch(Forward(rows, starts, contexts, starts[:-8], count, tables, None, None))
+        batches.batch(Forward(rows, starts, contexts, starts[:-1], count, tables, None, None))
     with pytest.raises(ValueError, match=said):
         batches.batch(told)
 

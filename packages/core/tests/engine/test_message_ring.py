@@ -21,7 +21,7 @@ import pytest
 
 from candle_vllm.core.engine.ranks import message_ring
 from candle_vllm.core.engine.ranks.message_ring import PIECE, SLOT_BYTES, SLOTS, MessageRing, RingLine, made_ring
-from candle_vllm.core.engine.ranks.rank_line import Collect, Go, Line, Next, Ready, Score, Sleep, ToRank, encoded
+from candle_vllm.core.engine.ranks.rank_line import Collect, Go, Line, LoadAdapter, Ready, Sleep, ToRank, encoded
 from candle_vllm.core.engine.ranks.ranks import Ranks, _Other
 from tests.waiting import PATIENCE, wait_for
 
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.skipif(
 READER = (
     "import os, socket, sys\n"
     "from candle_vllm.core.engine.ranks.message_ring import RingLine\n"
-    "from candle_vllm.core.engine.ranks.rank_line import Ready, Score, Collect, ToRank\n"
+    "from candle_vllm.core.engine.ranks.rank_line import Ready, LoadAdapter, Collect, ToRank\n"
     "number, memory, rank = map(int, sys.argv[1:])\n"
     "line = RingLine(socket.socket(fileno=number), os.fdopen(memory, 'r+b', buffering=0), rank)\n"
     "assert 'torch' not in sys.modules\n"
@@ -40,15 +40,15 @@ READER = (
     "try:\n"
     "    while True:\n"
     "        said = line.receive(ToRank)\n"
-    "        if isinstance(said, Score):\n"
-    "            line.send(Ready(len(said.rows)))\n"
+    "        if isinstance(said, LoadAdapter):\n"
+    "            line.send(Ready(len(said.path)))\n"
     "except EOFError:\n"
     "    print('ended')\n"
 )
 WRITER = (
     "import socket, subprocess, sys\n"
     "from candle_vllm.core.engine.ranks.message_ring import MessageRing\n"
-    "from candle_vllm.core.engine.ranks.rank_line import Collect, Line, Score, ToRank, Ready, encoded\n"
+    "from candle_vllm.core.engine.ranks.rank_line import Collect, Line, ToRank, Ready, encoded\n"
     "ring = MessageRing(1)\n"
     "near, far = socket.socketpair()\n"
     "given = far.fileno(), ring.memory.fileno()\n"
@@ -98,8 +98,8 @@ def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(message_ring, "LOOK", 100.0)
 
 
-def sized(size: int, number: int) -> Score:
-    return Score(random.Random(number).randbytes(size))
+def sized(size: int, number: int) -> LoadAdapter:
+    return LoadAdapter(number, random.Random(number).randbytes(size).hex()[:size])
 
 
 SIZES = [0, 1, 7, 3600, PIECE - 9, PIECE - 8, PIECE - 7, PIECE, PIECE + 1, 2 * PIECE, 5 * PIECE + 3]
@@ -250,7 +250,7 @@ def test_each_is_told_in_one_way(others: Callable[[int], Others]) -> None:
         ranks._ring = told.ring
         ranks._others = {rank: _Other(line, line, here, "") for rank, line in enumerate(told.near, 1)}
         ranks._others[3] = _Other(Line(near, (b"one", b"two")), Line(near), None, "elsewhere")
-        messages = [sized(10, 1), sized(1000, 2), Next(bytes(8), ((0, 1, 2),))]
+        messages = [sized(10, 1), sized(1000, 2), Sleep(1)]
         with ThreadPoolExecutor(1) as pool:
             telling = pool.submit(lambda: [ranks.broadcast(message) for message in messages])
             for line in (*told.far, Line(far, (b"two", b"one"))):

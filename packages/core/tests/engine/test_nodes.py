@@ -29,7 +29,7 @@ import pytest
 from candle_vllm.core import EngineConfig, InferenceEngine
 from candle_vllm.core.engine.ranks import nodes, rank_line
 from candle_vllm.core.engine.ranks.nodes import Invitation, RankListener, _connect
-from candle_vllm.core.engine.ranks.rank_line import Go, Line, Ready, Score
+from candle_vllm.core.engine.ranks.rank_line import Go, Line, Ready, Sleep
 from candle_vllm.core.errors import ConfigError, EngineDeadError, ModelLoadError
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
 from packages.core.tests.engine.test_ranks import GREEDY, KINDS, PROMPTS, dies, until_gone
@@ -613,9 +613,9 @@ def test_a_signed_line_refuses_what_was_changed_or_sent_again() -> None:
     near, far = socket.socketpair()
     one, other = bytes(32), bytes(range(32))
     sender, receiver = Line(near, (one, other)), Line(far, (other, one))
-    sender.send(Score(b"rows"))
-    assert receiver.receive(Score) == Score(b"rows")
-    sender.send(Score(b"more"))
+    sender.send(Sleep(1))
+    assert receiver.receive(Sleep) == Sleep(1)
+    sender.send(Sleep(2))
     frame = far.recv(1 << 10)
     for wrong in (
         frame[:8] + bytes([frame[8] ^ 1]) + frame[9:],
@@ -625,7 +625,7 @@ def test_a_signed_line_refuses_what_was_changed_or_sent_again() -> None:
         if wrong is frame:
             receiver._received = iter([2])  # type: ignore[assignment]
         with pytest.raises(ValueError, match="a frame has a wrong signature"):
-            receiver.receive(Score)
+            receiver.receive(Sleep)
     near.close()
     far.close()
 

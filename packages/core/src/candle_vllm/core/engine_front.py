@@ -855,6 +855,13 @@ def _running_loop() -> asyncio.AbstractEventLoop:
         ) from None
 
 
+def shut_down(owner: int, *parts: Any) -> None:
+    """Close parts of an engine in this order, unless this process was forked from its `owner` without its threads."""
+    if os.getpid() == owner:
+        for part in parts:
+            part.close()
+
+
 def _each_params(params: Any) -> list[SamplingParams | None]:
     if isinstance(params, (str, Mapping)) or not isinstance(params, Iterable):
         raise no_params(params)

@@ -30,7 +30,7 @@ from candle_vllm.core.engine.step.preparation import check_pooling_request
 from candle_vllm.core.engine.step.request_watchers import TextOptions
 from candle_vllm.core.engine.step.stream import raise_failure
 from candle_vllm.core.engine.step.thread import SLEEPS, EngineThread
-from candle_vllm.core.engine_front import EngineFront
+from candle_vllm.core.engine_front import EngineFront, shut_down
 from candle_vllm.core.errors import EngineDeadError, EngineSleepingError, InvalidParameterError
 from candle_vllm.core.kernels.cpu_runtime.operation import use_level
 from candle_vllm.core.memory import room_for
@@ -100,7 +100,7 @@ class InferenceEngine(ExplainedAttributes, EngineFront):
         self._manual, self._ranks = False, ranks
         self._ended: list[TokenOutput] = []  # outputs that the next `step` returns first
         self._lock = threading.Lock()  # guards the choice of the thread or of `step`, and closing
-        self._finalizer = weakref.finalize(self, _shut_down, None, self._engine, self._owner)
+        self._finalizer = weakref.finalize(self, shut_down, self._owner, self._engine)
         self._info = model_info(loaded, self._engine)
 
     @property
@@ -251,7 +251,7 @@ class InferenceEngine(ExplainedAttributes, EngineFront):
                 if engine.adapters is not None:
                     engine.adapters.on_change = self._thread.wake
                 self._finalizer.detach()
-                self._finalizer = weakref.finalize(self, _shut_down, self._thread, engine, self._owner)
+                self._finalizer = weakref.finalize(self, shut_down, self._owner, self._thread, engine)
             return self._thread
 
     def _make_thread(self, engine: Engine) -> EngineThread:
@@ -264,11 +264,3 @@ class InferenceEngine(ExplainedAttributes, EngineFront):
                 raise EngineDeadError("this engine runs in its own thread: use generate or stream, or another engine")
             self._manual = True
             return self._require()[0]
-
-
-def _shut_down(thread: EngineThread | None, engine: Engine, owner: int) -> None:
-    if os.getpid() != owner:  # a forked child has no threads, and must not wait for them
-        return
-    if thread is not None:
-        thread.close()
-    engine.close()

@@ -100,11 +100,8 @@ _OF_A_CACHE = ("kv_cache_memory", "gpu_memory_utilization", "kv_cache_dtype", "k
 
 
 def build_engine(config: EngineConfig, loaded: LoadedModel | LoadedEncoder, ranks: Ranks | None = None) -> Engine:
-    """Build the engine for a loaded model; `ranks` runs the other ranks' parts of a divided model.
-
-    Raises:
-        ConfigError: the settings do not fit each other, this model or the memory.
-    """
+    """Build the engine for a loaded model; `ranks` runs the other ranks' parts of a divided model. Raises ConfigError
+    if the settings do not fit each other, this model or the memory."""
     config = fit_settings(config, loaded.config)
     collective = None if ranks is None else ranks.collective
     sleeper = Sleeper(config, loaded, collective)  # first: runners change the loaded model

@@ -96,11 +96,8 @@ LoraChoice = LoRARequest | Sequence[tuple[LoRARequest, float]] | None
 
 
 def adapter_uses(given: LoraChoice) -> tuple[AdapterUse, ...]:
-    """Return the adapters that a call names for one request.
-
-    Raises:
-        InvalidParameterError: `given` is neither a LoRARequest nor pairs of one and a scale, or a scale is not valid.
-    """
+    """Return the adapters that a call names for one request; raises InvalidParameterError if `given` is neither a
+    LoRARequest nor pairs of one and a scale, or a scale is not valid."""
     if given is None:
         return ()
     if isinstance(given, LoRARequest):
@@ -114,11 +111,8 @@ def adapter_uses(given: LoraChoice) -> tuple[AdapterUse, ...]:
 
 
 def each_lora_choice(given: LoraChoice | Sequence[LoraChoice], count: int) -> list[LoraChoice]:
-    """Return the adapters of each prompt of a call, from one choice for all prompts or one choice for each.
-
-    Raises:
-        InvalidParameterError: the number of choices is not the number of prompts.
-    """
+    """Return the adapters of each prompt of a call, from one choice for all prompts or one choice for each. Raises
+    InvalidParameterError if the number of choices is not the number of prompts."""
     if not isinstance(given, (list, tuple)) or _is_mix(given):
         return [given] * count  # type: ignore[list-item]
     if len(given) != count:

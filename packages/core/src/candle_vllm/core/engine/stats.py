@@ -222,11 +222,8 @@ class EngineStats(ShownStruct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     @classmethod
     def snapshot(cls, *parts: Mapping[str, Any]) -> Self:
-        """Return copies of the values that the parts of an engine report, by field.
-
-        Raises:
-            msgspec.ValidationError: a name is no field, a value has another type, or a field without default is absent.
-        """
+        """Return copies of the values that the parts of an engine report, by field; raises msgspec.ValidationError if a
+        name is no field, a value has another type, or a field without default is absent."""
         reported = {name: value for part in parts for name, value in part.items()}
         return msgspec.convert(msgspec.to_builtins(reported), cls)
 

@@ -116,12 +116,7 @@ def connected(context: zmq.Context[zmq.Socket[bytes]], kind: bytes, start: Start
 
 
 class EndRequest:
-    """The parent's request that this process ends.
-
-    Attributes:
-        ended: event that is set after the request.
-        bell: bell that rings at the request.
-    """
+    """The parent's request that this process ends: it sets `ended` and rings `bell`."""
 
     def __init__(self) -> None:
         self.ended = threading.Event()

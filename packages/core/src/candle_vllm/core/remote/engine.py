@@ -13,7 +13,7 @@ from typing import Unpack
 from candle_vllm.core.config import EngineConfig, EngineSettings, config_of, require_one
 from candle_vllm.core.engine.adapters.adapter_store import AdapterCall
 from candle_vllm.core.engine.model_info import AdapterInfo
-from candle_vllm.core.engine_front import EngineFront
+from candle_vllm.core.engine_front import EngineFront, shut_down
 from candle_vllm.core.errors import EngineDeadError
 from candle_vllm.core.remote.link import RemoteLink, RemoteThread
 from candle_vllm.core.remote.payloads import RequestWriter
@@ -64,7 +64,7 @@ class RemoteEngine(EngineFront):
         self._process = process
         self._lock = threading.Lock()  # held by `close`, which two threads may call
         self._thread = RemoteThread(self._link, config.max_queued_requests, process.kill, config.stream_interval)
-        self._finalizer = weakref.finalize(self, _shut_down, self._thread, self._link, process, self._owner)
+        self._finalizer = weakref.finalize(self, shut_down, self._owner, self._thread, self._link, process)
 
     @property
     def pid(self) -> int:
@@ -128,11 +128,3 @@ class _Texts:
             from candle_vllm.core.assembly.tower import vision_input_of
 
             self.vision = vision_input_of(ready.vision, self.tokenizer, config)
-
-
-def _shut_down(thread: RemoteThread, link: RemoteLink, process: EngineProcess, owner: int) -> None:
-    if os.getpid() != owner:
-        return
-    thread.close()
-    link.close()
-    process.close()

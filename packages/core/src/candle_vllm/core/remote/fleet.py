@@ -34,7 +34,7 @@ from candle_vllm.core.engine.runners.sleeping import TAGS
 from candle_vllm.core.engine.stats import EngineStats, ReplicaStats, combined, ended
 from candle_vllm.core.engine.step.sequence import PlacedImage, block_hashes
 from candle_vllm.core.engine.step.thread import Sink
-from candle_vllm.core.engine_front import EngineFront, Texts
+from candle_vllm.core.engine_front import EngineFront, Texts, shut_down
 from candle_vllm.core.errors import CandleVllmError, EngineDeadError, InvalidParameterError
 from candle_vllm.core.loading.source import model_files
 from candle_vllm.core.remote.engine import RemoteEngine
@@ -59,9 +59,7 @@ def replica_configs(config: EngineConfig) -> list[EngineConfig]:
     """Return the configuration of each replica: its GPUs, its share of the threads, on the CPU of the cache memory.
 
     `kv_cache_memory`, and the memory share of a GPU, are per replica; on the CPU `kv_fraction` is for all replicas.
-
-    Raises:
-        ConfigError, ModelNotFoundError, ModelLoadError: see `resolve_ranks` and `model_files`.
+    Raises as `resolve_ranks` and `model_files`.
     """
     config = resolve_ranks(config)
     count, gpus = config.data_parallel_size, means_gpus(config.device)
@@ -85,14 +83,7 @@ def replica_configs(config: EngineConfig) -> list[EngineConfig]:
 
 
 class Replica(RemoteEngine):
-    """One engine of a fleet.
-
-    Args:
-        process: the process that was started with this configuration.
-
-    Raises:
-        ConfigError, ModelNotFoundError, ModelLoadError: the model cannot be loaded.
-    """
+    """One engine of a fleet, in a `process` that was started with this configuration; raises as `RemoteEngine`."""
 
     def __init__(self, config: EngineConfig, process: EngineProcess) -> None:  # processes load in parallel
         self._load(config, process)
@@ -110,11 +101,9 @@ class Replica(RemoteEngine):
         return self._link.max_step_tokens
 
     def submit(self, prepared: Sequence[Payload], sink: Sink) -> None:
-        """See `EngineThread.submit`."""
         self._running_thread().submit(prepared, sink)
 
     def drop(self, request_id: str, sink: Sink | None) -> None:
-        """See `EngineThread.abort`."""
         self._thread.abort(request_id, sink)
 
     def writer(self, info: ModelInfo) -> RequestWriter:
@@ -260,13 +249,11 @@ class Fleet:
                 raise
 
     def abort(self, request_id: str, sink: Sink | None = None) -> None:
-        """See `EngineThread.abort`."""
         number = self._router.place_of(request_id)
         if number is not None:
             self._replicas[number].drop(request_id, sink)
 
     def reset_prefix_cache(self) -> None:
-        """See `EngineThread.reset_prefix_cache`."""
         self._router.forget_prefixes()
         self._each(RemoteEngine.reset_prefix_cache)
 
@@ -299,7 +286,6 @@ class Fleet:
             self._router.forget_prefixes()
 
     def wake_up(self, tags: frozenset[str]) -> None:
-        """See `EngineThread.wake_up`."""
         with self._changing:
             self._each(lambda replica: replica.wake_up(sorted(tags)))
             self._woken |= tags
@@ -406,10 +392,7 @@ class Fleet:
 
     def _each(self, work: Callable[[Replica], Any]) -> list[Any]:
         """Call `work` for all living replicas in parallel; return the results, without replicas that die meanwhile.
-
-        Raises:
-            EngineDeadError: no replica is left.
-            CandleVllmError: the error of a replica, raised after all replicas have answered.
+        Raises EngineDeadError if no replica is left, or a replica's CandleVllmError after all replicas have answered.
         """
         living = self._living()
         said: list[Any] = []
@@ -549,7 +532,7 @@ class ReplicatedEngine(EngineFront):
         self._owner = os.getpid()
         self._fleet: Fleet | None = Fleet(config)
         self._info = self._fleet.info
-        self._finalizer = weakref.finalize(self, _shut_down, self._fleet, self._owner)
+        self._finalizer = weakref.finalize(self, shut_down, self._owner, self._fleet)
 
     @property
     def pids(self) -> list[int]:
@@ -588,8 +571,3 @@ class ReplicatedEngine(EngineFront):
     def _running_thread(self) -> Fleet:
         self._working()
         return self._require()[0]
-
-
-def _shut_down(fleet: Fleet, owner: int) -> None:
-    if os.getpid() == owner:
-        fleet.close()

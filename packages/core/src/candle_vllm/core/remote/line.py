@@ -30,8 +30,7 @@ TOKEN_BYTES: Final = 32
 class Bell:
     """Wakes a thread that polls descriptors (self-pipe). It is a socket pair, because Windows cannot poll a pipe.
 
-    Attributes:
-        descriptor: readable after `ring`. Call `clear` before checking for events, or a ring may be lost.
+    `descriptor` is readable after `ring`. Call `clear` before checking for events, or a ring may be lost.
     """
 
     def __init__(self) -> None:
@@ -83,11 +82,8 @@ class Start(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def write_start(config: EngineConfig, token: bytes, address: str, folder: str, alive: int | None) -> bytes:
-    """Serialise the start message, prefixed with its length.
-
-    Raises:
-        ConfigError: a setting cannot be serialised, or the message has more than `MAX_START` bytes.
-    """
+    """Serialise the start message, prefixed with its length; raises ConfigError if a setting cannot be serialised, or
+    the message has more than `MAX_START` bytes."""
     start = Start(token=token, address=address, folder=folder, alive=alive, log=log_style(), config=config.plain())
     try:
         data = msgspec.msgpack.encode(start)
@@ -99,12 +95,8 @@ def write_start(config: EngineConfig, token: bytes, address: str, folder: str, a
 
 
 def read_start(descriptor: int) -> Start:
-    """Read the start message.
-
-    Raises:
-        ValueError: the bytes are not a start message.
-        EOFError: the parent has exited.
-    """
+    """Read the start message; raises ValueError if the bytes are not a start message, and EOFError if the parent has
+    exited."""
     size = int.from_bytes(_read_exactly(descriptor, 4), "little")
     if size > MAX_START:
         raise ValueError(f"the parent announces {size} bytes; at most {MAX_START} are read")

@@ -139,11 +139,8 @@ class RemoteLink:
     # ---- receiving ---------------------------------------------------------------------------------------------------
 
     def step(self) -> list[TokenOutput]:
-        """Wait for messages; return the outputs in them, with the callers' request ids.
-
-        Raises:
-            EngineDeadError: the child or its engine has ended, does not respond, or has sent an invalid message.
-        """
+        """Wait for messages; return the outputs in them, with the callers' request ids. Raises EngineDeadError if the
+        child or its engine has ended, does not respond, or has sent an invalid message."""
         if self._failure is not None:
             raise self._failure
         events = dict(self._poller.poll(_LOOK_UP))
@@ -249,11 +246,8 @@ class RemoteThread(EngineThread):
         self._ask(lambda number: write_check(number, params), "the structured outputs", "checked")
 
     def call_adapters(self, call: AdapterCall) -> tuple[AdapterInfo, ...]:
-        """Send a call to the engine's adapter store, and wait for the answer.
-
-        Raises:
-            CandleVllmError: see `AdapterStore.call` and `check`.
-        """
+        """Send a call to the engine's adapter store, and wait for the answer; raises as `AdapterStore.call` and
+        `check`."""
         return self._ask(lambda number: wire.encode(wire.Ask(number, call)), "an adapter", "loaded")
 
     def _engine_sleep(self, level: int) -> None:

@@ -52,11 +52,8 @@ class RequestWriter:
         self._tickets = itertools.count()
 
     def prepare(self, request: GenerationRequest) -> list[Payload]:
-        """Check a request; return the same `Payload` for each of its sequences.
-
-        Raises:
-            InvalidParameterError, PromptTooLongError: the request cannot be served in this form.
-        """
+        """Check a request; return the same `Payload` for each of its sequences. Raises InvalidParameterError or
+        PromptTooLongError if the request cannot be served in this form."""
         ticket = f"{next(self._tickets):d}"
         if isinstance(request, PoolingRequest):
             self._check_pooled(request)

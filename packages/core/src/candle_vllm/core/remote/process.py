@@ -153,11 +153,7 @@ class EngineProcess:
                     logger.warning("a message on the engine's socket was dropped, because the engine did not send it")
 
     def send(self, data: bytes) -> None:
-        """Send a message to the child.
-
-        Raises:
-            EngineDeadError: the child has ended, or does not accept the message in time.
-        """
+        """Send a message to the child; raises EngineDeadError if it has ended, or does not accept it in time."""
         try:
             self.socket.send_multipart((CONTROL + self._token, data))
         except zmq.Again:

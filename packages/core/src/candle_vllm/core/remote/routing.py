@@ -83,15 +83,12 @@ class _Replica:
 
 
 class Router:
-    """Chooses replicas for requests, and tracks their load. Thread-safe.
+    """Chooses replicas for requests, and tracks their load; `rooms` are the replicas' capacities. Thread-safe.
 
     A request goes to the replica with the least work before its answer, in tokens: waiting prompts, running sequences,
     and the part of its own prompt that is not cached there. So a request with a cached prefix stays with its replica
     until waiting there costs more than computing the prefix in another replica. A replica whose batch would exceed
     `max_num_seqs` with the request is skipped if another replica's batch would not.
-
-    Args:
-        rooms: the capacity of each replica.
     """
 
     def __init__(self, rooms: Sequence[Room]) -> None:

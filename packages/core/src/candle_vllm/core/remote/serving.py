@@ -38,11 +38,8 @@ STATS_EVERY: Final = 0.1  # seconds
 
 
 class Outbox:
-    """The sink of all requests: sends the outputs of one step as one message, or one by one if they are too large.
-
-    Args:
-        socket: socket to the parent process; only the engine's thread uses it.
-    """
+    """The sink of all requests: sends the outputs of one step as one message, or one by one if they are too large. Only
+    the engine's thread uses its `socket` to the parent process."""
 
     loop = None
 
@@ -58,11 +55,8 @@ class Outbox:
             self._pieces.append(item)
 
     def flush(self, engine: StepEngine) -> list[str]:
-        """Send the collected outputs, and the statistics if they are due or the engine is idle.
-
-        Returns:
-            Tickets (request ids in this process) whose outputs are too large to send; errors were sent instead.
-        """
+        """Send the collected outputs, and the statistics if they are due or the engine is idle. Return the tickets
+        (request ids in this process) whose outputs are too large to send; errors were sent instead."""
         pieces, self._pieces = self._pieces, []
         stats = self._due(engine)
         return self._send(pieces, stats) if pieces or stats is not None else []
@@ -175,11 +169,8 @@ class RequestDesk:
         self._done: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
 
     def turn(self) -> None:
-        """Wait for messages or the bell, then handle messages and finished work.
-
-        Raises:
-            MalformedMessageError: the parent sent an invalid message.
-        """
+        """Wait for messages or the bell, then handle messages and finished work. Raises MalformedMessageError if the
+        parent sent an invalid message."""
         self._poller.poll(_LOOK_UP)
         self._bell.clear()
         while not self._done.empty():

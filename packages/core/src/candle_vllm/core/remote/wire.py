@@ -222,11 +222,7 @@ class Reader:
         self._decoder = msgspec.msgpack.Decoder(kinds, dec_hook=_numbers)
 
     def read(self, data: bytes) -> Any:
-        """Decode one message.
-
-        Raises:
-            MalformedMessageError: the bytes are not a message of these structs.
-        """
+        """Decode one message; raises MalformedMessageError if the bytes are not a message of these structs."""
         try:
             return self._decoder.decode(data)
         except (msgspec.MsgspecError, ValueError, TypeError, CandleVllmError, RecursionError) as error:

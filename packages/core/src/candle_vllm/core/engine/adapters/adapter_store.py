@@ -149,11 +149,8 @@ class AdapterStore:
     def find(self, use: AdapterUse, *, again: bool = False) -> Entry:
         """Return the entry of a name; register a new name, or different files of a known one (`load_inplace`).
 
-        Args:
-            again: whether to retry a failed adapter at once.
-
-        Raises:
-            InvalidParameterError: no adapter has this name, its path differs, it has just failed, or no name is left.
+        `again` retries a failed adapter at once. Raises InvalidParameterError if no adapter has this name, its path
+        differs, it has just failed, or no name is left.
         """
         with self._change:
             entry = self._entries.get(use.name)
@@ -198,12 +195,8 @@ class AdapterStore:
         return acting
 
     def call(self, call: AdapterCall) -> tuple[AdapterInfo, ...]:
-        """Carry out an operator's call; for a removed adapter, return an `AdapterInfo` with its name only.
-
-        Raises:
-            AdapterError, EngineDeadError, InvalidParameterError: see `add`.
-            EngineOverloadedError: the adapter was not loaded in time.
-        """
+        """Carry out an operator's call; for a removed adapter, return an `AdapterInfo` with its name only. Raises as
+        `add`, but EngineOverloadedError if the adapter was not loaded in time."""
         if call.what == "list":
             return self.infos()
         assert call.adapter is not None

@@ -61,11 +61,8 @@ class BlockStore(Protocol):
         """Whether the store may have a block, so that the caller should try `read`."""
 
     def read(self, digest: bytes) -> Bytes | None:
-        """Return a block's bytes; None, or an OSError, if the store does not have the block.
-
-        Raises:
-            OSError: the block is absent, could not be read, or was damaged; a damaged block is deleted.
-        """
+        """Return a block's bytes; None, or an OSError, if the block is absent, could not be read or was damaged; a
+        damaged block is deleted."""
 
     def write(self, digest: bytes, data: Bytes) -> None:
         """Store a block's bytes; raises OSError if the store fails."""
@@ -259,14 +256,7 @@ def _found(folder: Path, order: Mapping[str, int] = MappingProxyType({})) -> Ord
 
 class HostBlocks:
     """A `BlockStore` in main memory, as a tier below a GPU's cache; the least recently used blocks are dropped first.
-
-    Args:
-        most_bytes: limit of the bytes of all blocks.
-        block_bytes: size of a block.
-
-    Raises:
-        ConfigError: the limit is less than one block.
-    """
+    Raises ConfigError if `most_bytes`, the limit of the bytes of all blocks, is less than one block."""
 
     def __init__(self, most_bytes: int, block_bytes: int) -> None:
         if most_bytes < block_bytes:

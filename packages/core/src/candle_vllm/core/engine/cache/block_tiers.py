@@ -410,11 +410,7 @@ class OffloadedBlocks:
 
     def is_ready(self, sequence: object, hashes: Sequence[bytes], num_blocks: int) -> bool:
         """Return whether a waiting sequence may be admitted; False while its next blocks are read from the store.
-
-        Args:
-            hashes: hashes of its full blocks that may be shared.
-            num_blocks: total number of blocks that it needs.
-        """
+        `hashes` are those of its full blocks that may be shared, and `num_blocks` is the total number that it needs."""
         reading = self._readings.get(sequence)
         if reading is not None:
             if not reading.is_over and time.monotonic() - reading.moved > _PATIENCE:

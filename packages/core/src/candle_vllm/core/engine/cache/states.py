@@ -78,12 +78,8 @@ class StatePool:
         return bool(self._coming) and any(digest in self._coming for digest in hashes)
 
     def begin(self, sequence: Sequence, cached: int, wanted: Seq[int]) -> None:
-        """Allocate a slot to an admitted sequence.
-
-        Args:
-            cached: number of cached blocks, which end with a checkpoint.
-            wanted: see `SequenceState`.
-        """
+        """Allocate a slot to an admitted sequence with `cached` cached blocks, which end with a checkpoint; see
+        `SequenceState` for `wanted`."""
         slot, source = self._free_running.pop(), -1
         if cached:
             digest = sequence.hashes(self._size)[cached - 1]
@@ -117,11 +113,8 @@ class StatePool:
         self._free_running.append(state.plain.slot)
 
     def plan(self, run: Run, *, generated: bool) -> RunState:
-        """Choose the slots that the next run of a sequence reads and writes.
-
-        Args:
-            generated: whether checkpoints are written after generated tokens.
-        """
+        """Choose the slots that the next run of a sequence reads and writes; `generated` allows checkpoints after
+        generated tokens."""
         sequence, state, size = run.sequence, run.sequence.state, self._size
         assert state is not None
         now, slot = state.going, state.plain.slot

@@ -51,11 +51,8 @@ class _Time(ctypes.Structure):
 
 
 class _Ring:
-    """A process's mapping of the ring's shared memory (slots and counts), and its futex calls.
-
-    Raises:
-        OSError: the number of the futex call on this processor is not known, or the memory cannot be mapped.
-    """
+    """A process's mapping of the ring's shared memory (slots and counts), and its futex calls. Raises OSError if the
+    number of the futex call on this processor is not known, or the memory cannot be mapped."""
 
     def __init__(self, memory: BinaryIO) -> None:
         number = _CALLS.get(platform.machine())
@@ -118,17 +115,9 @@ def made_ring(readers: int) -> MessageRing | None:
 
 
 class MessageRing:
-    """The first rank's end of a ring.
-
-    Args:
-        readers: number of other ranks of this machine, which are numbered from 1.
-
-    Attributes:
-        memory: the shared memory, whose descriptor the other ranks inherit.
-
-    Raises:
-        OSError: this system has no futex calls, or no memory that processes can share.
-    """
+    """The first rank's end of a ring for `readers` other ranks of this machine, which are numbered from 1. They inherit
+    the descriptor of its shared `memory`. Raises OSError if this system has no futex calls, or no memory that processes
+    can share."""
 
     def __init__(self, readers: int) -> None:
         self._readers, trial = range(1, readers + 1), readers + 1
@@ -148,12 +137,7 @@ class MessageRing:
     def write(self, data: bytes, patience: float) -> None:
         """Write an encoded message for all readers; wait for the slowest reader while the ring is full.
 
-        Args:
-            patience: seconds to wait for a free slot, each time the ring is full.
-
-        Raises:
-            BrokenPipeError: the ring has ended.
-            TimeoutError: a rank did not read in time.
+        Raises BrokenPipeError if the ring has ended, and TimeoutError if it stays full for `patience` seconds.
         """
         ring, left, begin = self._ring, len(data), 0
         with self._writing:
@@ -196,14 +180,7 @@ class MessageRing:
 
 class RingLine(Line):
     """A rank's connection to the first rank, on the same machine: it receives over the ring and sends over the socket.
-
-    Args:
-        end: the socket; when it is closed, the ring has ended as well.
-        memory: the ring's shared memory.
-        rank: this rank's number among the readers.
-
-    Raises:
-        ValueError: the ring has no such reader.
+    When the socket is closed, the ring has ended as well. Raises ValueError if the ring has no reader with this rank.
     """
 
     def __init__(self, end: socket.socket, memory: BinaryIO, rank: int) -> None:

@@ -231,12 +231,8 @@ class RankListener:
         return [rank for rank in self._ranks if len(self._found.get(rank, (b"", {}))[1]) < 2]
 
     def everyone(self) -> dict[int, Joined]:
-        """Wait until all ranks have joined; stop listening, and return them.
-
-        Raises:
-            EngineDeadError: the listener was closed.
-            NotReadyError: some ranks have not joined in time.
-        """
+        """Wait until all ranks have joined; stop listening, and return them. Raises EngineDeadError if the listener was
+        closed, and NotReadyError if some ranks have not joined in time."""
         until = time.monotonic() + JOINING
         with self._changed:
             while missing := self._missing():
@@ -271,11 +267,8 @@ class RankListener:
 def join(given: IO[bytes]) -> tuple[Line, Line, Invitation]:
     """Join the first node as a rank; return the line for steps, the side line and the invitation.
 
-    Args:
-        given: the stream of the invitation; its end ends this process.
-
-    Raises:
-        ConfigError: the first node refuses this rank, or is not the first node of this cluster.
+    `given` is the stream of the invitation; its end ends this process. Raises ConfigError if the first node refuses
+    this rank, or is not the first node of this cluster.
     """
     invitation = msgspec.json.decode(given.readline(), type=Invitation)
     threading.Thread(target=_end_with, args=(given,), name="candle-vllm-node", daemon=True).start()
@@ -423,10 +416,8 @@ def start_rank(invitation: Invitation) -> subprocess.Popen[bytes]:
 def run_node(config: EngineConfig) -> int:
     """Run a later node's ranks until SIGTERM or Ctrl+C; return the exit status: 0, or `REFUSED` if a rank may not join.
 
-    When the first node or any rank ends, all ranks end, and new ranks wait until the first node runs again.
-
-    Raises:
-        ConfigError: see `resolve_ranks`.
+    When the first node or any rank ends, all ranks end, and new ranks wait until the first node runs again. Raises as
+    `resolve_ranks`.
     """
     config = resolve_ranks(config)
     assert config.cluster_key is not None

@@ -18,7 +18,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO, TypeAlias
+from typing import Any, BinaryIO, NamedTuple, TypeAlias
 
 from candle_vllm.core.assembly.encoder import load_any_model
 from candle_vllm.core.assembly.model import LoadedModel
@@ -46,6 +46,15 @@ logger = logging.getLogger(__name__)
 _LATER = 3  # additional ticks, so that the first rank notices and reports a broken link before this rank ends
 
 Load: TypeAlias = Callable[[Path], LoadedAdapter]
+
+
+class _Part(NamedTuple):
+    """A rank's part of the engine; `load` is None without LoRA, and `parts` without KV offloading."""
+
+    runner: ModelRunner
+    sleeper: Sleeper
+    load: Load | None
+    parts: BlockParts | None
 
 
 def main(given: str) -> int:
@@ -118,19 +127,19 @@ def _run(
         host = begin.host or line.socket.getsockname()[0]
         stages = config.pipeline_parallel_size
         ranks = meet(begin.rank, begin.size, config.device, side, host, stages, memory)
-        runner, sleeper, load, parts = _loaded(config, ranks, begin.rank, line, side, own_files=invitation is not None)
+        part = _loaded(config, ranks, begin.rank, line, side, own_files=invitation is not None)
     except EngineDeadError:
         return 0
     except CandleVllmError as error:
         line.send(rank_line.Failed(str(error), getattr(error, "setting", None)))
         return 1
-    _serve(runner, sleeper, load, parts, line, side)
+    _serve(part, line, side)
     return 0
 
 
 def _loaded(
     config: EngineConfig, ranks: Collective, rank: int, line: rank_line.Line, side: rank_line.Side, *, own_files: bool
-) -> tuple[ModelRunner, Sleeper, Load | None, BlockParts | None]:
+) -> _Part:
     LOADING_THREADS.set(config.threads)
     loaded = load_any_model(config, choose_device(config.device), lambda *_: None, ranks=ranks)
     assert isinstance(loaded, LoadedModel)
@@ -145,7 +154,7 @@ def _loaded(
     parts = keep_parts(config, loaded, runner, rank, report)
     if parts is not None:
         side.read_by(functools.partial(_read_blocks, parts))
-    return runner, sleeper, load, parts
+    return _Part(runner, sleeper, load, parts)
 
 
 def _read_blocks(parts: BlockParts, asked: rank_line.ReadBlocks | rank_line.EndReading) -> None:
@@ -173,14 +182,8 @@ def _load_adapters(
             line.send(rank_line.AdapterLoaded(each.number, packed.digest))
 
 
-def _serve(
-    runner: ModelRunner,
-    sleeper: Sleeper,
-    load: Load | None,
-    parts: BlockParts | None,
-    line: rank_line.Line,
-    side: rank_line.Side,
-) -> None:
+def _serve(part: _Part, line: rank_line.Line, side: rank_line.Side) -> None:
+    runner, sleeper, load, parts = part
     batches, asked = rank_line.Batches(), queue.SimpleQueue[rank_line.LoadAdapter]()
     if load is not None:
         threading.Thread(target=_load_adapters, args=(asked, load, batches, line), daemon=True).start()
@@ -199,10 +202,10 @@ def _serve(
         elif isinstance(message, rank_line.WakeUp):
             sleeper.wake_up(message.tags)
         elif parts is not None and isinstance(message, rank_line.KeepBlocks):
-            for block, digest in zip(rank_line.as_ints(message.blocks).tolist(), message.digests, strict=True):
+            for block, digest in zip(message.blocks.tolist(), message.digests, strict=True):
                 parts.offer(block, digest)
         elif parts is not None and isinstance(message, rank_line.BringBlocks):
-            for block in rank_line.as_ints(message.blocks).tolist():
+            for block in message.blocks.tolist():
                 parts.bring(message.reading, block)
         elif parts is not None and isinstance(message, rank_line.ForgetBlocks):
             parts.clear()

@@ -20,10 +20,11 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar, get_args
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 from candle_vllm.core.engine.runners.model_runner import ModelRunner
 from candle_vllm.core.engine.step.batch import AdapterRows, Batch, EmbeddedRows, Ints, RotaryPositions
@@ -62,28 +63,20 @@ class Go(msgspec.Struct, tag=True, frozen=True):
 
 
 class Adapters(msgspec.Struct, frozen=True):
-    """The adapters of a step's rows: an `AdapterRows` as bytes, with the numbers of its adapters."""
+    """The adapters of a step's rows: an `AdapterRows` with the numbers of its adapters."""
 
-    rows: bytes
-    scales: bytes
-    starts: bytes
-    sources: bytes
+    rows: Ints
+    scales: NDArray[np.float32]
+    starts: Ints
     numbers: tuple[int, ...]
+    sources: Ints
 
 
 class Seen(msgspec.Struct, frozen=True):
     """The image rows of a step, and the number of elements of each row's vectors, which only the first rank has."""
 
-    rows: bytes
+    rows: Ints
     width: int
-
-
-class RotaryMessage(msgspec.Struct, frozen=True):
-    """A `RotaryPositions` as bytes of int64."""
-
-    shifts: bytes
-    rows: bytes
-    places: bytes
 
 
 class LoadAdapter(msgspec.Struct, tag=True, frozen=True):
@@ -100,37 +93,37 @@ class ForgetAdapters(msgspec.Struct, tag=True, frozen=True):
 
 
 class Pages(msgspec.Struct, tag=True, frozen=True):
-    """Changed page table entries, for later messages: indices into the flat `page_of`, and pages, as bytes of int64."""
+    """Changed page table entries, for later messages: indices into the flat `page_of`, and pages."""
 
-    places: bytes
-    pages: bytes
+    places: Ints
+    pages: Ints
 
 
 class Forward(msgspec.Struct, tag=True, frozen=True):
-    """A step: the arrays of a `Batch` as bytes of int64; `tables` is None if the block tables have not changed.
+    """A step: the arrays of a `Batch`; `tables` is None if the block tables have not changed.
 
     `states` are the arrays of `StateRows`; None if no layer keeps a state.
     """
 
-    tokens: bytes
-    query_start: bytes
-    context_lens: bytes
-    sampled_rows: bytes
+    tokens: Ints
+    query_start: Ints
+    context_lens: Ints
+    sampled_rows: Ints
     num_decodes: int
-    tables: bytes | None
-    ahead: bytes | None
+    tables: Ints | None
+    ahead: Ints | None
     adapters: Adapters | None
     seen: Seen | None = None
-    turned: RotaryMessage | None = None
-    states: tuple[bytes, ...] | None = None
+    turned: RotaryPositions | None = None
+    states: tuple[Ints, ...] | None = None
 
 
 class Next(msgspec.Struct, tag=True, frozen=True):
     """A step with the next token of each sequence of the step that was sent last; see `Batch.begun`."""
 
-    token_ids: bytes
+    token_ids: Ints
     begun: tuple[tuple[int, int, int], ...]
-    states: tuple[bytes, ...] | None = None
+    states: tuple[Ints, ...] | None = None
 
 
 class Collect(msgspec.Struct, tag=True, frozen=True):
@@ -140,7 +133,7 @@ class Collect(msgspec.Struct, tag=True, frozen=True):
 class Score(msgspec.Struct, tag=True, frozen=True):
     """Compute logits of rows of the last step."""
 
-    rows: bytes
+    rows: Ints
 
 
 class Sleep(msgspec.Struct, tag=True, frozen=True):
@@ -156,9 +149,9 @@ class WakeUp(msgspec.Struct, tag=True, frozen=True):
 
 
 class KeepBlocks(msgspec.Struct, tag=True, frozen=True):
-    """Offload this rank's parts of blocks; `blocks` are numbers as bytes of int64. See `BlockParts.offer`."""
+    """Offload this rank's parts of blocks; see `BlockParts.offer`."""
 
-    blocks: bytes
+    blocks: Ints
     digests: tuple[bytes, ...]
 
 
@@ -166,7 +159,7 @@ class BringBlocks(msgspec.Struct, tag=True, frozen=True):
     """Copy the next parts of a reading to these blocks of the cache; see `BlockParts.bring`."""
 
     reading: int
-    blocks: bytes
+    blocks: Ints
 
 
 class ForgetBlocks(msgspec.Struct, tag=True, frozen=True):
@@ -300,12 +293,8 @@ class Line:
                 raise ConnectionError(*error.args) from None
 
     def receive(self, kind: type[_Message] | Any) -> _Message:
-        """Wait for a message.
-
-        Raises:
-            EOFError: the other end has gone.
-            ValueError: the received bytes are no such message, or their signature is wrong.
-        """
+        """Wait for a message; raises EOFError if the other end has gone, and ValueError if the received bytes are no
+        such message or have a wrong signature."""
         size = int.from_bytes(read_exactly(self.socket, 4), "little")
         if size > MOST_BYTES:
             raise ValueError(f"a message of {size} bytes is announced; at most {MOST_BYTES} are read")
@@ -324,7 +313,7 @@ class Line:
 
 def encoded(message: ToRank | FromRank | FromSide | ToSide) -> bytes:
     """Serialise a message; raises ValueError if it is too long."""
-    data = msgspec.msgpack.encode(message)
+    data = msgspec.msgpack.encode(message, enc_hook=_array_bytes)
     if len(data) > MOST_BYTES:
         raise ValueError(f"a message of {len(data)} bytes; at most {MOST_BYTES} are sent")
     return data
@@ -333,19 +322,24 @@ def encoded(message: ToRank | FromRank | FromSide | ToSide) -> bytes:
 @functools.cache
 def decoder(kind: Any) -> msgspec.msgpack.Decoder[Any]:
     """Return the decoder for messages of these types; cached, because making it takes longer than decoding."""
-    return msgspec.msgpack.Decoder(kind)
+    return msgspec.msgpack.Decoder(kind, dec_hook=_array)
+
+
+def _array_bytes(array: NDArray[Any]) -> bytes:
+    return np.ascontiguousarray(array, np.float32 if array.dtype == np.float32 else np.int64).tobytes()
+
+
+def _array(kind: Any, data: bytes) -> NDArray[Any]:
+    """Return a field of type `NDArray[...]`, as a flat array."""
+    (dtype,) = get_args(get_args(kind)[1])
+    return np.frombuffer(data, dtype).copy()
 
 
 def read_exactly(end: socket.socket, count: int, until: float | None = None) -> bytearray:
     """Read `count` bytes; memory is allocated as they arrive.
 
-    Args:
-        count: number of bytes.
-        until: deadline for all bytes together, by `time.monotonic`.
-
-    Raises:
-        EOFError: the other end has gone, or the connection has failed.
-        TimeoutError: the bytes have not arrived in time.
+    Raises EOFError if the other end has gone or the connection has failed, and TimeoutError if not all bytes have
+    arrived at `until`, by `time.monotonic`.
     """
     data, done = bytearray(), 0
     while done < count:
@@ -542,11 +536,8 @@ _ONE_ON = np.array([[0], [1], [1], [0]])  # increments of the planes of `Batch.t
 
 
 class Batches:
-    """Makes a rank's batches from messages; only the first rank has the runs of a batch.
-
-    Attributes:
-        adapters: loaded adapters, by their numbers.
-    """
+    """Makes a rank's batches from messages; `adapters` are the loaded adapters by number. Only the first rank has the
+    runs of a batch."""
 
     def __init__(self) -> None:
         self.adapters: dict[int, Any] = {}
@@ -568,13 +559,13 @@ class Batches:
         elif isinstance(message, Collect):
             runner.collect()
         elif isinstance(message, Score):
-            runner.score(as_ints(message.rows))
+            runner.score(message.rows)
         else:
             return False
         return True
 
     def _next(self, message: Next) -> Batch:
-        last, ids = self._last, as_ints(message.token_ids)
+        last, ids = self._last, message.token_ids
         if last is None or not len(ids) == len(last.context_lens) == last.tokens.shape[1]:
             raise ValueError(f"`Next` for {len(ids)} sequences does not follow a decoding step of {len(ids)} sequences")
         tokens = last.tokens + _ONE_ON
@@ -602,13 +593,13 @@ class Batches:
         )
 
     def _forward(self, message: Forward) -> Batch:
-        contexts = as_ints(message.context_lens)
+        contexts, seen, turned = message.context_lens, message.seen, message.turned
         if message.tables is not None:
-            self._tables, self._version = as_ints(message.tables).reshape(len(contexts), -1), object()
+            self._tables, self._version = message.tables.reshape(len(contexts), -1), object()
             self._width = self._tables.shape[1]
         return Batch(
-            tokens=as_ints(message.tokens).reshape(4, -1),
-            query_start=as_ints(message.query_start),
+            tokens=message.tokens.reshape(4, -1),
+            query_start=message.query_start,
             context_lens=contexts,
             block_tables=self._tables[:, : self._width],
             tables_version=self._version,
@@ -616,46 +607,28 @@ class Batches:
             runs=(),
             drawing=(),
             drafted=False,
-            sampled_rows=as_ints(message.sampled_rows),
-            ahead=None if message.ahead is None else as_ints(message.ahead),
+            sampled_rows=message.sampled_rows,
+            ahead=message.ahead,
             adapters=None if message.adapters is None else self._rows(message.adapters),
-            embedded=None if message.seen is None else _seen(message.seen),
-            turned=None if message.turned is None else _turned(message.turned),
+            embedded=None
+            if seen is None
+            else EmbeddedRows(seen.rows, np.zeros((len(seen.rows), seen.width), np.float32)),
+            turned=turned and msgspec.structs.replace(turned, places=turned.places.reshape(-1, 4)),
             states=_states(message),
         )
 
     def _rows(self, message: Adapters) -> AdapterRows:
-        scales = np.frombuffer(message.scales, np.float32).copy()
         adapters = [self.adapters[number] for number in message.numbers]
-        return AdapterRows(as_ints(message.rows), scales, as_ints(message.starts), adapters, as_ints(message.sources))
+        return AdapterRows(message.rows, message.scales, message.starts, adapters, message.sources)
 
 
 def _find_pages(runner: Any, message: Pages) -> None:
     """Set page table entries; raises ValueError if the rank has no such blocks."""
-    places, page_of = as_ints(message.places), runner.page_of.reshape(-1)
+    places, page_of = message.places, runner.page_of.reshape(-1)
     if len(places) and not 0 <= places.min() <= places.max() < len(page_of):
         raise ValueError(f"page table indices are outside the {len(page_of)} blocks of all pools")
-    page_of[places] = as_ints(message.pages)
+    page_of[places] = message.pages
 
 
 def _states(message: Forward | Next) -> StateRows | None:
-    return None if message.states is None else StateRows(*map(as_ints, message.states))
-
-
-def _seen(message: Seen) -> EmbeddedRows:
-    rows = as_ints(message.rows)
-    return EmbeddedRows(rows, np.zeros((len(rows), message.width), np.float32))
-
-
-def _turned(message: RotaryMessage) -> RotaryPositions:
-    return RotaryPositions(as_ints(message.shifts), as_ints(message.rows), as_ints(message.places).reshape(-1, 4))
-
-
-def as_bytes(array: Ints) -> bytes:
-    """Return the elements as int64 bytes, for a message."""
-    return np.ascontiguousarray(array, np.int64).tobytes()
-
-
-def as_ints(data: bytes) -> Ints:
-    """Return the elements that `as_bytes` has converted, as a flat array."""
-    return np.frombuffer(data, np.int64).copy()
+    return None if message.states is None else StateRows(*message.states)

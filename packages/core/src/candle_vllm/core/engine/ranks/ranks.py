@@ -23,14 +23,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
-from msgspec.structs import astuple
 from numpy.typing import NDArray
 
 from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.engine.ranks import rank_line
 from candle_vllm.core.engine.ranks.message_ring import MessageRing, made_ring
 from candle_vllm.core.engine.ranks.nodes import RANK, RankListener, rank_device
-from candle_vllm.core.engine.ranks.rank_line import as_bytes
 from candle_vllm.core.engine.runners.model_runner import Launched, ModelRunner, StepwiseRunner
 from candle_vllm.core.engine.step.batch import AdapterRows, Batch, Ints
 from candle_vllm.core.errors import AdapterError, CandleVllmError, ConfigError, EngineDeadError, ModelLoadError
@@ -213,14 +211,8 @@ class Ranks:
         return self._collective
 
     def all_loaded(self, files: Sequence[Path]) -> None:
-        """Wait until every rank has loaded its weights.
-
-        Args:
-            files: the files from which this rank has loaded its weights.
-
-        Raises:
-            CandleVllmError: a rank cannot load its weights (the rank's error), or nodes have different files.
-        """
+        """Wait until every rank has loaded its weights, this one from `files`. Raises CandleVllmError if a rank cannot
+        load its weights (the rank's error), or nodes have different files."""
         marks = [said.files for said in self._wait(1) if said.files is not None]
         others = [path for path in files if path != self.config.mmproj]
         if marks and set(marks) != {files_mark(others, times=False)}:
@@ -249,10 +241,7 @@ class Ranks:
 
     def broadcast(self, message: rank_line.ToRank) -> None:
         """Broadcast to all other ranks: over the shared ring on this machine, if there is one, else over connections.
-
-        Raises:
-            EngineDeadError: a rank has gone, or has not read in time.
-        """
+        Raises EngineDeadError if a rank has gone, or has not read in time."""
         data = rank_line.encoded(message)
         try:
             if self._ring is not None:
@@ -275,11 +264,8 @@ class Ranks:
         return self._failure is not None
 
     def adapters_loaded(self, number: int) -> list[rank_line.AdapterLoaded]:
-        """Wait until the other ranks have loaded an adapter or failed; called in one thread, for one adapter at a time.
-
-        Raises:
-            EngineDeadError: a rank has gone.
-        """
+        """Wait until the other ranks have loaded an adapter or failed; raises EngineDeadError if a rank has gone.
+        Called in one thread, for one adapter at a time."""
         found: list[rank_line.AdapterLoaded] = []
         for other in self._others.values():
             try:
@@ -321,11 +307,8 @@ class Ranks:
         return None
 
     def dead(self, here: str = "") -> EngineDeadError:
-        """End all other ranks, because one has gone or a step has failed; return an error that names the cause.
-
-        Args:
-            here: this rank's failure in the step, reported if no rank is known to have gone.
-        """
+        """End all other ranks, because one has gone or a step has failed; return an error that names the cause. If no
+        rank is known to have gone, the cause is `here`, this rank's failure in the step."""
         with self._lock:
             if self._failure is None:
                 self._failure = self._gone() or "a step over several ranks failed" + (here and f": {here}")
@@ -451,16 +434,11 @@ def meet(
 
 
 class RankedParts:
-    """The `BlockParts` of the other ranks, which are called through messages; each rank has its own store.
+    """The `BlockParts` of the other ranks, numbered from 1 to `count`, each with its own store; called through
+    messages.
 
-    They report progress to `OffloadedBlocks.heard`. The death of a rank raises no error here: it ends the engine.
-
-    Args:
-        ranks: the other ranks.
-        broadcast_pages: broadcasts changed page tables, see `RankedRunner`.
-
-    Attributes:
-        count: number of other ranks, which are numbered from 1.
+    They report progress to `OffloadedBlocks.heard`. The death of a rank raises no error here: it ends the engine. For
+    `broadcast_pages` see `RankedRunner`.
     """
 
     def __init__(self, ranks: Ranks, broadcast_pages: Callable[[], None]) -> None:
@@ -480,7 +458,7 @@ class RankedParts:
 
     def offer(self, blocks: Sequence[tuple[int, bytes]]) -> None:
         numbers, digests = zip(*blocks, strict=True)
-        self._broadcast(rank_line.KeepBlocks(as_bytes(np.array(numbers)), digests))
+        self._broadcast(rank_line.KeepBlocks(np.array(numbers), digests))
 
     def read(self, number: int, digests: Sequence[bytes]) -> None:
         """See `BlockParts`; sent at once, outside of steps."""
@@ -490,7 +468,7 @@ class RankedParts:
         """See `BlockParts`; sent in order with the steps."""
         with contextlib.suppress(EngineDeadError):
             self._broadcast_pages()
-        self._broadcast(rank_line.BringBlocks(number, as_bytes(np.array(blocks))))
+        self._broadcast(rank_line.BringBlocks(number, np.array(blocks)))
 
     def end(self, number: int, brought: int) -> None:
         self._ranks.broadcast_beside(rank_line.EndReading(number, brought))
@@ -522,12 +500,9 @@ class _InFlight(NamedTuple):
 
 
 class RankedRunner:
-    """The first rank's runner, which makes the others run their parts of each step; see `ModelRunner`.
+    """The first rank's runner: `own` runs its part of each step, and the other ranks run theirs; see `ModelRunner`.
 
     Any failure in a step ends the engine, because the state of the other ranks is then unknown.
-
-    Attributes:
-        own: the runner of the first rank's part.
     """
 
     overlaps = False
@@ -569,7 +544,7 @@ class RankedRunner:
         return self.own.draw(states).tokens()
 
     def score(self, rows: Ints) -> Value:
-        return self._together(rank_line.Score(as_bytes(rows)), lambda: self.own.score(rows))
+        return self._together(rank_line.Score(rows), lambda: self.own.score(rows))
 
     def hidden_rows(self, rows: Ints) -> NDArray[np.float32]:
         assert isinstance(self.own, StepwiseRunner)
@@ -584,11 +559,8 @@ class RankedRunner:
 
     def adapter_is_loaded(self, number: int, packed: PackedAdapter | None) -> None:
         """Wait until the other ranks have loaded an adapter; `packed` is None if the first rank has failed to load it.
-
-        Raises:
-            AdapterError: another rank could not load it, or found other files than this one.
-            EngineDeadError: a rank has gone.
-        """
+        Raises AdapterError if another rank could not load it or found other files, and EngineDeadError if a rank has
+        gone."""
         found = self._ranks.adapters_loaded(number)
         if packed is not None:
             self._numbers[packed.serial] = number
@@ -617,18 +589,18 @@ class RankedRunner:
         if adapters is None:
             return None
         return rank_line.Adapters(
-            as_bytes(adapters.rows),
-            np.ascontiguousarray(adapters.scales, np.float32).tobytes(),
-            as_bytes(adapters.starts),
-            as_bytes(adapters.sources),
+            adapters.rows,
+            adapters.scales,
+            adapters.starts,
             tuple(self._numbers[each.serial] for each in adapters.adapters),
+            adapters.sources,
         )
 
     def broadcast_pages(self) -> None:
         """Broadcast changed page table entries, before a step or a block copy needs them."""
         if len(changed := np.flatnonzero(self._page_of != self._broadcast_page_of)):
             self._broadcast_page_of[changed] = self._page_of[changed]
-            self._ranks.broadcast(rank_line.Pages(as_bytes(changed), as_bytes(self._page_of[changed])))
+            self._ranks.broadcast(rank_line.Pages(changed, self._page_of[changed]))
 
     def sleep(self, asked: int | frozenset[str]) -> None:
         """Make the other ranks sleep at a level, or wake up tags."""
@@ -655,7 +627,7 @@ class RankedRunner:
         behind = sent is not None and batch.tokens is sent.tokens and self._place == place + 1
         if behind and batch.goes_on:
             self._tables_version = batch.tables_version
-            return rank_line.Next(as_bytes(batch.token_ids), tuple(batch.begun), _states(batch))
+            return rank_line.Next(batch.token_ids, tuple(batch.begun), _states(batch))
         if batch.drafted and not isinstance(self.own, StepwiseRunner):
             from candle_vllm.core.engine.runners.device_inputs import by_rows
 
@@ -663,19 +635,19 @@ class RankedRunner:
         known, seen = batch.tables_version is self._tables_version, batch.embedded
         self._tables_version = batch.tables_version
         return rank_line.Forward(
-            as_bytes(batch.tokens),
-            as_bytes(batch.query_start),
-            as_bytes(batch.context_lens),
-            as_bytes(batch.sampled_rows),
+            batch.tokens,
+            batch.query_start,
+            batch.context_lens,
+            batch.sampled_rows,
             batch.num_decodes,
-            None if known else as_bytes(batch.block_tables),
-            None if batch.ahead is None else as_bytes(batch.ahead),
+            None if known else batch.block_tables,
+            batch.ahead,
             self._numbered(batch.adapters),
-            None if seen is None else rank_line.Seen(as_bytes(seen.rows), seen.vectors.shape[1]),
-            None if batch.turned is None else rank_line.RotaryMessage(*map(as_bytes, astuple(batch.turned))),
+            None if seen is None else rank_line.Seen(seen.rows, seen.vectors.shape[1]),
+            batch.turned,
             _states(batch),
         )
 
 
-def _states(batch: Batch) -> tuple[bytes, ...] | None:
-    return None if batch.states is None else tuple(map(as_bytes, batch.states.tables.values()))
+def _states(batch: Batch) -> tuple[Ints, ...] | None:
+    return None if batch.states is None else tuple(batch.states.tables.values())

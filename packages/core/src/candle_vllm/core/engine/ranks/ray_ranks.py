@@ -38,12 +38,8 @@ class RankActor:
         return str(found[0]) if found else None
 
     def run(self, invitation: bytes, share: int) -> int:
-        """Run the rank until it ends; return its exit status.
-
-        Args:
-            invitation: the rank's invitation, as JSON.
-            share: number of ranks on this machine, which divide its cores unless the threads are set.
-        """
+        """Run the rank until it ends; return its exit status. `invitation` is JSON; the `share` ranks on this machine
+        divide its cores unless the threads are set."""
         given = msgspec.json.decode(invitation, type=Invitation)
         if given.own["device"] == "cpu":
             given.own["threads"] = share_of_threads(given.own["threads"], share)

@@ -43,11 +43,7 @@ class Border(NamedTuple):
 
 
 class _Places:
-    """Buffers that steps use in turn.
-
-    Args:
-        memory: the memory of each buffer.
-    """
+    """Buffers that steps use in turn, each in an element of `memory`."""
 
     def __init__(self, memory: Sequence[torch.Tensor]) -> None:
         self._memory = memory

@@ -24,7 +24,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -147,7 +147,7 @@ class DeviceRunner(CacheParts):
         self._mixed = [StepSize(size, min(size, sequences), True) for size in mixed_sizes(most)]
         self._graphs: dict[tuple[StepSize, bool], Work] = {}
         self._borders: DeviceBorders | None = None
-        self._begun: deque[_Begun] = deque()  # on the first stage
+        self._begun: deque[tuple[StepSize | None, Batch]] = deque()  # on the first stage
         if stage is not None:
             largest = [sizes[-1].tokens for sizes in (self._buckets, self._mixed) if sizes]
             self._borders = DeviceBorders(stage, stream, limits.tokens, max(largest, default=0))
@@ -211,7 +211,7 @@ class DeviceRunner(CacheParts):
             self._stream.run(functools.partial(borders.empty, border))
         borders.leave(border)
         if self._has_head:
-            self._begun.append(_Begun(size, batch.sampled_rows, entries))
+            self._begun.append((size, batch))
 
     def _turn(self, batch: Batch) -> Ints | None:
         """Write rotary table rows for image rows; return the step's `turns`, or None without M-RoPE or images."""
@@ -267,10 +267,10 @@ class DeviceRunner(CacheParts):
         is launched on the stream from now on does."""
         if self._borders is not None and self._has_head:
             with self._over_if_it_fails():
-                step = self._begun.popleft()
-                self._size, self._entries = step.size, step.entries
+                self._size, batch = self._begun.popleft()
+                self._entries = batch.adapters
                 self._stream.run(functools.partial(self._take_hidden, self._borders.collect()))
-                self._stream.run(self._head(step.sampled_rows))
+                self._stream.run(self._head(batch.sampled_rows))
 
     def score(self, rows: Ints) -> torch.Tensor:
         """See `ModelRunner`. Waits for the step; a stage after the first has no head, and returns no logits."""
@@ -599,14 +599,6 @@ class DeviceRunner(CacheParts):
             use(self._hidden[wanted.there()])
 
         return work
-
-
-class _Begun(NamedTuple):
-    """A step in flight on the first stage: its captured size, if any, and the fields of its `Batch` for `collect`."""
-
-    size: StepSize | None
-    sampled_rows: Ints
-    entries: AdapterRows | None
 
 
 @dataclasses.dataclass(frozen=True)

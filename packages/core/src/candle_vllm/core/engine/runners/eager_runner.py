@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -208,14 +208,10 @@ def layer_caches_of(
 
 
 class StageRunner(EagerRunner):
-    """Runs a pipeline stage of a model.
+    """Runs a pipeline stage of a model: `decoder` is its part, and `others` are the other arguments of `EagerRunner`.
 
-    On the first stage, steps are in flight from `forward` to `collect`, at most one for each stage; `draw` and
-    `score` refer to the step that `collect` collected last.
-
-    Args:
-        decoder: this stage's part of the model.
-        others: the other arguments of `EagerRunner`.
+    On the first stage, steps are in flight from `forward` to `collect`, at most one for each stage; `draw` and `score`
+    refer to the step that `collect` collected last.
     """
 
     def __init__(self, decoder: Decoder, *others: Any) -> None:
@@ -224,7 +220,7 @@ class StageRunner(EagerRunner):
         assert decoder.stage is not None
         self._stack, self._stage = decoder, decoder.stage
         self.in_flight = self._stage.line.size
-        self._begun: collections.deque[_Begun] = collections.deque()
+        self._begun: collections.deque[Batch] = collections.deque()
 
     @torch.inference_mode()
     def forward(self, batch: Batch, states: Sequence[SamplingState]) -> None:
@@ -240,28 +236,20 @@ class StageRunner(EagerRunner):
         if given is not None and stage.vectors_leave(width):
             stage.hand_on(given.vectors)
         if stage.is_first:
-            self._begun.append(_Begun(tokens, batch.sampled_rows, batch.adapters))
+            self._begun.append(batch)
 
     @torch.inference_mode()
     def collect(self) -> None:
         """See `ModelRunner`; does nothing on a stage after the first."""
         if self._stage.is_first:
-            step, stage = self._begun.popleft(), self._stage
-            self._hidden = stage.take_back(stage.empty(*stage.returns(step.tokens)))
-            self._adapter_rows = step.adapters
-            self._sampled_from = self.score(step.sampled_rows)
+            batch, stage = self._begun.popleft(), self._stage
+            self._hidden = stage.take_back(stage.empty(*stage.returns(batch.tokens.shape[1])))
+            self._adapter_rows = batch.adapters
+            self._sampled_from = self.score(batch.sampled_rows)
 
     def score(self, rows: Ints) -> Any:
         """See `ModelRunner`; a stage after the first has no head, and returns no logits."""
         return super().score(rows) if self._stage.is_first else torch.empty(0)
-
-
-class _Begun(NamedTuple):
-    """A step in flight: its number of tokens, and the fields of its `Batch` that `collect` needs."""
-
-    tokens: int
-    sampled_rows: Ints
-    adapters: AdapterRows | None
 
 
 @dataclasses.dataclass

@@ -64,17 +64,13 @@ class ModelRunner(CacheRunner, Protocol):
     def forward(self, batch: Batch, states: Sequence[SamplingState]) -> None:
         """Start the model's part of a step, which writes keys and values to the cache.
 
-        Args:
-            states: sampling states of `batch.drawing`; only their parameters, such as temperature, and the random
-                numbers of the sampled positions are read here.
+        `states` are the sampling states of `batch.drawing`; only their parameters, such as temperature, and the random
+        numbers of the sampled positions are read here.
         """
 
     def draw(self, states: Sequence[SamplingState]) -> Launched:
         """Start sampling for the step that `forward` started last or, with several in flight, `collect` collected last.
-
-        Args:
-            states: the sampling states that `forward` got; a state with `reads_tokens` now has all earlier tokens.
-        """
+        `states` are those that `forward` got; a state with `reads_tokens` now has all earlier tokens."""
 
     def collect(self) -> None:
         """If several steps may be in flight, collect the hidden states of the oldest; `draw` then samples for it."""

@@ -551,12 +551,8 @@ def compile_together(record: Callable[[], object], more: Sequence[str] = (), lat
 
 
 class RecordedEncoderRunner(EncoderRunner):
-    """Replays an encoder on the CPU; see `EncoderRunner`.
-
-    Args:
-        encoder: the model, its matrices in the layouts of the compiled kernels.
-        limits: the largest step, which must hold the longest text.
-    """
+    """Replays an encoder, with matrices in the layouts of the compiled kernels, on the CPU; see `EncoderRunner`. The
+    largest step must hold the longest text."""
 
     def __init__(self, encoder: Encoder, limits: StepLimits) -> None:
         super().__init__(encoder.config)

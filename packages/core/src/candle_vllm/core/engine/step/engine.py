@@ -166,9 +166,8 @@ class Engine:
     def sleep(self, level: int) -> list[TokenOutput]:
         """Free memory; see `Sleeper`. Abort all requests and return their last outputs.
 
-        Raises:
-            CandleVllmError: the engine cannot sleep at this level, and no request was aborted; or memory is too small,
-                and the next step returns the last outputs.
+        Raises CandleVllmError if the engine cannot sleep at this level, and no request was aborted; or if memory is too
+        small, and the next step returns the last outputs.
         """
         if self.sleeper is None:
             raise CandleVllmError("this engine was not loaded from files, and cannot sleep")

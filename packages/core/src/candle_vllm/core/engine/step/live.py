@@ -34,11 +34,7 @@ from candle_vllm.core.text.tokenizer import Tokenizer
 
 
 class Live(ABC):
-    """One sequence of a request, from its preparation to its last output.
-
-    Args:
-        sequence: the scheduler's view of the sequence.
-    """
+    """One sequence of a request, from its preparation to its last output; `sequence` is the scheduler's view of it."""
 
     __slots__ = ("first_scheduled_time", "first_token_time", "is_over", "reported", "sequence")
 
@@ -63,13 +59,8 @@ class Live(ABC):
     def read_rows(self, run: Run, offset: int, runner: ModelRunner) -> None:
         """Read prompt logprobs or hidden states of the runner's last step (`ModelRunner.score`); only if `reads_rows`.
 
-        Args:
-            run: the sequence's run in the step.
-            offset: index of its first row in the step.
-            runner: the runner that has the rows.
-
-        Raises:
-            RequestError: these values cannot be computed from the rows.
+        `offset` is the index of the run's first row in the step. Raises RequestError if these values cannot be
+        computed.
         """
 
     def progress(self, tokens: int) -> TokenOutput:

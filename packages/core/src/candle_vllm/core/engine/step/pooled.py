@@ -35,12 +35,7 @@ assert sys.byteorder == "little"  # vectors are sent as their bytes in memory
 
 
 class PooledText(Live):
-    """One text whose hidden states are pooled.
-
-    Args:
-        sequence: the scheduler's view; no token follows its prompt.
-        plan: how its hidden states are pooled.
-    """
+    """One text whose hidden states are pooled by `plan`; no token follows the prompt of its `sequence`."""
 
     def __init__(self, sequence: Sequence, plan: PoolingPlan) -> None:
         super().__init__(sequence)

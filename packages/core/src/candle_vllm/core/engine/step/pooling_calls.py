@@ -177,11 +177,8 @@ def _each_params(params: Any, count: int) -> list[PoolingParams]:
 
 
 def _of_task(params: PoolingParams, task: str) -> PoolingParams:
-    """Return the parameters for a task; for vectors, `use_activation`, vLLM's name, sets `normalize` if that is None.
-
-    Raises:
-        InvalidParameterError: a parameter has no effect on classes.
-    """
+    """Return the parameters for a task; raises InvalidParameterError if one has no effect on classes. For vectors,
+    `use_activation`, vLLM's name, sets `normalize` if that is None."""
     if task == "embed":
         return params if params.normalize is not None else replace(params, normalize=params.use_activation)
     for name in ("dimensions", "normalize", "pooling"):

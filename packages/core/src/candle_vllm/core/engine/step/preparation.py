@@ -49,11 +49,7 @@ class Preparation(ABC):
 
     @abstractmethod
     def prepare(self, request: GenerationRequest) -> Seq[Live]:
-        """Check a request and make its sequences.
-
-        Raises:
-            InvalidParameterError, PromptTooLongError: the request cannot be served.
-        """
+        """Check a request and make its sequences; raises InvalidParameterError or PromptTooLongError."""
 
     def check_structured_outputs(self, params: StructuredOutputsParams) -> None:
         """Compile and cache a request's grammar; raises InvalidParameterError if it is not valid or not supported."""
@@ -255,11 +251,8 @@ class DecoderPreparation(Preparation):
 
 
 def check_request(request: GenerationRequest, vocab_size: int, max_model_len: int) -> int:
-    """Check a request; return the maximum length of its sequences, in tokens.
-
-    Raises:
-        InvalidParameterError, PromptTooLongError: the request cannot be served; the message has the limit.
-    """
+    """Check a request; return the maximum length of its sequences, in tokens. Raises InvalidParameterError or
+    PromptTooLongError, whose message has the limit."""
     prompt, params, most = request.prompt_token_ids, request.params, max_model_len
     if not prompt:
         raise InvalidParameterError("the prompt is empty: it needs at least one token", "prompt")
@@ -290,11 +283,8 @@ def check_request(request: GenerationRequest, vocab_size: int, max_model_len: in
 
 
 def check_pooling_request(request: PoolingRequest, vocab_size: int, max_model_len: int) -> None:
-    """Check a pooling request; its text may fill the whole context, because no token is generated.
-
-    Raises:
-        InvalidParameterError, PromptTooLongError: the request cannot be served; the message has the limit.
-    """
+    """Check a pooling request; its text may fill the whole context, because no token is generated. Raises as
+    `check_request`."""
     prompt = request.prompt_token_ids
     if not prompt:
         raise InvalidParameterError("the text is empty: it needs at least one token", "prompt")
@@ -311,27 +301,18 @@ def check_pooling_request(request: PoolingRequest, vocab_size: int, max_model_le
 
 
 def pooling_tasks(labels: Seq[str], pooling: str | None = None) -> tuple[str, ...]:
-    """Return `ModelInfo.tasks` of a model that generates no text.
-
-    Args:
-        labels: the labels of its head; empty without a head.
-        pooling: the pooling before that head, see `EncoderConfig.head_pooling`.
-    """
+    """Return `ModelInfo.tasks` of a model that generates no text, with these `labels` of its head (none without a head)
+    and this `pooling` before it, see `EncoderConfig.head_pooling`."""
     if not labels:
         return ("embed", "score")
     return ("score", "classify") if len(labels) == 1 and pooling not in BY_TOKEN else ("classify",)
 
 
 def check_encoder_task(name: str, wanted: str, tasks: Seq[str]) -> None:
-    """Check that an encoder can do a task.
+    """Check that an encoder `name` can do the task `wanted`; raises InvalidParameterError, which says what to request
+    instead.
 
-    Args:
-        name: the model's name.
-        wanted: the task of a request.
-        tasks: `ModelInfo.tasks` of the model. A cross-encoder also classifies, with its score as the only class.
-
-    Raises:
-        InvalidParameterError: the model cannot do `wanted`; the message says what to request instead.
+    `tasks` are its `ModelInfo.tasks`. A cross-encoder also classifies, with its score as the only class.
     """
     if "embed" in tasks:
         way = "request vectors or scores (/v1/embeddings, /v1/score, /v1/rerank)"

@@ -281,10 +281,7 @@ class Scheduler:
 
     def _schedule_decodes(self) -> tuple[list[Run], list[Sequence], int]:
         """Schedule a token and the drafts of each decoding sequence; preempt the last sequences if blocks run out.
-
-        Returns:
-            The runs, the running prompts, and the number of draft rows in the runs.
-        """
+        Return the runs, the running prompts, and the number of draft rows in the runs."""
         scheduled, prompts, tried, tries = [], [], 0, self.draft_rows > 0 and self.has_drafts
         running, apart = self.running, self.in_flight > 1
         turns = bool(running) and running[0].answer_window is not None
@@ -332,10 +329,7 @@ class Scheduler:
 
     def reserve(self, sequence: Sequence, tokens: int) -> int:
         """Allocate blocks to a running sequence for `tokens` tokens, but leave a free block for every running sequence.
-
-        Returns:
-            The number of tokens, at most `tokens`, for which the sequence has blocks now.
-        """
+        Return the number of tokens, at most `tokens`, for which the sequence has blocks now."""
         size = self.blocks.block_size
         while tokens > size * len(sequence.block_table):
             if self.blocks.num_free <= len(self.running) or not self.blocks.grow(sequence):

@@ -445,11 +445,8 @@ class Window:
         return [output for output in self._outputs if output is not None]
 
     async def arun(self) -> list[TokenOutput]:
-        """Like `run`, in an event loop; cancelling it aborts the unfinished requests.
-
-        Raises:
-            EngineOverloadedError: the queue is full at the start.
-        """
+        """Like `run`, in an event loop; cancelling it aborts the unfinished requests. Raises EngineOverloadedError if
+        the queue is full at the start."""
         outputs = Unread[TokenOutput]()
         sink = RequestSink(asyncio.get_running_loop(), len(self._entries), lambda _: None)
         sink.start(outputs)

@@ -55,14 +55,11 @@ _Item = tuple[Sink, TokenOutput]
 
 
 class OutputQueue:
-    """Output queue of one event loop: calls its sinks in batches. Items of one request keep their order.
+    """Output queue of an event loop `loop`: calls its sinks there, in batches. Items of one request keep their order.
 
     A step of a thousand sequences wakes a thousand readers. If all are woken at once, the loop does not poll its
     sockets until the last one has run. Between two batches it polls them, and reads requests that have arrived. First
     outputs are delivered before all others, because they determine the time to the first token.
-
-    Args:
-        loop: the event loop in which the sinks must be called.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -311,13 +308,9 @@ class EngineThread:
         self._call(partial(_settle, lambda: self._engine.wake_up(sorted(tags))))
 
     def _call(self, ask: Callable[[Future[Any]], None], patience: float | None = None, most: float = math.inf) -> Any:
-        """Have the thread run `ask` between two steps, and wait for the answer that it sets.
-
-        Raises:
-            EngineDeadError: the engine has stopped.
-            EngineOverloadedError: `most` other calls wait already.
-            TimeoutError: there was no answer within `patience` seconds.
-        """
+        """Have the thread run `ask` between two steps, and wait for the answer that it sets. Raises EngineDeadError if
+        the engine has stopped, EngineOverloadedError if `most` other calls wait already, and TimeoutError without an
+        answer within `patience` seconds."""
         answer: Future[Any] = Future()
         with self._wake:
             if self._dead is not None or self._closing:
