@@ -70,14 +70,12 @@ class GivenRows(Protocol):
 
     def put(self, x: Value, ranks: Collective | None) -> Value:
         """Write the embeddings to their rows of x [T, E]; the first rank sends them to the other ranks."""
-        ...
 
     def add(self, layer: int, x: Value, residual: Value | None) -> tuple[Value, Value | None]:
         """Add the vectors for these rows to a layer's result, which is x [T, E] and its residual.
 
         Source: Meng et al., 2024, arXiv:2406.04334 (DeepStack).
         """
-        ...
 
 
 @dataclasses.dataclass(frozen=True)
