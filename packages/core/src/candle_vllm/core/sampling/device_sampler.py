@@ -40,8 +40,7 @@ class DeviceSampler:
         controls: [maximum rows, 5] float64 on the device, see `kernels.Control`; written before each launch.
         graphs: capture sampling as CUDA graphs.
 
-    Attributes:
-        ids: [maximum rows] int64 on the device, the tokens of the last step.
+    `ids`, [maximum rows] int64 on the device, are the tokens of the last step.
     """
 
     def __init__(
@@ -237,8 +236,7 @@ class StandingRows:
 class Surprises:
     """Surprise of the tokens that were sampled for rows with mirostat, copied from the device to their states.
 
-    Args:
-        told: each row, its state, and the position that is sampled.
+    `told` are each row, its state, and the position that is sampled.
     """
 
     def __init__(self, stream: DeviceStream, told: list[tuple[int, SamplingState, int]]) -> None:

@@ -67,8 +67,7 @@ def opposite(schema: Schema, types: frozenset[str] = TYPES) -> list[Any]:
 def without(texts: Iterable[str], *, beginnings: bool = False) -> str:
     """Return a pattern of all texts except these; with `beginnings`, of all texts that do not begin with one of them.
 
-    Raises:
-        OppositeUnknown: the pattern would be too long.
+    Raises OppositeUnknown if the pattern would be too long.
     """
     ends = set(texts)
     if sum(len(text) ** 2 for text in ends) > 16 * MAX_PATTERN:  # a common beginning is written once for each text

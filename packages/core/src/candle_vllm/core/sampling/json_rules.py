@@ -86,11 +86,8 @@ def _inside(schema: Schema, place: Place, targets: Mapping[str, Any]) -> Iterato
 def check_finite(nodes: Sequence[tuple[Schema, str]], targets: Mapping[str, Any]) -> None:
     """Refuse schemas without a finite instance: objects and arrays that must contain themselves, cycles of references.
 
-    Args:
-        nodes: every reachable schema, checked, with its position; nested schemas are after the schemas around them.
-
-    Raises:
-        InvalidParameterError: a schema has no finite instance.
+    `nodes` are all reachable schemas, checked, with their positions; nested schemas are after the schemas around them.
+    Raises InvalidParameterError for a schema without a finite instance.
     """
     ends: set[int] = set()
     wanting: dict[int, list[Schema]] = {}  # id of a schema not known to end -> schemas that may end if it does

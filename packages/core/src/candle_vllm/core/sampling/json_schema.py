@@ -345,8 +345,7 @@ def close_objects(root: dict[str, Any]) -> None:
     several schemas describe together (`allOf`, or `properties` next to `anyOf` or `$ref`) stays open, because closing
     one would forbid the properties of the others; so does an object with `enum` or `const`, or that needs other keys.
 
-    Args:
-        root: a schema in llguidance's keywords, with all definitions that it refers to; changed in place.
+    `root`, which is changed in place, is in llguidance's keywords and has all definitions that it refers to.
     """
     together: dict[int, bool] = {}  # by id: whether other schemas describe the same value
     found: list[dict[str, Any]] = []

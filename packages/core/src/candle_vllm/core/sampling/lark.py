@@ -156,11 +156,7 @@ def quoted(text: str) -> str:
 
 
 class Literals:
-    """Converts texts in which the names of special tokens mean these tokens.
-
-    Args:
-        special: name -> token id.
-    """
+    """Converts texts in which the names of special tokens mean these tokens; `special` has their ids by name."""
 
     def __init__(self, special: Mapping[str, int]) -> None:
         self._special = special
@@ -199,8 +195,7 @@ def json_grammar(name: str, schema: Any, spec: StructuredOutputsParams, budget: 
 def user_grammar(name: str, text: str, spec: StructuredOutputsParams, budget: Budget) -> Grammar:
     """Return a user's grammar, in Lark or GBNF, after checks; the syntax of Lark is checked by the compiler.
 
-    Raises:
-        InvalidParameterError: the grammar is not GBNF, is too large, or has an unsupported option or JSON schema.
+    Raises InvalidParameterError if the grammar is not GBNF, is too large, or has an unsupported option or JSON schema.
     """
     if _IS_LARK.search(text) is None:
         text = gbnf_to_lark(text)

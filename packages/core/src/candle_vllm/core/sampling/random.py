@@ -68,15 +68,7 @@ def uniforms(
 
 
 def philox4x32(counter: NDArray[np.uint32], key: NDArray[np.uint32]) -> NDArray[np.uint32]:
-    """Philox4x32-10.
-
-    Args:
-        counter: [N, 4] uint32.
-        key: [N, 2] uint32.
-
-    Returns:
-        [N, 4] uint32.
-    """
+    """Return Philox4x32-10, [N, 4], of counters [N, 4] and keys [N, 2]."""
     turns = np.arange(_ROUNDS, dtype=np.uint32)[:, None, None]
     keys = (key + turns * _KEY_STEPS).astype(np.uint64)  # [rounds, N, 2]; the uint32 sum wraps, as it should
     wide = counter.astype(np.uint64)

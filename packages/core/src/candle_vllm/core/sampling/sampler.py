@@ -186,8 +186,7 @@ class Sampler:
     def only_samples(self, states: Sequence[SamplingState], *, goes_on: bool) -> bool:
         """Return whether the rows need neither edits nor log-probabilities; if so, write their parameters to controls.
 
-        Args:
-            goes_on: whether this method was called for the same rows one position before.
+        `goes_on` says whether this method was called for the same rows one position before.
         """
         if not goes_on:
             self._rows_of(states)

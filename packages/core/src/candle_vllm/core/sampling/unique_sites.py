@@ -63,11 +63,7 @@ class Site:
 
 
 class Sites:
-    """The sites of a schema's instances.
-
-    Args:
-        root: the schema of the request; it must have been checked.
-    """
+    """The sites of a schema's instances; `root` is the schema of the request, which must have been checked."""
 
     def __init__(self, root: Any) -> None:
         self._references = References(root if isinstance(root, dict) else {})

@@ -535,14 +535,7 @@ def _vector(ids: Sequence[int], plan: PoolingPlan) -> array[float]:
 
 
 class ByteTokenizer:
-    """A tokenizer of bytes, for tests. Ids 0 to 255 are bytes; four special tokens follow, and then the given ones.
-
-    Args:
-        special_tokens: names of further special tokens.
-
-    Attributes:
-        special_tokens: ids of all special tokens by name.
-    """
+    """A tokenizer of bytes, for tests. Ids 0 to 255 are bytes; four special tokens follow, and then the given ones."""
 
     SPECIAL_TOKENS = ("<|bos|>", "<|eos|>", "<|im_start|>", "<|im_end|>")
     bos_token_id = 256

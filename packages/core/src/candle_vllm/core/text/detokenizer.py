@@ -77,8 +77,7 @@ class Detokenizer:
     def add(self, token_id: int) -> str:
         """Add one token and return the text that can be shown now; "" once a stop string was found.
 
-        Raises:
-            InvalidParameterError: the vocabulary has no such token.
+        Raises InvalidParameterError if the vocabulary has no such token.
         """
         self._num_tokens += 1
         if self.is_plain:

@@ -109,10 +109,8 @@ def infill_prompt(
 ) -> InfillPrompt:
     """Make a prompt whose answer belongs between `prefix` (a text or its tokens) and `suffix`.
 
-    Names of special tokens in the texts are plain text.
-
-    Raises:
-        InvalidParameterError: the model has no infill marks, or a text cannot be tokenized.
+    Names of special tokens in the texts are plain text. Raises InvalidParameterError if the model has no infill marks,
+    or a text cannot be tokenized.
     """
     if marks is None:
         said = "suffix: this model cannot fill in the middle: its vocabulary has no infill marks"

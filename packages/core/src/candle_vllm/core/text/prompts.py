@@ -256,8 +256,7 @@ def _template_part(part: Any) -> dict[str, Any]:
 def pictures_of(conversation: Sequence[Message], place: str = "messages") -> list[object]:
     """Return the images of a checked conversation in order, as `picture_of` accepts them.
 
-    Raises:
-        InvalidParameterError: an image part without an image.
+    Raises InvalidParameterError for an image part without an image.
     """
     return [part_picture(part, where) for part, where in _picture_parts(conversation, place)]
 

@@ -572,9 +572,7 @@ def _with_calls(messages: Sequence[dict[str, Any]], needs: TemplateNeeds) -> lis
 def _say(content: Any, made: list[dict[str, Any]], left: list[dict[str, Any]], needs: TemplateNeeds) -> None:
     """Move content of a message with calls to a new one before it; with `roles_in_turn`, to one of the same turn.
 
-    Args:
-        left: the messages after this one, in reverse order.
-        needs: features of the template.
+    `left` are the messages after this one, in reverse order.
     """
     if needs.roles_in_turn:
         for place in range(len(left) - 1, -1, -1):

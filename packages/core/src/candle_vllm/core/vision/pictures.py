@@ -146,8 +146,7 @@ def pixels_of(data: bytes) -> int:
 def picture_of(image: object, limits: PictureLimits = LIMITS, name: str = "image") -> Picture:
     """Convert an image: a Pillow image, an array [H, W, 3] uint8, the bytes of a file; or return a `Picture`.
 
-    Raises:
-        InvalidParameterError: the image has another type, or is too large; or see `decode_picture`.
+    Raises InvalidParameterError if the image has another type, or is too large; or see `decode_picture`.
     """
     if isinstance(image, Picture):
         return image
@@ -181,8 +180,7 @@ def picture_of(image: object, limits: PictureLimits = LIMITS, name: str = "image
 def from_data_url(url: str, limits: PictureLimits = LIMITS, name: str = "image") -> bytes:
     """Return the bytes of a `data:` URL; its media type is ignored. Source: RFC 2397.
 
-    Raises:
-        InvalidParameterError: it is not a data URL, not base64, or too long.
+    Raises InvalidParameterError if it is not a data URL, not base64, or too long.
     """
     head, comma, data = url.partition(",")
     if not comma or not head[:5].lower() == "data:" or not head.lower().endswith(";base64"):
@@ -205,10 +203,8 @@ def part_picture(part: Mapping[str, Any], place: str) -> object:
     """Return the image of a content part, as `picture_of` accepts it; `place` is the part's position, for errors.
 
     Accepts content parts of OpenAI's API (`image_url`, `input_image`), of transformers (`image` with `image`, `path`,
-    `url` or `base64`) and of vLLM (`image_pil`). A `path` is read, no URL fetched.
-
-    Raises:
-        InvalidParameterError: the part has no image, an unreadable one, or a URL that is no data URL.
+    `url` or `base64`) and of vLLM (`image_pil`). A `path` is read, no URL fetched. Raises InvalidParameterError if the
+    part has no image, an unreadable one, or a URL that is no data URL.
     """
     found = [
         part[key] for key in ("image", "image_pil", "image_url", "url", "path", "base64") if part.get(key) is not None
@@ -308,9 +304,7 @@ class _File(NamedTuple):
     """File reduced to its pixels, the input of Pillow.
 
     Attributes:
-        format: Pillow's name of the format.
         data: the file without metadata.
-        width, height: pixels in the file's header.
         exif: the file's EXIF data, not parsed; empty for WebP, whose EXIF data Pillow returns unparsed.
         scans: passes over the pixels.
     """

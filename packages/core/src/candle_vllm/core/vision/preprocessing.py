@@ -108,8 +108,7 @@ class Rule(msgspec.Struct, frozen=True, kw_only=True):
     def cut(self, height: int, width: int) -> Cut:
         """Return the `Cut` of an image of this size.
 
-        Raises:
-            InvalidParameterError: the rule does not allow this size.
+        Raises InvalidParameterError if the rule does not allow this size.
         """
         raise NotImplementedError
 
