@@ -191,10 +191,7 @@ class DeviceSampler:
 class StandingRows:
     """Log-probabilities of the rows that ask for them, copied from the device to the host.
 
-    Args:
-        stream: the stream that computes them.
-        most: maximum number of likeliest tokens of a row.
-        params: parameters of these rows, which may name the tokens to report.
+    A row has at most `most` likeliest tokens; its parameters may name the tokens to report.
     """
 
     def __init__(self, stream: DeviceStream, rows: list[int], most: int, params: list[SamplingParams]) -> None:

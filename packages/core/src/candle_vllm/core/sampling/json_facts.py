@@ -174,12 +174,7 @@ class Facts:
         return None
 
     def apart(self, one: Sequence[Place], other: Sequence[Place], depth: int = 0) -> bool:
-        """Return whether certainly no value matches both.
-
-        Args:
-            one, other: lists of schemas; a value matches a list if it matches every schema in it, see `parts`.
-            depth: depth of the recursion.
-        """
+        """Return whether certainly no value matches both lists of schemas, that is all schemas in them; see `parts`."""
         self._looks += len(one) + len(other)
         if self._looks > MAX_LOOKS or depth > _MAX_DEPTH:
             return False

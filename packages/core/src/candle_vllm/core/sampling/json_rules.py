@@ -139,9 +139,7 @@ TYPE_ALIASES: Mapping[str, str] = MappingProxyType(
 class Fault(NamedTuple):
     """An error in a schema.
 
-    Attributes:
-        path: the path to its position, joined by dots.
-        text: what is wrong there.
+    `path` is the path to its position, joined by dots; `text` says what is wrong there.
     """
 
     path: str

@@ -179,15 +179,9 @@ def is_token(piece: str) -> bool:
 
 
 def json_grammar(name: str, schema: Any, spec: StructuredOutputsParams, budget: Budget) -> Grammar:
-    """Return the grammar of a JSON schema, which is rewritten by `compilable_schema`.
+    """Return the grammar of a JSON schema, which `compilable_schema` rewrites or refuses.
 
-    Args:
-        name: name of the grammar.
-        spec: parameters; only the options for whitespace are used.
-        budget: budget of all schemas in the request's grammars.
-
-    Raises:
-        InvalidParameterError: see `compilable_schema`.
+    Of `spec` only the options for whitespace are used; `budget` is for all schemas in the request's grammars.
     """
     return {"name": name, "json_schema": _compilable(schema, spec, budget)}
 

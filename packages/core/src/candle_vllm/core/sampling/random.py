@@ -36,9 +36,7 @@ def fresh_seed() -> int:
 def seed_words(seed: int, index: int) -> tuple[int, int, int, int]:
     """Return the constant words of one sequence: (key low, key high, sequence index, sign).
 
-    Args:
-        seed: -2**63 to 2**64 - 1.
-        index: index of the sequence among the request's `n` sequences, below 2**32.
+    `seed` is -2**63 to 2**64 - 1; `index`, below 2**32, is the sequence's number among the request's `n` sequences.
     """
     key = seed & 0xFFFF_FFFF_FFFF_FFFF
     return key & 0xFFFF_FFFF, key >> 32, index, int(seed < 0)

@@ -364,10 +364,7 @@ def right_runs(
 ) -> list[tuple[Token, ...]]:
     """Return the tokens of each run: its accepted drafts and the token after them.
 
-    Args:
-        tokens: the sampled tokens of the rows of all runs.
-        drafts: draft tokens of each run.
-        counted: maximum number of drafts that may be accepted in each run; None for all.
+    `tokens` are those of the rows of all runs; `counted` bounds the accepted drafts of each run, None does not.
     """
     drawn: list[tuple[Token, ...]] = []
     first = 0
@@ -398,9 +395,7 @@ class _Rows:
     """Sampling parameters of the rows of a batch, reused while the batch stays the same.
 
     Attributes:
-        vocab_size: V of all rows.
         asking: rows with log-probabilities.
-        may_edit: whether the logits of a row may be edited.
         settling: rows that need `commit_sampled` after sampling.
         only_samples: whether no row has log-probabilities or edits.
         controls: [R, 5] parameters at the current positions.

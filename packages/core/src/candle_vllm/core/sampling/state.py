@@ -77,10 +77,8 @@ class SamplingState:
 
         Args:
             prompt_token_ids: the prompt; its tokens count for `repetition_penalty`.
-            vocab_size: V, the width of the logits.
             eos_token_ids: the model's end-of-sequence tokens. Ids outside the vocabulary are ignored.
             seed: the seed of a request without one; None for a random seed.
-            index: index among the request's `n` sequences.
             bad_word_token_ids: token sequences of `params.bad_words`, and the tokens that the tokenizer suppresses.
             grammar: the grammar of `params.structured_outputs`, at the start of a text.
             thoughts: the count of `params.thoughts` or `thinking_token_budget`, at the start of a text.

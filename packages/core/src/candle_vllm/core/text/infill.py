@@ -66,9 +66,7 @@ GGUF_NAMES = ("fim_pre", "fim_suf", "fim_mid", "prefix", "suffix", "middle")
 def infill_marks(token_id: Callable[[str], int | None], named: Mapping[str, int]) -> InfillMarks | None:
     """Find the infill marks of a vocabulary; None for a vocabulary without infill marks.
 
-    Args:
-        token_id: returns a token's id by its text, or None.
-        named: ids in a GGUF file, by `GGUF_NAMES` and other names.
+    `token_id` returns a token's id by its text, or None; `named` are ids in a GGUF file, by `GGUF_NAMES` and others.
     """
     found = next(filter(None, (_by_names(one, token_id) for one in _KNOWN)), None) or _by_ids(named)
     if found is None:

@@ -82,9 +82,7 @@ class TemplateProbe:
 
     A template that takes too long is not rendered again; this counts as a refusal.
 
-    Attributes:
-        prompt: the prompt of a user's message with a tool; None if the template refuses it.
-        plain_prompt: the same prompt without tools; None if the template refuses it.
+    `prompt` has a user's message and a tool, `plain_prompt` only the message; None if the template refuses it.
     """
 
     def __init__(self, template: ChatTemplate) -> None:

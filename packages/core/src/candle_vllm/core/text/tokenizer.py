@@ -169,7 +169,6 @@ class Tokenizer:
         """Decode the token ids of a text from its beginning; invalid UTF-8 becomes U+FFFD.
 
         Args:
-            ids: token ids.
             skip_special_tokens: leave special tokens out.
             whole: no token follows; otherwise an incomplete character at the end is left out.
 

@@ -45,10 +45,7 @@ _BLANKS = " \t\r\n\f\v"
 class PictureLimits:
     """Limits of a prompt's images. An engine's setting of the same name (`max_images`) replaces a default.
 
-    Attributes:
-        max_images: maximum number of images.
-        max_image_bytes: maximum number of bytes of an image's file.
-        max_image_pixels: maximum number of pixels of an image, by width and height in the file's header.
+    `max_image_bytes` is for an image's file, `max_image_pixels` for the width times the height in the file's header.
     """
 
     max_images: int = 64
@@ -100,13 +97,8 @@ def require_pillow() -> None:
 def decode_picture(data: bytes, limits: PictureLimits = LIMITS, name: str = "image") -> Picture:
     """Decode the first frame of a PNG, JPEG, WebP or GIF file.
 
-    Args:
-        data: the file's bytes.
-        limits: limits of the file and the image.
-        name: the image's name in messages, and the field that an error names.
-
-    Raises:
-        InvalidParameterError: the file has an unsupported format or variant, is damaged, or is too large.
+    `name` is the image's name in messages, and the field that an error names. Raises InvalidParameterError if the file
+    has an unsupported format or variant, is damaged, or is too large.
     """
     import PIL.Image
 
