@@ -98,9 +98,7 @@ class Texts(Protocol):
 class EngineFront(ABC):
     """The methods that every engine has.
 
-    Attributes:
-        config: the engine's settings.
-        image_sources: fetches images of conversations from URLs, as far as `config` allows it.
+    `image_sources` fetches images of conversations from URLs, as far as `config` allows it.
     """
 
     config: EngineConfig
@@ -259,12 +257,8 @@ class EngineFront(ABC):
     def render_messages(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
         """Render messages, without a check, that `template_needs.fit` has adapted to the model's template.
 
-        Args:
-            messages: see `ChatTemplate.render`.
-            variables: other arguments of `ChatTemplate.render`, and variables of the template.
-
-        Raises:
-            ChatTemplateError: the model has no template, or it refused the conversation.
+        `variables` are other arguments of `ChatTemplate.render`, and variables of the template. Raises
+        ChatTemplateError if the model has no template, or it refused the conversation.
         """
         return self._template().render(messages, **variables)
 

@@ -34,12 +34,8 @@ _KEY: Place = ("key", "")
 def check_meeting(nodes: Sequence[tuple[Schema, str]], targets: Mapping[str, Any], asserting: Collection[str]) -> None:
     """Refuse schemas in which too many different patterns apply to the same string.
 
-    Args:
-        nodes: every reachable schema, checked, with its position.
-        asserting: keywords that constrain a value, unlike annotations.
-
-    Raises:
-        InvalidParameterError: more than `MAX_MEETING` patterns may meet, or the schema is too complex to check.
+    `nodes` are all reachable schemas, checked, with their positions; keywords in `asserting` constrain a value, unlike
+    annotations. Raises InvalidParameterError if more than `MAX_MEETING` patterns may meet, or the check is too slow.
     """
     waiting: list[tuple[Any, Place]] = [(each, ("schema", at)) for each, at in nodes if _merges(each, asserting)]
     seen: set[tuple[int, Place]] = set()

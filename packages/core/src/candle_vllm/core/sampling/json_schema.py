@@ -85,12 +85,8 @@ class Compilable(NamedTuple):
 def compilable_schema(schema: Any, budget: Budget | None = None) -> Compilable:
     """Check a schema and rewrite it for compilation.
 
-    Args:
-        schema: the result of `json.loads`.
-        budget: budget of all schemas in the grammar; None for a single schema.
-
-    Raises:
-        InvalidParameterError: the schema is invalid, not supported, too large, or has no finite instance.
+    `schema` is the result of `json.loads`; `budget` is for all schemas in the grammar, None for a single schema. Raises
+    InvalidParameterError if the schema is invalid, not supported, too large, or has no finite instance.
     """
     if schema is True:
         schema = {}

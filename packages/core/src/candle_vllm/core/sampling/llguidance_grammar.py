@@ -162,14 +162,10 @@ class LlguidanceGrammar:
         self._behind_end = 0  # end tokens after the end of the text
 
     def fill_mask(self, bits: NDArray[np.int32]) -> None:
-        """Write the mask of the next token.
+        """Write the mask of the next token to `bits` [ceil(V / 32)] int32, contiguous.
 
-        Args:
-            bits: [ceil(V / 32)] int32, contiguous; bit i % 32 of word i // 32 becomes 1 if token i may follow. If the
-                text may end, the end tokens may follow.
-
-        Raises:
-            InvalidParameterError: more time or memory is needed than one token, or all texts of the grammar, may take.
+        Bit i % 32 of word i // 32 becomes 1 if token i may follow; end tokens may if the text may end. Raises
+        InvalidParameterError if this needs more time or memory than one token, or all texts of the grammar, may take.
         """
         trie = self._trie
         whole = bits if len(bits) == trie.words else np.zeros(trie.words, np.int32)

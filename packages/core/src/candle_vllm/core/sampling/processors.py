@@ -69,7 +69,6 @@ def apply_processors(logits: Value, states: Sequence[SamplingState]) -> None:
     Args:
         logits: [R, V] float32, an array or a tensor, each row contiguous; on other devices the whole is contiguous. A
             row with NaN or +inf has one of them afterwards, even at a masked token, to show that the model is broken.
-        states: one per row.
     """
     table = kernels.host_rows(logits)
     if table is not None:

@@ -213,12 +213,8 @@ class Sampler:
     def sample(self, logits: Value, states: Sequence[SamplingState]) -> list[Token]:
         """Sample the next token of each sequence. The caller appends the tokens to the states.
 
-        Args:
-            logits: [R, V] float32, an array or a tensor on any device; may be overwritten.
-            states: one per row.
-
-        Returns:
-            One entry per row, with an `error` if the row has NaN or +inf, no allowed token, or a processor that failed.
+        `logits`, [R, V] float32, are an array or a tensor on any device, and may be overwritten. Returns an entry per
+        row, with an `error` if the row has NaN or +inf, no allowed token, or a processor that failed.
         """
         if not states:
             return []

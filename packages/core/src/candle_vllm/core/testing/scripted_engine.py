@@ -17,7 +17,7 @@ import uuid
 from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, NoReturn, Unpack
+from typing import Any, Literal, NamedTuple, Unpack
 
 import msgspec
 
@@ -320,7 +320,7 @@ class ScriptedEngine(EngineFront):
     def _require(self) -> tuple[Any, Any]:
         return self, self
 
-    def _running_thread(self) -> NoReturn:
+    def _running_thread(self) -> Any:
         raise NotImplementedError("a scripted engine has no thread")
 
     def _pooling(self, **options: Any) -> ScriptedPooling:  # type: ignore[override]
@@ -545,6 +545,7 @@ class ByteTokenizer:
         names = (*self.SPECIAL_TOKENS, *special_tokens)
         self.special_tokens = {name: 256 + place for place, name in enumerate(names)}
         self.vocab_size = 256 + len(names)
+        self.longest_token = max(map(len, names))
         self.infill = infill_marks(self.special_tokens.get, {})
         self._names = names
         self._split = re.compile("(" + "|".join(map(re.escape, sorted(names, key=len, reverse=True))) + ")")

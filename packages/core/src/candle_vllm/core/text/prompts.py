@@ -126,7 +126,6 @@ def as_conversations(
     """Check conversations; return them, and whether a list of conversations was given rather than one.
 
     Args:
-        messages: messages of one conversation, or several conversations.
         template: the chat template, which may accept more roles and keys than OpenAI's API.
         sees: the model accepts images in messages.
 

@@ -505,8 +505,8 @@ def patch_rows(
     merging patches means reading several rows as one. Attention does not depend on the order.
 
     A side of a patch has `patch` pixels, a side of a cell `cell` patches; h and w of `tiles` [N, h, w, 3] divide into
-    whole cells.
-    Returns patches [N * P, 3 * patch * patch], channels before pixels, and their rows and columns in a tile [N * P, 2].
+    whole cells. Returns patches [N * P, 3 * patch * patch], channels before pixels, and their rows and columns in a
+    tile [N * P, 2].
     """
     count, height, width, _ = tiles.shape
     grid = (count, height // (cell * patch), cell, patch, width // (cell * patch), cell, patch, 3)
