@@ -20,8 +20,7 @@ from numpy.typing import NDArray
 from candle_vllm.core.kernels import sampling as kernels
 from candle_vllm.core.kernels.device_stream import DeviceStream, Sent
 from candle_vllm.core.kernels.sampling.contract import DeviceEdits
-from candle_vllm.core.sampling.processors import narrow_row, process_row
-from candle_vllm.core.sampling.state import SamplingState
+from candle_vllm.core.sampling.state import SamplingState, narrow_row, process_row
 
 _FIRST_ROWS = 8
 

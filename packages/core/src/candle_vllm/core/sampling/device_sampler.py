@@ -23,9 +23,8 @@ from candle_vllm.core.kernels.device_stream import DeviceStream, Mark, Sent, Wor
 from candle_vllm.core.kernels.sampling.contract import DeviceEdits
 from candle_vllm.core.sampling.device_edits import HostEdits, Narrowing, OccurrenceTable, has_edits, on_host
 from candle_vllm.core.sampling.params import SamplingParams
-from candle_vllm.core.sampling.processors import process_row
 from candle_vllm.core.sampling.sampler import LogprobRow, SampledToken, Token, sampled_tokens
-from candle_vllm.core.sampling.state import SamplingState
+from candle_vllm.core.sampling.state import SamplingState, process_row
 
 _PIECES = 2  # maximum number of steps whose results are being copied to the host
 _KINDS = ((False, False), (True, False), (True, True))  # kinds of sampling, see `asks` of `DeviceSampler.launch`
