@@ -9,24 +9,19 @@ the engine got the request.
 
 from __future__ import annotations
 
-import asyncio
 import time
-import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
 from candle_vllm.core.engine.outputs import FinishReason, RequestMetrics, TokenOutput
-from candle_vllm.core.engine.requests import GenerationRequest, LoRARequest
+from candle_vllm.core.engine.requests import GenerationRequest
 from candle_vllm.core.engine.stats import EngineStats
-from candle_vllm.core.engine.step.request_watchers import RequestInfo, RequestWatcher, watched_submit
-from candle_vllm.core.engine.step.stream import RequestSink, TokenStream
 from candle_vllm.core.engine.step.thread import EngineThread
-from candle_vllm.core.sampling.params import SamplingParams
+from candle_vllm.core.engine_front import EngineFront
 from candle_vllm.core.testing import ScriptedEngine
-from candle_vllm.core.text.prompts import read_prompt
 
 MAX_STREAMS = 4096
 CONTEXT = 1 << 20  # tokens; a benchmark of ten minutes at 100 tokens/s has 60,000 in a stream
@@ -145,34 +140,13 @@ class PacedEngine(ScriptedEngine):
     def is_alive(self) -> bool:
         return self._engine_thread.is_alive
 
-    def stream(
-        self,
-        prompt: str | Sequence[int] | Mapping[str, Any],
-        sampling_params: SamplingParams | None = None,
-        *,
-        request_id: str | None = None,
-        priority: int = 0,
-        add_special_tokens: bool = True,
-        watcher: RequestWatcher | None = None,
-        lora_request: Sequence[tuple[LoRARequest, float]] = (),
-    ) -> TokenStream:
-        """As `InferenceEngine.stream`."""
-        params = sampling_params or SamplingParams()
-        request_id = request_id or uuid.uuid4().hex
-        text, ids, _ = read_prompt(prompt)
-        info = RequestInfo(request_id, "generate", prompt, params, self.detokenize, lora_request)
-        with watched_submit(watcher, info) as watch:
-            request = GenerationRequest(
-                request_id=request_id,
-                prompt_token_ids=self.tokenize(text or "", add_special_tokens) if ids is None else ids,
-                params=params,
-                priority=priority,
-                adapters=tuple(adapter.use(scale) for adapter, scale in lora_request),
-            )
-            thread, loop = self._engine_thread, asyncio.get_running_loop()
-            sink = RequestSink(loop, params.n, lambda sink: thread.abort(request_id, sink), watch)
-            thread.submit(self._paced.prepare(request), sink)
-        return TokenStream(request, sink)
+    stream = EngineFront.stream
+
+    def _require(self) -> tuple[Any, Any]:
+        return self._paced, self
+
+    def _running_thread(self) -> EngineThread:
+        return self._engine_thread
 
     def stats(self) -> EngineStats:
         return self._paced.stats()

@@ -21,8 +21,7 @@ from candle_vllm.core.kernels.sampling import chain
 from candle_vllm.core.kernels.sampling.chain import repeats, z_lengths
 from candle_vllm.core.sampling.dry import Breakers, BreakerTable, DryState
 from candle_vllm.core.sampling.params import SamplingParams
-from candle_vllm.core.sampling.rare_edits import narrow_row
-from candle_vllm.core.sampling.state import SamplingState
+from candle_vllm.core.sampling.state import SamplingState, narrow_row
 from candle_vllm.core.text.tokenizer import Tokenizer
 
 TEXTS = st.lists(st.integers(0, 3), min_size=1, max_size=60)

@@ -205,10 +205,7 @@ def refuse_lost(
 ) -> None:
     """Raise TypeError for a chat template variable that the template does not read: it would have no effect.
 
-    Args:
-        owner, known, within: the method and its arguments, as for `unknown_name`.
-        given: names of the variables in a call.
-        variables: variables that the template reads.
+    `given` are the names in a call, `variables` those that the template reads; for the others see `unknown_name`.
     """
     taken = {*known, *variables}
     for name in given:

@@ -40,10 +40,8 @@ CPU: Final = Device("cpu")
 def choose_device(wanted: str) -> Device:
     """Return the device for a setting: "auto", "cpu", "cuda" or "cuda:N"; the first of a list like "cuda:0,cuda:1".
 
-    "auto" is the first GPU, or the CPU without a usable GPU; the reason why a GPU cannot be used is logged.
-
-    Raises:
-        ConfigError: the GPU that was asked for cannot be used.
+    "auto" is the first GPU, or the CPU without a usable GPU; the reason why a GPU cannot be used is logged. Raises
+    ConfigError if the GPU that was asked for cannot be used.
     """
     wanted = wanted.partition(",")[0]
     if wanted == "cpu":

@@ -98,9 +98,7 @@ class Texts(Protocol):
 class EngineFront(ABC):
     """The methods that every engine has.
 
-    Attributes:
-        config: the engine's settings.
-        image_sources: fetches images of conversations from URLs, as far as `config` allows it.
+    `image_sources` fetches images of conversations from URLs, as far as `config` allows it.
     """
 
     config: EngineConfig
@@ -182,8 +180,7 @@ class EngineFront(ABC):
     def detokenize(self, token_ids: Sequence[int], skip_special_tokens: bool = True, *, whole: bool = True) -> str:
         """Detokenize token ids; without `whole`, an incomplete character at the end is left out.
 
-        Raises:
-            InvalidParameterError: `token_ids` is no list of token ids, or one is not in the vocabulary.
+        Raises InvalidParameterError if `token_ids` is no list of token ids, or one is not in the vocabulary.
         """
         try:
             return self._require()[1].tokenizer.decode(token_ids, skip_special_tokens, whole=whole)
@@ -260,12 +257,8 @@ class EngineFront(ABC):
     def render_messages(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
         """Render messages, without a check, that `template_needs.fit` has adapted to the model's template.
 
-        Args:
-            messages: see `ChatTemplate.render`.
-            variables: other arguments of `ChatTemplate.render`, and variables of the template.
-
-        Raises:
-            ChatTemplateError: the model has no template, or it refused the conversation.
+        `variables` are other arguments of `ChatTemplate.render`, and variables of the template. Raises
+        ChatTemplateError if the model has no template, or it refused the conversation.
         """
         return self._template().render(messages, **variables)
 
@@ -339,8 +332,7 @@ class EngineFront(ABC):
     def reset_prefix_cache(self) -> None:
         """Clear the prefix cache, of all replicas: no later request uses a block that is cached now.
 
-        Raises:
-            EngineDeadError: the engine has stopped.
+        Raises EngineDeadError if the engine has stopped.
         """
         self._running_thread().reset_prefix_cache()
 
@@ -353,10 +345,8 @@ class EngineFront(ABC):
         """Check structured outputs (a schema or grammar), and cache the compiled grammar for the request.
 
         The first call of an engine takes a second or two, later ones as long as the grammar takes to compile; with an
-        event loop, call it in a worker thread. Thread-safe.
-
-        Raises:
-            InvalidParameterError: the schema or grammar is wrong or not supported; the message names the part.
+        event loop, call it in a worker thread. Thread-safe. Raises InvalidParameterError if the schema or grammar is
+        wrong or not supported; the message names the part.
         """
 
     async def compile_form(self, params: SamplingParams | None) -> None:  # noqa: B027  # a `RemoteEngine` does nothing
@@ -385,8 +375,7 @@ class EngineFront(ABC):
     def remove_lora(self, lora_name: str) -> bool:
         """Remove an adapter; return False if the name is unknown. Accepted requests continue.
 
-        Raises:
-            InvalidParameterError, EngineDeadError: see `add_lora`.
+        Raises InvalidParameterError, EngineDeadError: see `add_lora`.
         """
         return bool(self.call_adapters(AdapterCall("remove", AdapterUse(name=lora_name))))
 
@@ -668,9 +657,7 @@ class EngineFront(ABC):
         """`stream` for a program without an event loop: submit a prompt and return an iterator of its outputs.
 
         The request is checked and queued before this returns. Closing or dropping the iterator aborts the request.
-
-        Raises:
-            RequestError, EngineOverloadedError, EngineSleepingError, EngineDeadError: the request was refused.
+        Raises RequestError, EngineOverloadedError, EngineSleepingError, EngineDeadError if the request was refused.
         """
         request = self._request(prompt, sampling_params, **call)
         prepared = self._working().prepare(request)

@@ -56,7 +56,6 @@ class CachePlan:
     """Size of the KV cache.
 
     Attributes:
-        num_blocks: blocks in the cache.
         block_bytes: bytes of one block: keys and values of all layers without a page pool, and of a draft model.
         max_model_len: longest prompt plus output, in tokens; it always fits.
         message: how the size was computed, for the log.

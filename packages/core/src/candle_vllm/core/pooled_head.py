@@ -26,7 +26,6 @@ class Dense:
 
     Attributes:
         weight, bias: float32 [N, K] and [N]; bias is None for a layer without a bias.
-        activation: the function act.
         norm, eps: float32 weight [N] and epsilon of a LayerNorm; None without a norm.
         norm_bias: bias of the LayerNorm, if it has one.
     """

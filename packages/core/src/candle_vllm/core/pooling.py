@@ -88,15 +88,12 @@ class Behind(Protocol):
 
     def __call__(self, pooled: Any, *, activate: bool) -> Any:
         """Apply the layers to pooled vectors [..., E]."""
-        ...
 
     def of(self, kind: PoolingKind) -> Behind:
         """Return the layers after a pooling of this kind."""
-        ...
 
     def by_token(self, rows: Any, token_ids: Sequence[int], *, activate: bool, sparse: bool) -> Any:
         """Apply the layers to all positions [T, E] of a text: a vector of each, or the weights of the vocabulary."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True)

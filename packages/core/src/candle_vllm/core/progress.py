@@ -12,13 +12,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 
 class Progress(NamedTuple):
-    """Progress of one activity.
-
-    Attributes:
-        what: the activity, such as "loading the weights".
-        done, total: finished amount and total; the total is 0 if unknown.
-        unit: unit of both amounts, "B" for bytes.
-    """
+    """Progress of one activity, such as "loading the weights"; `unit` is "B" for bytes, an unknown total is 0."""
 
     what: str
     done: int = 0

@@ -66,7 +66,6 @@ class Kind(Protocol):
 
     def check(self, value: Any) -> Any:
         """Return the value in its usual form; raises ValueError if it is not allowed."""
-        ...
 
 
 class EngineKind(Kind, Protocol):
@@ -74,7 +73,6 @@ class EngineKind(Kind, Protocol):
 
     def taken(self, value: Any) -> Any:
         """Convert a typed value to the engine's form; raises ValueError for an invalid value."""
-        ...
 
 
 class Located:

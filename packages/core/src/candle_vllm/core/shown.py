@@ -77,10 +77,8 @@ def start_logging(
     Secrets are removed when records are created, because libraries have their own handlers. Some loggers are limited to
     warnings: HTTP connections write targets and headers, and the MCP SDK session ids, arguments and outputs of tools.
 
-    Args:
-        level, style: level of the root logger, and a name of `LOG_STYLES`.
-        process: name of a child process, which its lines contain.
-        handlers: handlers of the root logger; by default one that writes to standard error.
+    `style` is a name of `LOG_STYLES`; lines of a child process contain its name, `process`. The default of `handlers`,
+    those of the root logger, is one that writes to standard error.
     """
     handlers = handlers or [logging.StreamHandler()]
     for handler in handlers:

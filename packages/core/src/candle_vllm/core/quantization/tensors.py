@@ -34,25 +34,20 @@ class Backend(Protocol[Packed]):
 
     def plain(self, stored: StoredTensor) -> Packed:
         """Pack a matrix of plain elements."""
-        ...
 
     def blocks(self, stored: StoredTensor, read: Callable[[], Blocks]) -> Packed:
         """Pack blocks of a ggml type, whose columns may be reordered."""
-        ...
 
     def codes(
         self, stored: StoredTensor, read: Callable[[], GroupCodes], blocks: Callable[[], Blocks | None]
     ) -> Packed:
         """Pack integer codes in groups, which may be convertible to blocks."""
-        ...
 
     def floats(self, stored: StoredTensor, span: int, read: Callable[[], ScaledCodes]) -> Packed:
         """Pack small floats with a scale for each `span` columns."""
-        ...
 
     def decoded(self, stored: StoredTensor, why: str) -> Packed:
         """Pack a quantised matrix as plain elements; `why` is for the log."""
-        ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)

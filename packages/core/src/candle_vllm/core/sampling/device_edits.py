@@ -20,8 +20,7 @@ from numpy.typing import NDArray
 from candle_vllm.core.kernels import sampling as kernels
 from candle_vllm.core.kernels.device_stream import DeviceStream, Sent
 from candle_vllm.core.kernels.sampling.contract import DeviceEdits
-from candle_vllm.core.sampling.rare_edits import narrow_row, process_row
-from candle_vllm.core.sampling.state import SamplingState
+from candle_vllm.core.sampling.state import SamplingState, narrow_row, process_row
 
 _FIRST_ROWS = 8
 
@@ -35,9 +34,7 @@ def has_edits(state: SamplingState) -> bool:
 class HostEdits:
     """Masks, bias and penalties of one step, computed on the host and copied to the device.
 
-    Args:
-        states: the state of each row; `has_edits` is true for at least one.
-        slots: for each row its row in the `OccurrenceTable`, or -1.
+    `has_edits` is true for at least one of `states`; `slots` has for each row its row in the `OccurrenceTable`, or -1.
     """
 
     def __init__(self, stream: DeviceStream, states: Sequence[SamplingState], slots: Sequence[int]) -> None:
@@ -111,9 +108,7 @@ class OccurrenceTable:
 
     A count is 0 for a token without penalties, otherwise 1 plus its occurrences in the output (`SamplingState.counts`).
 
-    Attributes:
-        counts: the table; None before the first row is filled.
-        outdated: states whose table rows must be filled again.
+    `counts` is None before the first row is filled; rows of states in `outdated` must be filled again.
     """
 
     def __init__(self, stream: DeviceStream, vocab_size: int) -> None:

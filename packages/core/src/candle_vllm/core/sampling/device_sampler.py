@@ -23,9 +23,8 @@ from candle_vllm.core.kernels.device_stream import DeviceStream, Mark, Sent, Wor
 from candle_vllm.core.kernels.sampling.contract import DeviceEdits
 from candle_vllm.core.sampling.device_edits import HostEdits, Narrowing, OccurrenceTable, has_edits, on_host
 from candle_vllm.core.sampling.params import SamplingParams
-from candle_vllm.core.sampling.rare_edits import process_row
 from candle_vllm.core.sampling.sampler import LogprobRow, SampledToken, Token, sampled_tokens
-from candle_vllm.core.sampling.state import SamplingState
+from candle_vllm.core.sampling.state import SamplingState, process_row
 
 _PIECES = 2  # maximum number of steps whose results are being copied to the host
 _KINDS = ((False, False), (True, False), (True, True))  # kinds of sampling, see `asks` of `DeviceSampler.launch`
@@ -40,8 +39,7 @@ class DeviceSampler:
         controls: [maximum rows, 5] float64 on the device, see `kernels.Control`; written before each launch.
         graphs: capture sampling as CUDA graphs.
 
-    Attributes:
-        ids: [maximum rows] int64 on the device, the tokens of the last step.
+    `ids`, [maximum rows] int64 on the device, are the tokens of the last step.
     """
 
     def __init__(
@@ -192,10 +190,7 @@ class DeviceSampler:
 class StandingRows:
     """Log-probabilities of the rows that ask for them, copied from the device to the host.
 
-    Args:
-        stream: the stream that computes them.
-        most: maximum number of likeliest tokens of a row.
-        params: parameters of these rows, which may name the tokens to report.
+    A row has at most `most` likeliest tokens; its parameters may name the tokens to report.
     """
 
     def __init__(self, stream: DeviceStream, rows: list[int], most: int, params: list[SamplingParams]) -> None:
@@ -237,8 +232,7 @@ class StandingRows:
 class Surprises:
     """Surprise of the tokens that were sampled for rows with mirostat, copied from the device to their states.
 
-    Args:
-        told: each row, its state, and the position that is sampled.
+    `told` are each row, its state, and the position that is sampled.
     """
 
     def __init__(self, stream: DeviceStream, told: list[tuple[int, SamplingState, int]]) -> None:

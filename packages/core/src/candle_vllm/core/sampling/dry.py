@@ -43,12 +43,7 @@ class Breakers:
 
 
 class BreakerTable:
-    """Cache of `Breakers` by their texts. Thread-safe.
-
-    Args:
-        tokenizer: its token texts are read when the first breakers are made.
-        vocab_size: V; the tokenizer's ids from V on are ignored.
-    """
+    """Cache of `Breakers` by their texts. Thread-safe; reads the texts of ids below `vocab_size` at the first use."""
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
         self._tokenizer = tokenizer
@@ -84,12 +79,7 @@ class BreakerTable:
 
 
 class DryState:
-    """The tokens of one sequence, with the positions of its breakers.
-
-    Args:
-        params: sampling parameters with a DRY multiplier.
-        tokens: the prompt.
-    """
+    """The tokens of one sequence, with the positions of its breakers."""
 
     def __init__(self, params: SamplingParams, breakers: Breakers, tokens: Sequence[int]) -> None:
         self._params = params

@@ -31,11 +31,7 @@ _LITERAL = re.compile(r"(\\x..|\\.)|.", re.DOTALL)  # a character of the convert
 
 
 def gbnf_to_lark(text: str) -> str:
-    """Convert a grammar.
-
-    Raises:
-        InvalidParameterError: the text is too long, or not GBNF.
-    """
+    """Convert a grammar. Raises InvalidParameterError if the text is too long, or not GBNF."""
     if len(text) > MAX_GBNF_TEXT:
         raise refused(
             f"the grammar has no rule 'start:', so it is read as GBNF, and has {len(text)} characters; at most "

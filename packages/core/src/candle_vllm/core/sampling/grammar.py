@@ -32,9 +32,6 @@ class GrammarState:
     """Grammar state of one sequence.
 
     Args:
-        backend: compiles the grammar.
-        spec: the parameters of structured outputs.
-        vocab_size: V.
         held_back: end tokens that are allowed only if no other token is (`ignore_eos`).
         grammar: the compiled grammar, at the start of a text; None to compile `spec`.
 

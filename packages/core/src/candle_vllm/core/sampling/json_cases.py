@@ -47,12 +47,8 @@ class _Written(str):
 def in_known_keywords(root: Schema, remarks: Remarks, *, may_compare: bool = False) -> tuple[Schema, bool]:
     """Return the schema in llguidance's keywords, and whether array elements must be compared during generation.
 
-    Args:
-        remarks: collects remarks for the user.
-        may_compare: see `Budget`.
-
-    Raises:
-        InvalidParameterError: the schema is invalid, or a constraint cannot be guaranteed.
+    `remarks` collects remarks for the user; for `may_compare` see `Budget`. Raises InvalidParameterError if the schema
+    is invalid, or a constraint cannot be guaranteed.
     """
     cases = Cases(root, remarks, may_compare)
     return cases.run(), cases.compared

@@ -113,8 +113,7 @@ class Remarks:
 def modernise(schema: dict[str, Any], place: str, remarks: Remarks) -> None:
     """Rewrite older keywords and RFC 3339 formats of one schema in place; its subschemas are not changed.
 
-    Raises:
-        InvalidParameterError: an unknown dialect, an unsupported keyword, or two spellings at once.
+    Raises InvalidParameterError for an unknown dialect, an unsupported keyword, or two spellings at once.
     """
     draft = schema.pop("$schema", None)
     if draft is not None and not (isinstance(draft, str) and any(known in draft for known in _DRAFTS)):
@@ -140,8 +139,7 @@ def modernise(schema: dict[str, Any], place: str, remarks: Remarks) -> None:
 def check_shape(schema: dict[str, Any], place: str) -> None:
     """Refuse invalid values of the keywords of one schema; its subschemas are not checked.
 
-    Raises:
-        InvalidParameterError: a value is invalid.
+    Raises InvalidParameterError if a value is invalid.
     """
     types_of(schema, place)
     for name in _COUNTS:

@@ -32,8 +32,7 @@ class Place(NamedTuple):
 def types_of(schema: dict[str, Any], place: str = "#") -> frozenset[str]:
     """Return the types that the keyword `type` allows.
 
-    Raises:
-        InvalidParameterError: it names a type that JSON does not have.
+    Raises InvalidParameterError if it names a type that JSON does not have.
     """
     named = schema.get("type", NAMES)
     listed = [named] if isinstance(named, str) else named
@@ -123,8 +122,7 @@ def _is_number(value: Any) -> TypeGuard[float]:
 class Facts:
     """Facts about the schemas of one document. An answer is False or None if the fact is uncertain or costs too much.
 
-    Args:
-        taker: returns, for a pattern, a function that checks whether the pattern may be found in a text.
+    `taker` returns, for a pattern, a function that checks whether the pattern may be found in a text.
     """
 
     def __init__(self, references: References, taker: Callable[[str], Callable[[str], bool]]) -> None:
@@ -176,12 +174,7 @@ class Facts:
         return None
 
     def apart(self, one: Sequence[Place], other: Sequence[Place], depth: int = 0) -> bool:
-        """Return whether certainly no value matches both.
-
-        Args:
-            one, other: lists of schemas; a value matches a list if it matches every schema in it, see `parts`.
-            depth: depth of the recursion.
-        """
+        """Return whether certainly no value matches both lists of schemas, that is all schemas in them; see `parts`."""
         self._looks += len(one) + len(other)
         if self._looks > MAX_LOOKS or depth > _MAX_DEPTH:
             return False

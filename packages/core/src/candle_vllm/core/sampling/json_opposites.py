@@ -32,12 +32,8 @@ class OppositeUnknown(Exception):
 def opposite(schema: Schema, types: frozenset[str] = TYPES) -> list[Any]:
     """Return schemas whose union accepts the values that `schema` rejects.
 
-    Args:
-        schema: a schema in the keywords of draft 2020-12; nested schemas may have older drafts.
-        types: the value is known to have one of these types, see `json_facts`.
-
-    Raises:
-        OppositeUnknown: no such schemas are known.
+    `schema` has the keywords of draft 2020-12, nested schemas may have older drafts; the value is known to have one of
+    `types`, see `json_facts`. Raises OppositeUnknown if no such schemas are known.
     """
     own = types_of(schema)
     found: list[Any] = []
@@ -67,8 +63,7 @@ def opposite(schema: Schema, types: frozenset[str] = TYPES) -> list[Any]:
 def without(texts: Iterable[str], *, beginnings: bool = False) -> str:
     """Return a pattern of all texts except these; with `beginnings`, of all texts that do not begin with one of them.
 
-    Raises:
-        OppositeUnknown: the pattern would be too long.
+    Raises OppositeUnknown if the pattern would be too long.
     """
     ends = set(texts)
     if sum(len(text) ** 2 for text in ends) > 16 * MAX_PATTERN:  # a common beginning is written once for each text

@@ -37,8 +37,7 @@ class Target(NamedTuple):
 class References:
     """The possible targets of references in one document.
 
-    Raises:
-        InvalidParameterError: the document has too many schemas, or is nested too deeply.
+    Raises InvalidParameterError if the document has too many schemas, or is nested too deeply.
     """
 
     def __init__(self, root: dict[str, Any]) -> None:

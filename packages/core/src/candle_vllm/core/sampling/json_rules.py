@@ -34,12 +34,8 @@ _KEY: Place = ("key", "")
 def check_meeting(nodes: Sequence[tuple[Schema, str]], targets: Mapping[str, Any], asserting: Collection[str]) -> None:
     """Refuse schemas in which too many different patterns apply to the same string.
 
-    Args:
-        nodes: every reachable schema, checked, with its position.
-        asserting: keywords that constrain a value, unlike annotations.
-
-    Raises:
-        InvalidParameterError: more than `MAX_MEETING` patterns may meet, or the schema is too complex to check.
+    `nodes` are all reachable schemas, checked, with their positions; keywords in `asserting` constrain a value, unlike
+    annotations. Raises InvalidParameterError if more than `MAX_MEETING` patterns may meet, or the check is too slow.
     """
     waiting: list[tuple[Any, Place]] = [(each, ("schema", at)) for each, at in nodes if _merges(each, asserting)]
     seen: set[tuple[int, Place]] = set()
@@ -86,11 +82,8 @@ def _inside(schema: Schema, place: Place, targets: Mapping[str, Any]) -> Iterato
 def check_finite(nodes: Sequence[tuple[Schema, str]], targets: Mapping[str, Any]) -> None:
     """Refuse schemas without a finite instance: objects and arrays that must contain themselves, cycles of references.
 
-    Args:
-        nodes: every reachable schema, checked, with its position; nested schemas are after the schemas around them.
-
-    Raises:
-        InvalidParameterError: a schema has no finite instance.
+    `nodes` are all reachable schemas, checked, with their positions; nested schemas are after the schemas around them.
+    Raises InvalidParameterError for a schema without a finite instance.
     """
     ends: set[int] = set()
     wanting: dict[int, list[Schema]] = {}  # id of a schema not known to end -> schemas that may end if it does
@@ -142,9 +135,7 @@ TYPE_ALIASES: Mapping[str, str] = MappingProxyType(
 class Fault(NamedTuple):
     """An error in a schema.
 
-    Attributes:
-        path: the path to its position, joined by dots.
-        text: what is wrong there.
+    `path` is the path to its position, joined by dots; `text` says what is wrong there.
     """
 
     path: str

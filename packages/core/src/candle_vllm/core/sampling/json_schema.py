@@ -85,12 +85,8 @@ class Compilable(NamedTuple):
 def compilable_schema(schema: Any, budget: Budget | None = None) -> Compilable:
     """Check a schema and rewrite it for compilation.
 
-    Args:
-        schema: the result of `json.loads`.
-        budget: budget of all schemas in the grammar; None for a single schema.
-
-    Raises:
-        InvalidParameterError: the schema is invalid, not supported, too large, or has no finite instance.
+    `schema` is the result of `json.loads`; `budget` is for all schemas in the grammar, None for a single schema. Raises
+    InvalidParameterError if the schema is invalid, not supported, too large, or has no finite instance.
     """
     if schema is True:
         schema = {}
@@ -345,8 +341,7 @@ def close_objects(root: dict[str, Any]) -> None:
     several schemas describe together (`allOf`, or `properties` next to `anyOf` or `$ref`) stays open, because closing
     one would forbid the properties of the others; so does an object with `enum` or `const`, or that needs other keys.
 
-    Args:
-        root: a schema in llguidance's keywords, with all definitions that it refers to; changed in place.
+    `root`, which is changed in place, is in llguidance's keywords and has all definitions that it refers to.
     """
     together: dict[int, bool] = {}  # by id: whether other schemas describe the same value
     found: list[dict[str, Any]] = []

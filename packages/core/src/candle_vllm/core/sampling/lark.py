@@ -156,11 +156,7 @@ def quoted(text: str) -> str:
 
 
 class Literals:
-    """Converts texts in which the names of special tokens mean these tokens.
-
-    Args:
-        special: name -> token id.
-    """
+    """Converts texts in which the names of special tokens mean these tokens; `special` has their ids by name."""
 
     def __init__(self, special: Mapping[str, int]) -> None:
         self._special = special
@@ -183,15 +179,9 @@ def is_token(piece: str) -> bool:
 
 
 def json_grammar(name: str, schema: Any, spec: StructuredOutputsParams, budget: Budget) -> Grammar:
-    """Return the grammar of a JSON schema, which is rewritten by `compilable_schema`.
+    """Return the grammar of a JSON schema, which `compilable_schema` rewrites or refuses.
 
-    Args:
-        name: name of the grammar.
-        spec: parameters; only the options for whitespace are used.
-        budget: budget of all schemas in the request's grammars.
-
-    Raises:
-        InvalidParameterError: see `compilable_schema`.
+    Of `spec` only the options for whitespace are used; `budget` is for all schemas in the request's grammars.
     """
     return {"name": name, "json_schema": _compilable(schema, spec, budget)}
 
@@ -199,8 +189,7 @@ def json_grammar(name: str, schema: Any, spec: StructuredOutputsParams, budget: 
 def user_grammar(name: str, text: str, spec: StructuredOutputsParams, budget: Budget) -> Grammar:
     """Return a user's grammar, in Lark or GBNF, after checks; the syntax of Lark is checked by the compiler.
 
-    Raises:
-        InvalidParameterError: the grammar is not GBNF, is too large, or has an unsupported option or JSON schema.
+    Raises InvalidParameterError if the grammar is not GBNF, is too large, or has an unsupported option or JSON schema.
     """
     if _IS_LARK.search(text) is None:
         text = gbnf_to_lark(text)

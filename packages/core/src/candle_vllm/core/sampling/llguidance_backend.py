@@ -64,11 +64,7 @@ class LlguidanceBackend:
 
     @property
     def workers(self) -> Executor:
-        """Threads in which masks are computed.
-
-        Raises:
-            EngineDeadError: the backend was closed.
-        """
+        """Threads in which masks are computed. Raises EngineDeadError if the backend was closed."""
         with self._lock:
             if self._closed:
                 raise EngineDeadError("the engine was closed; create a new one")

@@ -61,11 +61,7 @@ class Compiler:
         self._open_objects = open_objects
 
     def compile(self, spec: StructuredOutputsParams) -> Compiled:
-        """Compile a form, at the start of a text.
-
-        Raises:
-            InvalidParameterError: see `LlguidanceBackend`.
-        """
+        """Compile a form, at the start of a text. Raises InvalidParameterError: see `LlguidanceBackend`."""
         if spec.whitespace_pattern is not None:
             self._check_whitespace(spec.whitespace_pattern)
         name = _NAMES.get(spec.kind, spec.kind)
@@ -118,8 +114,7 @@ class Compiler:
     def _may_begin(self, matcher: LLMatcher) -> bool:
         """Return whether any token except an end token may come first.
 
-        Raises:
-            InvalidParameterError: the first mask alone exceeds llguidance's limits.
+        Raises InvalidParameterError if the first mask alone exceeds llguidance's limits.
         """
         first, bits = matcher.deep_copy(), np.zeros(self._trie.words, np.int32)
         first.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes)

@@ -30,11 +30,7 @@ _MOST_RENEWING = 1.0  # seconds of compiling a form again, while answers wait, a
 
 
 class Form:
-    """A compiled form, at the start of a text. Thread-safe.
-
-    Args:
-        make: compiles the form; returns a matcher at the start of a text.
-    """
+    """A compiled form, at the start of a text. Thread-safe; `make` compiles it to a matcher at the start of a text."""
 
     def __init__(self, make: Callable[[], LLMatcher]) -> None:
         self._make = make
@@ -58,14 +54,8 @@ class Form:
         """Return a new matcher at the start, to replace one with an exhausted lexer, and whether it is used alone.
 
         The first text that finds a lexer exhausted has probably exhausted it, and gets its own lexer, so that it cannot
-        affect other texts. All other texts share a new lexer.
-
-        Args:
-            lost: the exhausted matcher, from `start`.
-            alone: whether the text must get its own lexer.
-
-        Returns:
-            None if renewals already took too long; the engine's steps wait for them.
+        affect other texts. All other texts share a new lexer, unless `alone`. `lost` is the exhausted matcher, from
+        `start`. The result is None if renewals already took too long; the engine's steps wait for them.
         """
         if self.is_spent:
             return None
@@ -172,14 +162,10 @@ class LlguidanceGrammar:
         self._behind_end = 0  # end tokens after the end of the text
 
     def fill_mask(self, bits: NDArray[np.int32]) -> None:
-        """Write the mask of the next token.
+        """Write the mask of the next token to `bits` [ceil(V / 32)] int32, contiguous.
 
-        Args:
-            bits: [ceil(V / 32)] int32, contiguous; bit i % 32 of word i // 32 becomes 1 if token i may follow. If the
-                text may end, the end tokens may follow.
-
-        Raises:
-            InvalidParameterError: more time or memory is needed than one token, or all texts of the grammar, may take.
+        Bit i % 32 of word i // 32 becomes 1 if token i may follow; end tokens may if the text may end. Raises
+        InvalidParameterError if this needs more time or memory than one token, or all texts of the grammar, may take.
         """
         trie = self._trie
         whole = bits if len(bits) == trie.words else np.zeros(trie.words, np.int32)

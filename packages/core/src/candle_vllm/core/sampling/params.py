@@ -272,8 +272,7 @@ class SamplingParams(  # pyrefly: ignore[invalid-inheritance]
     def filled(self, defaults: Mapping[str, float | int]) -> SamplingParams:
         """Return a copy in which `defaults` replace the fields that were not given; in it, all count as given.
 
-        Raises:
-            InvalidParameterError: a default cannot be used.
+        Raises InvalidParameterError if a default cannot be used.
         """
         given: dict[str, Any] = {}
         if self.mirostat:

@@ -18,8 +18,7 @@ from numpy.typing import NDArray
 
 from candle_vllm.core.kernels import sampling as kernels
 from candle_vllm.core.kernels.recorded import Value
-from candle_vllm.core.sampling.rare_edits import narrow_row, process_row
-from candle_vllm.core.sampling.state import SamplingState
+from candle_vllm.core.sampling.state import SamplingState, narrow_row, process_row
 
 
 def _limits() -> NDArray[np.void]:
@@ -67,7 +66,6 @@ def apply_processors(logits: Value, states: Sequence[SamplingState]) -> None:
     Args:
         logits: [R, V] float32, an array or a tensor, each row contiguous; on other devices the whole is contiguous. A
             row with NaN or +inf has one of them afterwards, even at a masked token, to show that the model is broken.
-        states: one per row.
     """
     table = kernels.host_rows(logits)
     if table is not None:

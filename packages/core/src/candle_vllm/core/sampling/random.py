@@ -36,9 +36,7 @@ def fresh_seed() -> int:
 def seed_words(seed: int, index: int) -> tuple[int, int, int, int]:
     """Return the constant words of one sequence: (key low, key high, sequence index, sign).
 
-    Args:
-        seed: -2**63 to 2**64 - 1.
-        index: index of the sequence among the request's `n` sequences, below 2**32.
+    `seed` is -2**63 to 2**64 - 1; `index`, below 2**32, is the sequence's number among the request's `n` sequences.
     """
     key = seed & 0xFFFF_FFFF_FFFF_FFFF
     return key & 0xFFFF_FFFF, key >> 32, index, int(seed < 0)
@@ -68,15 +66,7 @@ def uniforms(
 
 
 def philox4x32(counter: NDArray[np.uint32], key: NDArray[np.uint32]) -> NDArray[np.uint32]:
-    """Philox4x32-10.
-
-    Args:
-        counter: [N, 4] uint32.
-        key: [N, 2] uint32.
-
-    Returns:
-        [N, 4] uint32.
-    """
+    """Return Philox4x32-10, [N, 4], of counters [N, 4] and keys [N, 2]."""
     turns = np.arange(_ROUNDS, dtype=np.uint32)[:, None, None]
     keys = (key + turns * _KEY_STEPS).astype(np.uint64)  # [rounds, N, 2]; the uint32 sum wraps, as it should
     wide = counter.astype(np.uint64)

@@ -186,8 +186,7 @@ class Sampler:
     def only_samples(self, states: Sequence[SamplingState], *, goes_on: bool) -> bool:
         """Return whether the rows need neither edits nor log-probabilities; if so, write their parameters to controls.
 
-        Args:
-            goes_on: whether this method was called for the same rows one position before.
+        `goes_on` says whether this method was called for the same rows one position before.
         """
         if not goes_on:
             self._rows_of(states)
@@ -214,12 +213,8 @@ class Sampler:
     def sample(self, logits: Value, states: Sequence[SamplingState]) -> list[Token]:
         """Sample the next token of each sequence. The caller appends the tokens to the states.
 
-        Args:
-            logits: [R, V] float32, an array or a tensor on any device; may be overwritten.
-            states: one per row.
-
-        Returns:
-            One entry per row, with an `error` if the row has NaN or +inf, no allowed token, or a processor that failed.
+        `logits`, [R, V] float32, are an array or a tensor on any device, and may be overwritten. Returns an entry per
+        row, with an `error` if the row has NaN or +inf, no allowed token, or a processor that failed.
         """
         if not states:
             return []
@@ -365,10 +360,7 @@ def right_runs(
 ) -> list[tuple[Token, ...]]:
     """Return the tokens of each run: its accepted drafts and the token after them.
 
-    Args:
-        tokens: the sampled tokens of the rows of all runs.
-        drafts: draft tokens of each run.
-        counted: maximum number of drafts that may be accepted in each run; None for all.
+    `tokens` are those of the rows of all runs; `counted` bounds the accepted drafts of each run, None does not.
     """
     drawn: list[tuple[Token, ...]] = []
     first = 0
@@ -399,9 +391,7 @@ class _Rows:
     """Sampling parameters of the rows of a batch, reused while the batch stays the same.
 
     Attributes:
-        vocab_size: V of all rows.
         asking: rows with log-probabilities.
-        may_edit: whether the logits of a row may be edited.
         settling: rows that need `commit_sampled` after sampling.
         only_samples: whether no row has log-probabilities or edits.
         controls: [R, 5] parameters at the current positions.

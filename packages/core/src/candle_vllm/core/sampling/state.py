@@ -15,14 +15,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from candle_vllm.core.errors import InvalidParameterError
+from candle_vllm.core.kernels.sampling.chain import narrow
 from candle_vllm.core.kernels.sampling.contract import Control, Link
 from candle_vllm.core.sampling.dry import Breakers, DryState
 from candle_vllm.core.sampling.grammar import GrammarState
-from candle_vllm.core.sampling.params import SamplingParams
+from candle_vllm.core.sampling.params import SamplingParams, installed_processors
 from candle_vllm.core.sampling.random import fresh_seed, seed_words, uniforms
 from candle_vllm.core.sampling.thoughts import ThoughtCount
 
 _NO_IDS = np.zeros(0, np.int64)
+_LOWEST = float(np.finfo(np.float32).min)
 _UNIFORMS = 64  # random numbers of a sequence that are computed at a time
 
 
@@ -77,10 +79,8 @@ class SamplingState:
 
         Args:
             prompt_token_ids: the prompt; its tokens count for `repetition_penalty`.
-            vocab_size: V, the width of the logits.
             eos_token_ids: the model's end-of-sequence tokens. Ids outside the vocabulary are ignored.
             seed: the seed of a request without one; None for a random seed.
-            index: index among the request's `n` sequences.
             bad_word_token_ids: token sequences of `params.bad_words`, and the tokens that the tokenizer suppresses.
             grammar: the grammar of `params.structured_outputs`, at the start of a text.
             thoughts: the count of `params.thoughts` or `thinking_token_budget`, at the start of a text.
@@ -470,3 +470,29 @@ def _chain(params: SamplingParams, controls: tuple[float, ...]) -> NDArray[np.fl
 
 # Links that require the chain: they have an effect of their own, and `draw` cannot apply it.
 _ASKING = [link for link in Link if link.neutral is not None and link.name not in Control.__members__]
+
+
+def process_row(row: NDArray[np.float32], state: SamplingState) -> None:
+    """Apply the request's own logits processors in place; the first error becomes the state's `failure`."""
+    if not row.max() < np.inf:  # the model is at fault, which the sampler reports
+        return
+    try:
+        for process in state.params.logits_processors or ():
+            function = installed_processors()[process] if isinstance(process, str) else process
+            result = function(tuple(state.tokens), row)
+            if not isinstance(result, np.ndarray) or result.shape != row.shape or result.dtype != np.float32:
+                raise TypeError(f"a processor must return a float32 array of {len(row)} logits")
+            row[:] = result
+            if not row.max() < np.inf:
+                raise ValueError("a processor must return logits without NaN and infinity, except -inf")
+    except Exception as error:  # the caller's code must not affect other requests
+        state.failure = f"{type(error).__name__}: {error!s:.400}"
+
+
+def narrow_row(row: NDArray[np.float32], state: SamplingState) -> None:
+    """Apply DRY and the sampler chain of a request, in place."""
+    if state.dry is not None:
+        ids, taken = state.dry.penalties()
+        row[ids] = np.maximum(row[ids].astype(np.float64) - taken, np.where(row[ids] > -np.inf, _LOWEST, -np.inf))
+    if state.chain is not None:
+        narrow(row, state.links())

@@ -39,8 +39,7 @@ def structural_tag_grammars(
 ) -> list[Grammar]:
     """Return the grammars of `spec.structural_tag`; the first one is called `name`.
 
-    Raises:
-        InvalidParameterError: the tag is invalid, or has an unsupported format.
+    Raises InvalidParameterError if the tag is invalid, or has an unsupported format.
     """
     assert spec.structural_tag is not None
     tag = parsed_json("structural_tag", spec.structural_tag)

@@ -138,8 +138,7 @@ def refused(message: str) -> InvalidParameterError:
 def schema_of(model: Any) -> Mapping[str, Any]:
     """Return the JSON schema of a pydantic class (without importing pydantic), dataclass, TypedDict or msgspec Struct.
 
-    Raises:
-        InvalidParameterError: the class has no JSON schema.
+    Raises InvalidParameterError if the class has no JSON schema.
     """
     pydantics = callable(getattr(model, "model_json_schema", None))
     if not pydantics and not any(hasattr(model, mark) for mark in _MARKS):
@@ -156,8 +155,7 @@ def schema_of(model: Any) -> Mapping[str, Any]:
 def parsed_json(name: str, value: Schema) -> Any:
     """Parse a schema or a structural tag into fresh dicts and lists, which the caller may change.
 
-    Raises:
-        InvalidParameterError: invalid JSON, nested too deeply, or longer than `MAX_SCHEMA`.
+    Raises InvalidParameterError for invalid JSON, nested too deeply, or longer than `MAX_SCHEMA`.
     """
     try:
         text = value if isinstance(value, str) else _json.dumps(value, default=plain_json, allow_nan=False)

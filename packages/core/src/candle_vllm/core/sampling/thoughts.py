@@ -150,9 +150,7 @@ def _written(mark: str, names: Mapping[str, bytes]) -> bytes:
 class ThoughtCount:
     """Count of one text's reasoning tokens.
 
-    Attributes:
-        inside: whether the next token is within reasoning.
-        spent: number of reasoning tokens, without forced tokens.
+    `inside` says whether the next token is within reasoning; `spent` counts reasoning tokens, but not forced ones.
     """
 
     def __init__(self, limit: ThoughtLimit) -> None:

@@ -99,8 +99,7 @@ class _Frame(NamedTuple):
 class Unrepeated:
     """Parser of one text, which removes from masks the tokens that would repeat an array's element.
 
-    Args:
-        twin: the grammar over single bytes.
+    `twin` is the grammar over single bytes.
     """
 
     def __init__(self, sites: Sites, twin: Form, neighbours: Neighbours) -> None:
@@ -116,22 +115,14 @@ class Unrepeated:
         self._number = b""  # the number that has begun, if the array's elements may have fractions
 
     def say(self, text: bytes) -> None:
-        """Read further text.
-
-        Raises:
-            InvalidParameterError: the twin reached one of its limits.
-        """
+        """Read further text. Raises InvalidParameterError if the twin reached one of its limits."""
         for byte in text:
             if not self._twin.consume(byte):
                 raise cannot_go_on(self._twin.matcher)
             self._take(byte)
 
     def keep(self, bits: NDArray[np.int32]) -> None:
-        """Remove the tokens that would repeat an element from a mask.
-
-        Args:
-            bits: the mask, see `LlguidanceGrammar.fill_mask`.
-        """
+        """Remove the tokens that would repeat an element from a mask, see `LlguidanceGrammar.fill_mask`."""
         elements = self._elements
         if self._mode == "string":
             table = self._tokens.in_string[self._escaped, self._in_element]
@@ -351,8 +342,7 @@ class _Reasoning:
 class ComparedGrammar(LlguidanceGrammar):
     """Grammar that also forbids tokens that would repeat an element of an array.
 
-    Args:
-        compared: data to find the elements that must differ.
+    `compared` has the data to find the elements that must differ.
     """
 
     def __init__(self, form: Form, compared: Compared, trie: TokenTrie) -> None:

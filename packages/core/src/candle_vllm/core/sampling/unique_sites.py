@@ -51,9 +51,8 @@ def _types_at(facts: Facts, place: Place, known: dict[int, Any], depth: int = 0)
 class Site:
     """The schemas that may apply to one value in an instance.
 
-    Attributes:
-        differing: types of the elements that must differ, if the value is an array; empty if elements may be equal.
-        inside: sites inside this one, made when needed, by index or key; None: the keys that no `properties` has.
+    `differing` are the types of an array's elements that must differ. `inside` has the sites inside this one, made when
+    needed, by index or key; None stands for the keys that no `properties` has.
     """
 
     def __init__(self, places: Sequence[Place], differing: frozenset[str]) -> None:
@@ -63,11 +62,7 @@ class Site:
 
 
 class Sites:
-    """The sites of a schema's instances.
-
-    Args:
-        root: the schema of the request; it must have been checked.
-    """
+    """The sites of a schema's instances; `root` is the schema of the request, which must have been checked."""
 
     def __init__(self, root: Any) -> None:
         self._references = References(root if isinstance(root, dict) else {})

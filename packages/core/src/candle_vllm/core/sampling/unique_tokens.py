@@ -94,9 +94,7 @@ class Neighbours:
     def take_out_numbers(self, bits: NDArray[np.int32], mode: str, begun: bytes) -> None:
         """Clear the bits of tokens that would spell a number in another way than the plain one.
 
-        Args:
-            mode: value, after or name.
-            begun: the beginning of the number in the text, if the mode is name; b"" for a name that is not a number.
+        `mode` is value, after or name; for name, `begun` is the number's beginning, b"" if the name is no number.
         """
         if mode == "name" and not begun:
             return

@@ -8,43 +8,43 @@ answers at once, follows the same contract (`TokenOutput`), and records its requ
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import math
+import os
 import re
 import uuid
 from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from typing import Any, Literal, NamedTuple, Unpack
 
 import msgspec
 
+from candle_vllm.core.config import EngineConfig
+from candle_vllm.core.engine.adapters.adapter_store import AdapterCall
 from candle_vllm.core.engine.model_info import AdapterInfo, ModelInfo
 from candle_vllm.core.engine.outputs import (
     ClassificationOutput,
     EmbeddingOutput,
-    GenerationOutput,
     ScoreOutput,
     TokenOutput,
 )
-from candle_vllm.core.engine.requests import GenerationRequest, LoraChoice, LoRARequest, PoolingRequest
-from candle_vllm.core.engine.runners.sleeping import TAGS, check_sleep, read_tags
+from candle_vllm.core.engine.requests import GenerationRequest, LoraChoice, PoolingRequest
+from candle_vllm.core.engine.runners.sleeping import TAGS
 from candle_vllm.core.engine.stats import EngineStats
-from candle_vllm.core.engine.step.preparation import check_encoder_task, check_pooling_request
+from candle_vllm.core.engine.step.preparation import check_pooling_request
 from candle_vllm.core.engine.step.request_watchers import (
     Apart,
-    Operation,
-    PoolingOptions,
     RequestInfo,
     RequestWatch,
     RequestWatcher,
-    ScoreOptions,
-    watched_pooling,
+    TextOptions,
     watched_submit,
 )
-from candle_vllm.core.engine.step.stream import Receiver, RequestSink, TokenStream, whole
+from candle_vllm.core.engine.step.stream import Receiver, RequestSink, TokenStream
 from candle_vllm.core.engine.step.thread import SLEEPS
+from candle_vllm.core.engine_front import EngineFront
 from candle_vllm.core.errors import (
     CandleVllmError,
     ChatTemplateError,
@@ -58,7 +58,7 @@ from candle_vllm.core.sampling.llguidance_backend import LlguidanceBackend
 from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.core.testing.scripted_sequence import ScriptedSequence, made_up_logprobs
-from candle_vllm.core.text.infill import InfillPrompt, infill_marks, infill_prompt
+from candle_vllm.core.text.infill import infill_marks
 from candle_vllm.core.text.prompts import Prompt, as_prompts, read_prompt
 from candle_vllm.core.text.tokenizer import ChatConventions, utf8_decoder
 from candle_vllm.core.vision.inputs import ImageInput
@@ -89,7 +89,7 @@ class TemplateCall(NamedTuple):
     options: dict[str, Any]
 
 
-class ScriptedEngine:
+class ScriptedEngine(EngineFront):
     """An engine that answers every prompt with a script, and computes vectors and scores from the tokens.
 
     A vector counts tokens by their id modulo `SIZE`; by default its length is 1, and `dimensions` truncates it. A score
@@ -123,6 +123,9 @@ class ScriptedEngine:
         chat_conventions: conventions like those of a model.
     """
 
+    chat_conventions: ChatConventions = ChatConventions()  # tests set it
+    template = vision = None
+
     def __init__(
         self,
         script: Script = "Hello!",
@@ -144,6 +147,7 @@ class ScriptedEngine:
         pause: float = 0.0,
         first_pause: float = 0.0,
     ) -> None:
+        self.config, self._owner = EngineConfig(model=name, enable_lora=True), os.getpid()
         self.pooling_calls: list[PoolingCall] = []
         self.tokenizer = ByteTokenizer(special_tokens)
         self.chat_conventions = ChatConventions(
@@ -195,13 +199,7 @@ class ScriptedEngine:
         )
 
     @property
-    def model_info(self) -> ModelInfo:
-        """Description of a model without parameters, with the byte tokenizer's vocabulary."""
-        return self._info
-
-    @property
     def is_alive(self) -> bool:
-        """Always True: a scripted engine does not die, also after a scripted failure."""
         return True
 
     def add_death_callback(self, callback: Callable[[], None]) -> None:
@@ -211,22 +209,9 @@ class ScriptedEngine:
         """Return the bytes of the text as token ids, by default after the beginning token."""
         return self.tokenizer.encode(text, add_special_tokens)
 
-    def infill(self, prefix: str | Sequence[int], suffix: str) -> InfillPrompt:
-        """Make an infill prompt as the real engine does; the infill marks must be in `special_tokens`."""
-        marks = infill_marks(self.tokenizer.special_tokens.get, {})
-        return infill_prompt(self.tokenizer, marks, prefix, suffix)
-
-    def detokenize(self, token_ids: Sequence[int], skip_special_tokens: bool = True, *, whole: bool = True) -> str:
-        """Decode token ids."""
-        return self.tokenizer.decode(token_ids, skip_special_tokens, whole=whole)
-
     def token_names(self, token_ids: Sequence[int]) -> list[str]:
         """Return each token's bytes in hexadecimal, so that its name differs from its text."""
         return [data.hex() for data in self.token_bytes(token_ids)]
-
-    def token_bytes(self, token_ids: Sequence[int]) -> list[bytes]:
-        """Return each token's bytes."""
-        return list(map(self.tokenizer.token_bytes, token_ids))
 
     def reset_prefix_cache(self) -> None:
         """Count the call in `prefix_cache_resets`; there is no cache."""
@@ -237,14 +222,12 @@ class ScriptedEngine:
         """Whether a part of the engine sleeps."""
         return bool(self.asleep)
 
-    def sleep(self, level: int = 1, mode: str = "abort") -> None:
+    def _sleep(self, level: int, mode: str) -> None:  # noqa: ARG002
         """Refuse new requests for text; running requests continue in every `mode`."""
-        check_sleep(level, mode)
         self.asleep, self.sleep_level = TAGS, level
 
-    def wake_up(self, tags: Sequence[str] | None = None) -> None:
-        """Accept requests again, once all parts are awake."""
-        self.asleep -= read_tags(tags)
+    def _wake_up(self, tags: frozenset[str]) -> None:
+        self.asleep -= tags
         self.sleep_level = self.sleep_level if self.asleep else 0
 
     def look(
@@ -252,6 +235,8 @@ class ScriptedEngine:
     ) -> tuple[list[int], tuple[ImageInput, ...]]:
         """Return the prompt unchanged, with the images as inputs, and record the images."""
         del bounded
+        if images and all(isinstance(image, ImageInput) for image in images):
+            return list(token_ids), tuple(images)  # type: ignore[arg-type]
         shown = [picture_of(image, name=name) for image, name in zip(images, names or ["image"] * len(images))]
         self.pictures += shown
         return list(token_ids), tuple(
@@ -281,142 +266,23 @@ class ScriptedEngine:
 
     def stream(
         self,
-        prompt: str | Sequence[int] | Mapping[str, Any],
+        prompt: Prompt,
         sampling_params: SamplingParams | None = None,
         *,
-        request_id: str | None = None,
-        priority: int = 0,
-        add_special_tokens: bool = True,
         watcher: RequestWatcher | None = None,
-        lora_request: Sequence[tuple[LoRARequest, float]] = (),
+        **call: Unpack[TextOptions],
     ) -> TokenStream:
         """Check the request and return its stream; raises the real engine's errors, or `submit_error`."""
-        params = (sampling_params or SamplingParams()).filled(self._default_sampling)
-        request_id = request_id or uuid.uuid4().hex
-        text, ids, images = read_prompt(prompt, sees="image" in self._info.modalities)
-        info = RequestInfo(request_id, "generate", prompt, params, self.detokenize, lora_request)
+        params = self._filled(sampling_params)
+        call["request_id"] = request_id = call.get("request_id") or uuid.uuid4().hex
+        info = RequestInfo(request_id, "generate", prompt, params, self.detokenize, call.get("lora_request"))
         with watched_submit(watcher, info) as watch:
-            self._check_generates()
-            request = GenerationRequest(
-                request_id=request_id,
-                prompt=text,
-                prompt_token_ids=self.tokenize(text or "", add_special_tokens) if ids is None else ids,
-                images=tuple(images),
-                params=params,
-                priority=priority,
-                adapters=tuple(adapter.use(scale) for adapter, scale in lora_request),
-            )
+            request = self._request(prompt, params, **call)
             self._check(request)
             self.requests.append(request)
             self._live.add(request_id)
             sequences = [self._sequence(request, index) for index in range(params.n)]
         return TokenStream(request, ScriptedSink(self, request, sequences, watch))
-
-    async def agenerate(
-        self, prompt: str | Sequence[int], sampling_params: SamplingParams | None = None, **call: Any
-    ) -> GenerationOutput:
-        """Return the whole answer; `call` has arguments of `stream`. Cancelling aborts the request."""
-        return await whole(self.stream(prompt, sampling_params, **call))
-
-    async def aembed(
-        self, inputs: Prompt | Sequence[Prompt], params: PoolingParams | None = None, **call: Unpack[PoolingOptions]
-    ) -> list[EmbeddingOutput]:
-        """Return the vector of every text; raises the real engine's errors of texts, `submit_error` or `failure`."""
-        with self._watched("embed", inputs, call) as answered:
-            texts = self._texts(inputs, params, call)
-            plan = ModelPooling(SIZE, "mean", matryoshka=True).plan(params or PoolingParams())
-            request_id = call.get("request_id")
-            made = [
-                EmbeddingOutput(
-                    request_id=f"{request_id}-{n}", embedding=_vector(ids, plan), prompt_token_ids=tuple(ids)
-                )
-                for n, ids in enumerate(texts)
-            ]
-            answered(made)
-        return made
-
-    async def aclassify(
-        self, inputs: Prompt | Sequence[Prompt], params: PoolingParams | None = None, **call: Unpack[PoolingOptions]
-    ) -> list[ClassificationOutput]:
-        """Return each label's share of a text's tokens; a token's label is its id modulo the number of labels."""
-        with self._watched("classify", inputs, call) as answered:
-            texts = self._texts(inputs, params, call)
-            count, request_id = len(self.model_info.labels), call.get("request_id")
-            shares = [
-                [sum(token % count == each for token in ids) / len(ids) for each in range(count)] for ids in texts
-            ]
-            made = [
-                ClassificationOutput(
-                    request_id=f"{request_id}-{n}", probs=array("f", share), prompt_token_ids=tuple(ids)
-                )
-                for n, (ids, share) in enumerate(zip(texts, shares))
-            ]
-            answered(made)
-        return made
-
-    async def ascore(self, pairs: Sequence[tuple[str, str]], **call: Unpack[ScoreOptions]) -> list[ScoreOutput]:
-        """Return the score of every pair."""
-        with self._watched("score", pairs, call) as answered:
-            self._note(list(pairs), None, call)
-            made = [self._score(pair, number, len(pairs)) for number, pair in enumerate(pairs)]
-            self._fail()
-            answered(made)
-        return made
-
-    def _watched(
-        self, operation: Operation, inputs: Any, call: ScoreOptions
-    ) -> AbstractContextManager[Callable[[Any], None]]:
-        request_id = call.get("request_id") or ""
-        info = RequestInfo(request_id, operation, inputs, None, self.detokenize, call.get("lora_request", ()))
-        return watched_pooling(call.get("watcher"), info)
-
-    def _note(self, items: Any, params: PoolingParams | None, call: ScoreOptions) -> None:
-        uses, apart = call.get("lora_request", ()), call.get("apart", asyncio.to_thread)
-        self.pooling_calls.append(
-            PoolingCall(items, params, call.get("request_id"), call.get("priority", 0), uses, apart)
-        )
-
-    def _texts(
-        self, inputs: Prompt | Sequence[Prompt], params: PoolingParams | None, call: PoolingOptions
-    ) -> list[list[int]]:
-        items = as_prompts(inputs)
-        special = call.get("add_special_tokens", True)
-        read = (read_prompt(item, sees=True) for item in items)
-        texts = [self.tokenize(text or "", special) if ids is None else ids for text, ids, _ in read]
-        self._note(items, params, call)
-        for number, ids in enumerate(texts):
-            self._check_text(ids, number, len(texts))
-        self._fail()
-        return texts
-
-    def _score(self, pair: tuple[str, str], number: int, count: int) -> ScoreOutput:
-        first, second = (self.tokenize(text) for text in pair)
-        if "embed" in self.model_info.tasks:
-            self._check_text(first, number, count, 0)
-            self._check_text(second, number, count, 1)
-            plan = PoolingPlan(POOLING_METHODS["mean"], True, SIZE)
-            score = math.fsum(a * b for a, b in zip(_vector(first, plan), _vector(second, plan)))
-        else:
-            self._check_text(first + second, number, count)
-            score = sum(token in first for token in second) / len(second)
-        return ScoreOutput(score=score, num_tokens=len(first) + len(second))
-
-    def _check_text(self, ids: list[int], number: int, count: int, side: int | None = None) -> None:
-        info = self.model_info
-        request = PoolingRequest(request_id="scripted", prompt_token_ids=ids)
-        try:
-            check_pooling_request(request, info.vocab_size, info.max_model_len)
-        except RequestError as error:
-            if count == 1 and side is None:
-                raise
-            param = f"inputs.{number}" if side is None else f"inputs.{number}.{side}"
-            raise type(error)(f"input {number}: {error}", param) from None
-
-    def _fail(self) -> None:
-        if self.submit_error is not None:
-            raise self.submit_error
-        if self.fail_after is not None:
-            raise self.failure if isinstance(self.failure, Exception) else CandleVllmError(self.failure)
 
     def stats(self) -> EngineStats:
         """Return counts of requests and tokens; a scripted engine has no blocks."""
@@ -435,31 +301,30 @@ class ScriptedEngine:
             sleep_level=self.sleep_level,
         )
 
-    def add_lora(self, lora_request: LoRARequest) -> AdapterInfo:
-        """Register an adapter; its files are not read."""
-        name = lora_request.lora_name
-        self.adapters[name] = AdapterInfo(name=name, path=lora_request.lora_path, state="ready", rank=8, modules=1)
-        return self.adapters[name]
-
-    def remove_lora(self, lora_name: str) -> bool:
-        """Remove an adapter; return whether it was registered."""
-        return self.adapters.pop(lora_name, None) is not None
-
-    def pin_lora(self, lora_name: str) -> AdapterInfo:
-        """Pin a registered adapter."""
-        self.adapters[lora_name] = msgspec.structs.replace(self.adapters[lora_name], pinned=True)
-        return self.adapters[lora_name]
-
-    def list_loras(self) -> tuple[AdapterInfo, ...]:
-        """Return the registered adapters."""
-        return tuple(self.adapters.values())
+    def call_adapters(self, call: AdapterCall) -> tuple[AdapterInfo, ...]:
+        """Register, remove or pin an adapter, or list all of them; files are not read."""
+        if call.adapter is None:
+            return tuple(self.adapters.values())
+        name = call.adapter.name
+        if call.what == "remove":
+            return (self.adapters.pop(name),) if name in self.adapters else ()
+        if call.what == "add":
+            self.adapters[name] = AdapterInfo(name=name, path=call.adapter.path, state="ready", rank=8, modules=1)
+        else:
+            self.adapters[name] = msgspec.structs.replace(self.adapters[name], pinned=True)
+        return (self.adapters[name],)
 
     def close(self) -> None:
         """Do nothing: a scripted engine has no resources."""
 
-    def _check_generates(self) -> None:
-        if "generate" not in self._info.tasks:
-            check_encoder_task(self._info.name, "generate", self._info.tasks)
+    def _require(self) -> tuple[Any, Any]:
+        return self, self
+
+    def _running_thread(self) -> Any:
+        raise NotImplementedError("a scripted engine has no thread")
+
+    def _pooling(self, **options: Any) -> ScriptedPooling:  # type: ignore[override]
+        return ScriptedPooling(self, **options)
 
     def _check(self, request: GenerationRequest) -> None:
         if request.params.structured_outputs is not None:
@@ -509,6 +374,82 @@ class ScriptedEngine:
         self._live.discard(request_id)
         if aborted:
             self.aborted.append(request_id)
+
+
+@dataclasses.dataclass
+class ScriptedPooling:
+    """One call for vectors, scores or classes; raises the real engine's errors, `submit_error` or `failure`."""
+
+    engine: ScriptedEngine
+    _: dataclasses.KW_ONLY
+    request_id: str
+    priority: int = 0
+    lora_request: LoraChoice = ()
+    apart: Apart = asyncio.to_thread
+    add_special_tokens: bool = True
+
+    async def atexts(self, task: str, inputs: Prompt | Sequence[Prompt], params: PoolingParams | None) -> list[Any]:
+        """Return a vector of each text, or its tokens' shares by label: a token's id modulo the number of labels."""
+        items = as_prompts(inputs)
+        read = (read_prompt(item, sees=True) for item in items)
+        encode = self.engine.tokenize
+        texts = [encode(text or "", self.add_special_tokens) if ids is None else ids for text, ids, _ in read]
+        self._note(items, params)
+        for number, ids in enumerate(texts):
+            self._check_text(ids, number, len(texts))
+        self._fail()
+        plan = ModelPooling(SIZE, "mean", matryoshka=True).plan(params or PoolingParams())
+        count, made = len(self.engine.model_info.labels), []
+        for number, ids in enumerate(texts):
+            name, tokens = f"{self.request_id}-{number}", tuple(ids)
+            if task == "embed":
+                made.append(EmbeddingOutput(request_id=name, embedding=_vector(ids, plan), prompt_token_ids=tokens))
+            else:
+                shares = array("f", [sum(token % count == each for token in ids) / len(ids) for each in range(count)])
+                made.append(ClassificationOutput(request_id=name, probs=shares, prompt_token_ids=tokens))
+        return made
+
+    async def ascore(self, pairs: Sequence[tuple[str, str]]) -> list[ScoreOutput]:
+        """Return the score of every pair."""
+        self._note(list(pairs), None)
+        made = [self._score(pair, number, len(pairs)) for number, pair in enumerate(pairs)]
+        self._fail()
+        return made
+
+    def _note(self, items: Any, params: PoolingParams | None) -> None:
+        self.engine.pooling_calls.append(
+            PoolingCall(items, params, self.request_id, self.priority, self.lora_request, self.apart)
+        )
+
+    def _score(self, pair: tuple[str, str], number: int, count: int) -> ScoreOutput:
+        first, second = map(self.engine.tokenize, pair)
+        if "embed" in self.engine.model_info.tasks:
+            self._check_text(first, number, count, 0)
+            self._check_text(second, number, count, 1)
+            plan = PoolingPlan(POOLING_METHODS["mean"], True, SIZE)
+            score = math.fsum(a * b for a, b in zip(_vector(first, plan), _vector(second, plan)))
+        else:
+            self._check_text(first + second, number, count)
+            score = sum(token in first for token in second) / len(second)
+        return ScoreOutput(score=score, num_tokens=len(first) + len(second))
+
+    def _check_text(self, ids: list[int], number: int, count: int, side: int | None = None) -> None:
+        info = self.engine.model_info
+        request = PoolingRequest(request_id="scripted", prompt_token_ids=ids)
+        try:
+            check_pooling_request(request, info.vocab_size, info.max_model_len)
+        except RequestError as error:
+            if count == 1 and side is None:
+                raise
+            param = f"inputs.{number}" if side is None else f"inputs.{number}.{side}"
+            raise type(error)(f"input {number}: {error}", param) from None
+
+    def _fail(self) -> None:
+        engine = self.engine
+        if engine.submit_error is not None:
+            raise engine.submit_error
+        if engine.fail_after is not None:
+            raise engine.failure if isinstance(engine.failure, Exception) else CandleVllmError(engine.failure)
 
 
 class ScriptedSink(RequestSink):
@@ -594,14 +535,7 @@ def _vector(ids: Sequence[int], plan: PoolingPlan) -> array[float]:
 
 
 class ByteTokenizer:
-    """A tokenizer of bytes, for tests. Ids 0 to 255 are bytes; four special tokens follow, and then the given ones.
-
-    Args:
-        special_tokens: names of further special tokens.
-
-    Attributes:
-        special_tokens: ids of all special tokens by name.
-    """
+    """A tokenizer of bytes, for tests. Ids 0 to 255 are bytes; four special tokens follow, and then the given ones."""
 
     SPECIAL_TOKENS = ("<|bos|>", "<|eos|>", "<|im_start|>", "<|im_end|>")
     bos_token_id = 256
@@ -611,6 +545,8 @@ class ByteTokenizer:
         names = (*self.SPECIAL_TOKENS, *special_tokens)
         self.special_tokens = {name: 256 + place for place, name in enumerate(names)}
         self.vocab_size = 256 + len(names)
+        self.longest_token = max(map(len, names))
+        self.infill = infill_marks(self.special_tokens.get, {})
         self._names = names
         self._split = re.compile("(" + "|".join(map(re.escape, sorted(names, key=len, reverse=True))) + ")")
 

@@ -57,15 +57,12 @@ def toy_config(model_type: str = "llama", **overrides: Any) -> dict[str, Any]:
 
 
 def write_toy_model(folder: Path, config: Mapping[str, Any] | None = None, *, seed: int = 0) -> Path:
-    """Write a checkpoint that loads like any other: config.json, model.safetensors and the tokenizer's files.
+    """Write a checkpoint that loads like any other (config, safetensors, tokenizer's files); return the folder.
 
     Args:
         folder: folder, which is created if it does not exist.
         config: configuration as from `toy_config`; "torch_dtype" is float64, float32, float16 or bfloat16.
         seed: seed of the random weights. Equal arguments give equal files.
-
-    Returns:
-        The folder.
     """
     config = dict(config or toy_config())
     folder.mkdir(parents=True, exist_ok=True)

@@ -77,8 +77,7 @@ class Detokenizer:
     def add(self, token_id: int) -> str:
         """Add one token and return the text that can be shown now; "" once a stop string was found.
 
-        Raises:
-            InvalidParameterError: the vocabulary has no such token.
+        Raises InvalidParameterError if the vocabulary has no such token.
         """
         self._num_tokens += 1
         if self.is_plain:
@@ -215,13 +214,8 @@ class _State:
 class StopScanner:
     """Pass text through until a stop string is complete.
 
-    Args:
-        include_stop: the text ends after the stop string instead of before it.
-        marks: parts of the text in which stop strings count; None for the whole text.
-        special_tokens: names of special tokens, which marks may contain.
-
-    Attributes:
-        found: the stop string that was found, or None.
+    With `include_stop` the text ends after the stop string. `marks` limit the parts of the text in which stop strings
+    count; they may contain names of `special_tokens`. `found` is the stop string that was found, or None.
     """
 
     def __init__(

@@ -31,8 +31,7 @@ _LONGEST_WORD = 100  # characters, BERT's own limit; WordPiece's search is quadr
 def build_backend(vocab: gguf_vocab.GgufVocab) -> Tokenizer:
     """Build the tokenizer of a checked vocabulary.
 
-    Raises:
-        InvalidFileError: the vocabulary does not make a working tokenizer.
+    Raises InvalidFileError if the vocabulary does not make a working tokenizer.
     """
     builders = {"gpt2": _byte_level, "gemma4": _raw_bpe, "llama": _spm, "t5": _unigram, "bert": _wordpiece}
     build = builders["gemma4" if vocab.model == "gpt2" and not vocab.pre.byte_level else vocab.model]

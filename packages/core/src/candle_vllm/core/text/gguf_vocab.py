@@ -269,8 +269,7 @@ def _halves(line: str) -> tuple[str, str]:
 def check_merges(vocab: GgufVocab) -> None:
     """Raise the error for the first invalid merge. Slow; call it only if the tokenizers library refused the vocabulary.
 
-    Raises:
-        InvalidFileError: a merge is not two tokens whose concatenation is a token.
+    Raises InvalidFileError if a merge is not two tokens whose concatenation is a token.
     """
     for index, (left, right) in enumerate(vocab.merges):
         if not right:

@@ -66,9 +66,7 @@ GGUF_NAMES = ("fim_pre", "fim_suf", "fim_mid", "prefix", "suffix", "middle")
 def infill_marks(token_id: Callable[[str], int | None], named: Mapping[str, int]) -> InfillMarks | None:
     """Find the infill marks of a vocabulary; None for a vocabulary without infill marks.
 
-    Args:
-        token_id: returns a token's id by its text, or None.
-        named: ids in a GGUF file, by `GGUF_NAMES` and other names.
+    `token_id` returns a token's id by its text, or None; `named` are ids in a GGUF file, by `GGUF_NAMES` and others.
     """
     found = next(filter(None, (_by_names(one, token_id) for one in _KNOWN)), None) or _by_ids(named)
     if found is None:
@@ -109,10 +107,8 @@ def infill_prompt(
 ) -> InfillPrompt:
     """Make a prompt whose answer belongs between `prefix` (a text or its tokens) and `suffix`.
 
-    Names of special tokens in the texts are plain text.
-
-    Raises:
-        InvalidParameterError: the model has no infill marks, or a text cannot be tokenized.
+    Names of special tokens in the texts are plain text. Raises InvalidParameterError if the model has no infill marks,
+    or a text cannot be tokenized.
     """
     if marks is None:
         said = "suffix: this model cannot fill in the middle: its vocabulary has no infill marks"

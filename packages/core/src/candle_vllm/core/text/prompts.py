@@ -126,7 +126,6 @@ def as_conversations(
     """Check conversations; return them, and whether a list of conversations was given rather than one.
 
     Args:
-        messages: messages of one conversation, or several conversations.
         template: the chat template, which may accept more roles and keys than OpenAI's API.
         sees: the model accepts images in messages.
 
@@ -256,8 +255,7 @@ def _template_part(part: Any) -> dict[str, Any]:
 def pictures_of(conversation: Sequence[Message], place: str = "messages") -> list[object]:
     """Return the images of a checked conversation in order, as `picture_of` accepts them.
 
-    Raises:
-        InvalidParameterError: an image part without an image.
+    Raises InvalidParameterError for an image part without an image.
     """
     return [part_picture(part, where) for part, where in _picture_parts(conversation, place)]
 

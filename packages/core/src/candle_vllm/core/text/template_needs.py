@@ -82,9 +82,7 @@ class TemplateProbe:
 
     A template that takes too long is not rendered again; this counts as a refusal.
 
-    Attributes:
-        prompt: the prompt of a user's message with a tool; None if the template refuses it.
-        plain_prompt: the same prompt without tools; None if the template refuses it.
+    `prompt` has a user's message and a tool, `plain_prompt` only the message; None if the template refuses it.
     """
 
     def __init__(self, template: ChatTemplate) -> None:
@@ -572,9 +570,7 @@ def _with_calls(messages: Sequence[dict[str, Any]], needs: TemplateNeeds) -> lis
 def _say(content: Any, made: list[dict[str, Any]], left: list[dict[str, Any]], needs: TemplateNeeds) -> None:
     """Move content of a message with calls to a new one before it; with `roles_in_turn`, to one of the same turn.
 
-    Args:
-        left: the messages after this one, in reverse order.
-        needs: features of the template.
+    `left` are the messages after this one, in reverse order.
     """
     if needs.roles_in_turn:
         for place in range(len(left) - 1, -1, -1):

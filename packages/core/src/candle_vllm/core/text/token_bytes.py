@@ -43,8 +43,7 @@ class ByteRule:
 def byte_rule(backend: Backend) -> ByteRule:
     """Return the rule of `backend`'s decoder.
 
-    Raises:
-        UnsupportedModelError: for this type of decoder, single tokens have no bytes.
+    Raises UnsupportedModelError for a type of decoder with which single tokens have no bytes.
     """
     if backend.decoder is None:
         return ByteRule(lambda text: f" {text}".encode(), strips_leading_space=True)

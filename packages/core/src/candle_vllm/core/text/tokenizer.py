@@ -169,7 +169,6 @@ class Tokenizer:
         """Decode the token ids of a text from its beginning; invalid UTF-8 becomes U+FFFD.
 
         Args:
-            ids: token ids.
             skip_special_tokens: leave special tokens out.
             whole: no token follows; otherwise an incomplete character at the end is left out.
 
@@ -185,8 +184,7 @@ class Tokenizer:
     def token_bytes(self, token_id: int) -> bytes:
         """Return the bytes that one token adds to a text; for a special token, the bytes of its name.
 
-        Raises:
-            InvalidParameterError: the id is outside the vocabulary.
+        Raises InvalidParameterError if the id is outside the vocabulary.
         """
         if not 0 <= token_id < self.vocab_size:
             raise InvalidParameterError(f"there is no token {token_id}; ids run from 0 to {self.vocab_size - 1}")
@@ -198,8 +196,7 @@ class Tokenizer:
     def plain_text(self, token_id: int) -> str | None:
         """Return the text of one token; None for special tokens and for parts of characters.
 
-        Raises:
-            InvalidParameterError: the id is outside the vocabulary.
+        Raises InvalidParameterError if the id is outside the vocabulary.
         """
         text = self.plain_texts.get(token_id)
         if text is None and token_id not in self._special:

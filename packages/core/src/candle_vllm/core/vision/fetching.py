@@ -117,8 +117,7 @@ class ImageSources:
     def begin(self, image: ImageAddress) -> bytes | ImageAddress:
         """Return the bytes of a data URL, or the unchanged address of an image that may be loaded.
 
-        Raises:
-            InvalidParameterError: the URL is invalid, or may not be loaded.
+        Raises InvalidParameterError if the URL is invalid, or may not be loaded.
         """
         if image.stored:
             if self._stored is None:
@@ -184,8 +183,7 @@ class ImageSources:
     def count(self, size: int, who: str = "") -> None:
         """Add to the bytes that are held for a client; a negative size releases bytes.
 
-        Raises:
-            EngineOverloadedError: the limit would be exceeded.
+        Raises EngineOverloadedError if the limit would be exceeded.
         """
         with self._counting:
             _add(self._held, who, size, MAX_HELD_BYTES, "image files of requests")
@@ -193,8 +191,7 @@ class ImageSources:
     def keep(self, images: Sequence[ImageInput]) -> None:
         """Count preprocessed images until they are garbage-collected, after their requests end.
 
-        Raises:
-            EngineOverloadedError: the preprocessed images in memory exhaust the limit.
+        Raises EngineOverloadedError if the preprocessed images in memory exhaust the limit.
         """
         sizes = {id(image): (image, len(image.tiles)) for image in images}
         total = sum(size for _, size in sizes.values())

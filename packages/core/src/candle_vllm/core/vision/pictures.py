@@ -45,10 +45,7 @@ _BLANKS = " \t\r\n\f\v"
 class PictureLimits:
     """Limits of a prompt's images. An engine's setting of the same name (`max_images`) replaces a default.
 
-    Attributes:
-        max_images: maximum number of images.
-        max_image_bytes: maximum number of bytes of an image's file.
-        max_image_pixels: maximum number of pixels of an image, by width and height in the file's header.
+    `max_image_bytes` is for an image's file, `max_image_pixels` for the width times the height in the file's header.
     """
 
     max_images: int = 64
@@ -100,13 +97,8 @@ def require_pillow() -> None:
 def decode_picture(data: bytes, limits: PictureLimits = LIMITS, name: str = "image") -> Picture:
     """Decode the first frame of a PNG, JPEG, WebP or GIF file.
 
-    Args:
-        data: the file's bytes.
-        limits: limits of the file and the image.
-        name: the image's name in messages, and the field that an error names.
-
-    Raises:
-        InvalidParameterError: the file has an unsupported format or variant, is damaged, or is too large.
+    `name` is the image's name in messages, and the field that an error names. Raises InvalidParameterError if the file
+    has an unsupported format or variant, is damaged, or is too large.
     """
     import PIL.Image
 
@@ -146,8 +138,7 @@ def pixels_of(data: bytes) -> int:
 def picture_of(image: object, limits: PictureLimits = LIMITS, name: str = "image") -> Picture:
     """Convert an image: a Pillow image, an array [H, W, 3] uint8, the bytes of a file; or return a `Picture`.
 
-    Raises:
-        InvalidParameterError: the image has another type, or is too large; or see `decode_picture`.
+    Raises InvalidParameterError if the image has another type, or is too large; or see `decode_picture`.
     """
     if isinstance(image, Picture):
         return image
@@ -181,8 +172,7 @@ def picture_of(image: object, limits: PictureLimits = LIMITS, name: str = "image
 def from_data_url(url: str, limits: PictureLimits = LIMITS, name: str = "image") -> bytes:
     """Return the bytes of a `data:` URL; its media type is ignored. Source: RFC 2397.
 
-    Raises:
-        InvalidParameterError: it is not a data URL, not base64, or too long.
+    Raises InvalidParameterError if it is not a data URL, not base64, or too long.
     """
     head, comma, data = url.partition(",")
     if not comma or not head[:5].lower() == "data:" or not head.lower().endswith(";base64"):
@@ -205,10 +195,8 @@ def part_picture(part: Mapping[str, Any], place: str) -> object:
     """Return the image of a content part, as `picture_of` accepts it; `place` is the part's position, for errors.
 
     Accepts content parts of OpenAI's API (`image_url`, `input_image`), of transformers (`image` with `image`, `path`,
-    `url` or `base64`) and of vLLM (`image_pil`). A `path` is read, no URL fetched.
-
-    Raises:
-        InvalidParameterError: the part has no image, an unreadable one, or a URL that is no data URL.
+    `url` or `base64`) and of vLLM (`image_pil`). A `path` is read, no URL fetched. Raises InvalidParameterError if the
+    part has no image, an unreadable one, or a URL that is no data URL.
     """
     found = [
         part[key] for key in ("image", "image_pil", "image_url", "url", "path", "base64") if part.get(key) is not None
@@ -308,9 +296,7 @@ class _File(NamedTuple):
     """File reduced to its pixels, the input of Pillow.
 
     Attributes:
-        format: Pillow's name of the format.
         data: the file without metadata.
-        width, height: pixels in the file's header.
         exif: the file's EXIF data, not parsed; empty for WebP, whose EXIF data Pillow returns unparsed.
         scans: passes over the pixels.
     """

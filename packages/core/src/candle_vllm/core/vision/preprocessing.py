@@ -97,9 +97,7 @@ def _bfloat16(values: NDArray[np.float32]) -> NDArray[np.float32]:
 class Rule(msgspec.Struct, frozen=True, kw_only=True):
     """Preprocessing rule of a model family: how images become tiles. Each class is tagged with its name.
 
-    Attributes:
-        resample: Pillow's code of the resampling filter.
-        normalisation: normalisation of the pixels.
+    `resample` is Pillow's code of the resampling filter.
     """
 
     resample: int
@@ -108,8 +106,7 @@ class Rule(msgspec.Struct, frozen=True, kw_only=True):
     def cut(self, height: int, width: int) -> Cut:
         """Return the `Cut` of an image of this size.
 
-        Raises:
-            InvalidParameterError: the rule does not allow this size.
+        Raises InvalidParameterError if the rule does not allow this size.
         """
         raise NotImplementedError
 
@@ -136,10 +133,7 @@ class TileRule(Rule, frozen=True, kw_only=True, tag=True):
 
     The image is resized twice: its longer side to `longest`, also if that enlarges it, then both sides to whole tiles.
 
-    Attributes:
-        longest: pixels of the longer side.
-        tile: pixels of a tile's side.
-        splits: whether to make a grid; otherwise every image is one tile.
+    `longest` and `tile`, the side of a tile, are in pixels. Without `splits` every image is one tile.
     """
 
     longest: int
@@ -179,9 +173,7 @@ class TileRule(Rule, frozen=True, kw_only=True, tag=True):
 class FitRule(Rule, frozen=True, kw_only=True, tag=True):
     """Rule of Pixtral and Mistral 3: one tile of the image's size, shrunk to `longest`, its sides rounded up to cells.
 
-    Attributes:
-        longest: maximum number of pixels of a side.
-        cell: pixels of a cell's side.
+    `longest` and `cell`, the side of a cell, are in pixels.
     """
 
     longest: int
@@ -512,14 +504,9 @@ def patch_rows(
     The cell x cell patches that become one embedding are consecutive, row by row, and so are the cells of a tile. So
     merging patches means reading several rows as one. Attention does not depend on the order.
 
-    Args:
-        tiles: the tiles, [N, h, w, 3].
-        patch: pixels of a patch's side.
-        cell: patches of a cell's side; h and w are multiples of cell * patch.
-        normalisation: normalisation of the pixels.
-
-    Returns:
-        Patches [N * P, 3 * patch * patch], channels before pixels; each patch's row and column in its tile [N * P, 2].
+    A side of a patch has `patch` pixels, a side of a cell `cell` patches; h and w of `tiles` [N, h, w, 3] divide into
+    whole cells. Returns patches [N * P, 3 * patch * patch], channels before pixels, and their rows and columns in a
+    tile [N * P, 2].
     """
     count, height, width, _ = tiles.shape
     grid = (count, height // (cell * patch), cell, patch, width // (cell * patch), cell, patch, 3)

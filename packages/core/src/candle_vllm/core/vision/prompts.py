@@ -175,8 +175,7 @@ class VisionInput:
     ) -> tuple[NDArray[np.int64], int, int]:
         """Return `PlacedImage.turned`, `begin` and `shift` of a prompt's image; `shift` is that of the image before it.
 
-        Raises:
-            InvalidParameterError: other tokens stand among those of the image.
+        Raises InvalidParameterError if other tokens stand among those of the image.
         """
         if self.turns is None:
             return np.zeros((0, 4), np.int64), 0, 0
@@ -194,8 +193,7 @@ class VisionInput:
     def places(self, ids: Sequence[int], images: Sequence[ImageInput]) -> list[NDArray[np.int64]]:
         """Return the positions of each image's embeddings in a prompt.
 
-        Raises:
-            InvalidParameterError: the numbers of placeholders and embeddings differ.
+        Raises InvalidParameterError if the numbers of placeholders and embeddings differ.
         """
         marks = np.flatnonzero(np.asarray(ids) == self.parts.mark)
         counts = [self.parts.embeddings(self.parts.rule.cut(*image.whole)) for image in images]

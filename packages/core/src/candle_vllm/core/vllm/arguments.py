@@ -175,10 +175,8 @@ def _eager(value: Any) -> dict[str, Any]:
 def image_limit(given: Any) -> int | None:
     """Return the limit of images in vLLM's `limit_mm_per_prompt`: by kind of input a count, or a dict with `count`.
 
-    None is no limit: a dict may have sizes only, which vLLM uses to reserve memory.
-
-    Raises:
-        ValueError: it has another form, or allows inputs other than images.
+    None is no limit: a dict may have sizes only, which vLLM uses to reserve memory. Raises ValueError if it has another
+    form, or allows inputs other than images.
     """
     try:
         counts = {kind: limit.get("count") if isinstance(limit, dict) else limit for kind, limit in given.items()}

@@ -28,14 +28,7 @@ from candle_vllm.core.vllm.arguments import EngineArgs
 class AsyncLLM:
     """Model for concurrent requests in an event loop, with vLLM's names.
 
-    Args:
-        model, arguments: as for `LLM`. Loading blocks: construct it before the loop runs, or in a thread.
-
-    Attributes:
-        engine: the engine.
-
-    Raises:
-        ConfigError, InvalidParameterError, ModelNotFoundError, ModelLoadError, TypeError: as for `LLM`.
+    Arguments and errors are as for `LLM`. Loading blocks: construct it before the loop runs, or in a thread.
     """
 
     def __init__(self, model: str | Path | EngineConfig | EngineFront, **arguments: Any) -> None:
@@ -212,13 +205,7 @@ AsyncLLMEngine = AsyncLLM
 
 
 class _Telling:
-    """Converter of a stream's `TokenOutput`s to vLLM's outputs.
-
-    Args:
-        stream: stream of the request.
-        kind: contents of an output: deltas, everything so far, or everything once.
-        lora_request: adapter of the request.
-    """
+    """Converter of a stream's `TokenOutput`s to vLLM's outputs."""
 
     def __init__(self, stream: TokenStream, kind: RequestOutputKind, lora_request: LoRARequest | None = None) -> None:
         self._request = stream.request

@@ -104,8 +104,7 @@ class Beam:
 class BeamSearch:
     """The search for the best continuations of one prompt; it has ended when `beams` is empty.
 
-    Raises:
-        InvalidParameterError: the model has an `answer_window`, and each step sends a beam's tokens as a prompt.
+    Raises InvalidParameterError if the model has an `answer_window`, and each step sends a beam's tokens as a prompt.
     """
 
     def __init__(self, info: ModelInfo, params: BeamSearchParams, prompt_tokens: int) -> None:

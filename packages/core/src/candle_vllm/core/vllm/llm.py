@@ -146,9 +146,6 @@ class LLM(ExplainedAttributes):
         arguments: arguments of vLLM's `LLM`, or fields of `EngineConfig`. LIBRARY_API.md says whether each is
             accepted, translated or refused. `seed` is 0, as in vLLM.
 
-    Attributes:
-        engine: the engine.
-
     Raises:
         ConfigError, InvalidParameterError, ModelNotFoundError, ModelLoadError: the arguments or the model are unusable.
         TypeError: an argument has no counterpart here.
