@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, TypeVar
 
@@ -19,15 +18,11 @@ from candle_vllm.responses.protocol import events as wire
 from candle_vllm.responses.protocol import response
 from candle_vllm.responses.protocol.items import Phase
 from candle_vllm.responses.protocol.response import MessageOut, OutputItem, OutputText, ReasoningOut, ReasoningText
+from candle_vllm.responses.store.entries import new_id
 from candle_vllm.responses.tools.tool import ToolResult
 
 Emit = Callable[..., None]
 """Adds an event: `emit(kind, **fields)`; the log adds the sequence number."""
-
-
-def new_id(prefix: str) -> str:
-    """Return a new id of an item or a response."""
-    return f"{prefix}_{uuid.uuid4().hex}"
 
 
 class ItemWriter:

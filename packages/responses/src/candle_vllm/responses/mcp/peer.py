@@ -30,9 +30,7 @@ _INFORMATIVE = (httpx2.HTTPError, StreamableHTTPError, OSError, MCPError, Valida
 class McpServerError(CandleVllmError):
     """A server could not be reached, or the connection failed; a call of a tool raises `ToolError` instead.
 
-    Attributes:
-        server: name of the server in the configuration.
-        why: message without the name.
+    `server` is its name in the configuration; `why` is the message without the name.
     """
 
     def __init__(self, server: str, why: str) -> None:
