@@ -50,7 +50,6 @@ class _Run:
         self.work: Work[StreamEvent] | None = None  # None until the entry is stored
 
     async def cancel(self) -> None:
-        """End the work, if it has begun; returns when it has ended."""
         if self.work is not None:
             await self.work.cancel()
 
@@ -78,7 +77,7 @@ class Background:
         Args:
             entry: entry with `background` and the status "queued".
             events: events of the answer, numbered from 0; a separate task reads and closes the iterator.
-            seconds: time limit, after which the response fails.
+            seconds: time limit of the response.
 
         Raises:
             EngineOverloadedError: too many responses are running, or the server is stopping.

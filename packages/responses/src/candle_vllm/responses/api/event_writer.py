@@ -47,10 +47,6 @@ class EventWriter:
         tells_drafts: whether the usage reports the counts of draft tokens.
         room: maximum bytes of the images in the output items.
         clock: returns seconds since 1970.
-
-    Attributes:
-        response: response with the output so far.
-        concluded: whether the last event has been written.
     """
 
     def __init__(
@@ -63,8 +59,8 @@ class EventWriter:
         room: int = MAX_SHOWN,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self.response = response
-        self.concluded = False
+        self.response = response  # with the output so far
+        self.concluded = False  # whether the last event has been written
         self._encoded, self._tells_drafts, self._room = encoded, tells_drafts, room
         self._clock = clock
         self._log = OutputLog()

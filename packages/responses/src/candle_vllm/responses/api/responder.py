@@ -110,10 +110,7 @@ class Responder:
         self._task_maker = TaskMaker(servers, self._options.sampling_defaults, eyes_of(model))
 
     async def create(self, request: ResponsesRequest | Fields, *, owner: str = "") -> Response:
-        """Return the whole response, as in the last event of `create_stream`. A cancelled call ends the response.
-
-        Raises CandleVllmError also if the response fails after it has begun.
-        """
+        """Return the whole response; raises CandleVllmError if it fails. A cancelled call ends the response."""
         async with aclosing(await self.create_stream(request, owner=owner)) as events:
             async for _ in events:
                 pass
@@ -155,7 +152,9 @@ class Responder:
                 model = parsed.model
             response = begin_response(parsed, model=model, stored=stored, defaults=defaults)
             kept = stored or parsed.conversation_id is not None
-            given = await apart(_given, items) if kept or self._memory is not None else ()
+            given: Sequence[dict[str, Any]] = ()
+            if kept or self._memory is not None:
+                given = await apart(stored_items, [one.item for one in items if one.path.startswith("input")])
             if self._store is not None and parsed.conversation_id is not None:  # refuse too large items
                 await apart(parts_of, given, self._store.options.max_item_bytes, "input")
             room = MAX_SHOWN
@@ -290,11 +289,6 @@ def _open_calls(task: Task, made: Translated) -> list[ToolCall]:
     return [ToolCall(id=call.id, name=call.name, arguments=call.arguments) for call in calls]
 
 
-def _given(items: Sequence[Placed]) -> list[dict[str, Any]]:
-    """Return the items of the request itself, as they are stored."""
-    return stored_items([one.item for one in items if one.path.startswith("input")])
-
-
 def _room(options: StoreOptions, given: Sequence[Mapping[str, Any]]) -> int:
     """Return the maximum bytes of images in an answer, which must fit into the store with the request's items."""
     left = min(options.max_record_bytes, options.max_bytes) - len(msgspec.json.encode(given))
@@ -419,9 +413,7 @@ def summary_request(request: CompactRequest) -> ResponsesRequest:
 def compacted(response: Response, items: Sequence[Placed]) -> CompactedResponse:
     """Return the compacted conversation; RequestError if the answer has no summary, because the rest would be lost.
 
-    Args:
-        response: answer to `summary_request`.
-        items: history and input, without the instruction to summarise.
+    `response` is the answer to `summary_request`; `items` are history and input without the instruction.
     """
     assert response.usage is not None
     said = (item for item in response.output if isinstance(item, MessageOut))
