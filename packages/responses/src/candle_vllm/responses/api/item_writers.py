@@ -35,7 +35,6 @@ class ItemWriter:
         self.final: OutputItem | None = None  # the item as it ended; None before
 
     def begin(self) -> None:
-        """Write the first events."""
         self._emit_any(wire.OutputItemAdded, output_index=self.index, item=self.item("in_progress"))
 
     def end(self, status: str = "completed") -> None:
@@ -168,8 +167,7 @@ class OutputLog:
         self._output.append(ended)
 
 
-_TIMED_OUT, _UNAVAILABLE, _REFUSED = -32001, -32000, -32602  # JSON-RPC's error codes, as MCP uses them
-_CODES = {"timed_out": _TIMED_OUT, "unavailable": _UNAVAILABLE}
+_CODES, _REFUSED = {"timed_out": -32001, "unavailable": -32000}, -32602  # JSON-RPC's error codes, as MCP uses them
 
 
 class CallWriter(ItemWriter):

@@ -54,10 +54,8 @@ class McpConnection:
         self._closing = False
         self._owner: asyncio.Task[None] | None = None
         self._requests: set[asyncio.Task[Any]] = set()
-        self.tools_changed = False
-        """Whether the server sent a notification that its tools have changed; whoever lists the tools resets it."""
-        self.in_doubt = False
-        """Whether the server refused a request in a way that may concern the whole session."""
+        self.tools_changed = False  # whether the server sent a notification; whoever lists the tools resets it
+        self.in_doubt = False  # whether the server refused a request in a way that may concern the whole session
 
     @property
     def client(self) -> Client:

@@ -212,7 +212,6 @@ class PythonTool:
         )
 
     async def run(self, arguments: Mapping[str, Any], report: tool.Report) -> tool.ToolOutput:  # noqa: ARG002 it reports nothing
-        """Convert the arguments, call the function, and make an output of its return value."""
         values = self._signature.convert(arguments)
         value = await self._function(**values) if self._is_async else await self._in_thread(values)
         if inspect.isawaitable(value):  # a plain function that calls an async one
