@@ -14,9 +14,9 @@ from candle_vllm.openai import to_json_bytes
 from candle_vllm.openai.errors import ErrorBody
 from candle_vllm.openai.protocol.custom_tools import custom_input
 from candle_vllm.openai.task import Choice
-from candle_vllm.responses.api.echo import begin_response
 from candle_vllm.responses.api.event_writer import EventWriter
 from candle_vllm.responses.api.messages import encode_thoughts
+from candle_vllm.responses.api.responder import begin_response
 from candle_vllm.responses.api.tool_plan import PlannedTool, ToolPlan
 from candle_vllm.responses.conversation import events as said
 from candle_vllm.responses.conversation.options import ConversationResult, ConversationUsage, StopReason

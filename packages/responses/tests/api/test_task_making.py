@@ -13,7 +13,7 @@ from candle_vllm.core.errors import ChatTemplateError, InvalidParameterError, Pr
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.openai.task import Task, ThinkingLimit, ToolUse
 from candle_vllm.responses.api.call_results import Placed
-from candle_vllm.responses.api.echo import begin_response
+from candle_vllm.responses.api.responder import begin_response
 from candle_vllm.responses.api.task_making import TaskMaker
 from candle_vllm.responses.api.turn_model import fewer
 from candle_vllm.responses.protocol.request import parse_responses_request

@@ -10,8 +10,8 @@ import pytest
 
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.openai.task import Choice, ToolUse
-from candle_vllm.responses.api.echo import shown_tools
 from candle_vllm.responses.api.mcp_source import OpenServer
+from candle_vllm.responses.api.responder import shown_tools
 from candle_vllm.responses.api.tool_plan import ToolPlan, plan_tools
 from candle_vllm.responses.protocol.request import parse_responses_request
 from candle_vllm.responses.tools.tool import ToolDefinition

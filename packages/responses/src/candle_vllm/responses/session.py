@@ -195,8 +195,7 @@ class ResponsesSession(ExplainedAttributes):
     def answer_approvals(self, answers: Mapping[str, Approval | str]) -> None:
         """Allow or deny open calls ("allow" or "deny" by call id); this takes effect when the conversation continues.
 
-        Raises:
-            InvalidParameterError: a call is not open, or an answer is invalid.
+        Raises InvalidParameterError if a call is not open, or an answer is invalid.
         """
         if not isinstance(answers, Mapping):
             raise InvalidParameterError("answers must be 'allow' or 'deny' by the id of a call", "answers")

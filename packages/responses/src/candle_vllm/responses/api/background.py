@@ -50,7 +50,6 @@ class _Run:
         self.work: Work[StreamEvent] | None = None  # None until the entry is stored
 
     async def cancel(self) -> None:
-        """End the work, if it has begun; returns when it has ended."""
         if self.work is not None:
             await self.work.cancel()
 
@@ -75,14 +74,9 @@ class Background:
     ) -> AsyncIterator[EncodedEvent]:
         """Store a response as queued, begin to work on it, and return an iterator of its events.
 
-        Args:
-            entry: entry with `background` and the status "queued".
-            events: events of the answer, numbered from 0; a separate task reads and closes the iterator.
-            seconds: time limit, after which the response fails.
-
-        Raises:
-            EngineOverloadedError: too many responses are running, or the server is stopping.
-            StoreLimitError, StoreUnavailableError: the response cannot be stored.
+        `entry` is queued and has `background`. A task reads and closes `events`, which are numbered from 0, for
+        at most `seconds`. Raises EngineOverloadedError if too many responses are running, or the server is stopping,
+        and StoreLimitError or StoreUnavailableError if the response cannot be stored.
         """
         run = _Run(entry)
         try:
@@ -103,9 +97,8 @@ class Background:
     async def stream(self, owner: str, response_id: str, after: int = -1) -> AsyncIterator[EncodedEvent]:
         """Return the events of a background response after number `after`, including future events.
 
-        Raises:
-            InvalidParameterError: it is no background response, has no events here, or `Chunks.check` refuses `after`.
-            NotStoredError: there is no such response; also in `cancel` and `delete`.
+        Raises InvalidParameterError if it is no background response, has no events here, or `Chunks.check` refuses
+        `after`. Raises NotStoredError, as `cancel` and `delete` do, if there is no such response.
         """
         entry = await self._store.get(owner, response_id)
         if not entry.about["background"]:

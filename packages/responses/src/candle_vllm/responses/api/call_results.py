@@ -58,14 +58,20 @@ class CallResults:
             elif isinstance(item, (FunctionCallItem, CustomCallItem)):
                 self._claim(item.call_id, f"{path}.call_id")
             elif isinstance(item, CallOutputItem):
-                self._output(item, path)
+                if item.call_id not in self.call_paths:
+                    _refuse(f"{path}.call_id", f"{item.call_id!r:.80} does not match an earlier call")
+                if item.call_id in self.parts:
+                    _refuse(f"{path}.call_id", f"{item.call_id!r:.80} has an output already")
+                self.parts[item.call_id] = parts_of(item.output, f"{path}.output")
             elif isinstance(item, McpCallItem):
                 self._ran(item, path)
             elif isinstance(item, McpApprovalResponseItem):
                 self._decided(item, path)
             elif isinstance(item, (ReasoningItem, MessageItem)):
                 asked = isinstance(item, MessageItem) and item.role != "assistant"
-                self._pass(self._left if asked else [*self.approved])
+                passed = self._left if asked else [*self.approved]  # the conversation went on without these calls
+                self.parts |= dict.fromkeys(passed, (TextPart(NOT_RUN),))
+                self.approved = {call: path for call, path in self.approved.items() if call not in passed}
         for request in self._requests:
             if request not in self.approved:
                 self.parts.setdefault(request, (TextPart(NOT_APPROVED),))
@@ -93,26 +99,17 @@ class CallResults:
             _refuse(path, f"{call_id!r:.80} is already the id of another call")
         self.call_paths[call_id] = path
 
-    def _output(self, item: CallOutputItem, path: str) -> None:
-        if item.call_id not in self.call_paths:
-            _refuse(f"{path}.call_id", f"{item.call_id!r:.80} does not match an earlier call")
-        if item.call_id in self.parts:
-            _refuse(f"{path}.call_id", f"{item.call_id!r:.80} has an output already")
-        self.parts[item.call_id] = parts_of(item.output, f"{path}.output")
-
     def _ran(self, item: McpCallItem, path: str) -> None:
         request = item.approval_request_id
         if request is not None and request in self._requests:
             self.approved.pop(request, None)
             self.run_by_approval.add(item.id)
             self._left = [*self.approved]
-            self.parts[request] = self._parts(item, path)
-            return
-        self._claim(item.id, f"{path}.id")
-        self.parts[item.id] = self._parts(item, path)
-
-    def _parts(self, item: McpCallItem, path: str) -> tuple[Part, ...]:
-        return parts_of(item.content, f"{path}.content") if item.id in self._shown else (TextPart(_outcome(item)),)
+        else:
+            request = item.id
+            self._claim(request, f"{path}.id")
+        shown = item.id in self._shown
+        self.parts[request] = parts_of(item.content, f"{path}.content") if shown else (TextPart(_outcome(item)),)
 
     def _decided(self, item: McpApprovalResponseItem, path: str) -> None:
         request = item.approval_request_id
@@ -124,11 +121,6 @@ class CallResults:
             self.approved[request] = f"{path}.approval_request_id"
         else:
             self.parts[request] = (TextPart(f"{DENIED} {item.reason}" if item.reason else DENIED),)
-
-    def _pass(self, calls: Sequence[str]) -> None:
-        """Give approved calls the result `NOT_RUN`, because the conversation went on without them."""
-        self.parts |= dict.fromkeys(calls, (TextPart(NOT_RUN),))
-        self.approved = {call: path for call, path in self.approved.items() if call not in calls}
 
 
 def _shown(items: Sequence[Placed], room: int) -> set[str]:

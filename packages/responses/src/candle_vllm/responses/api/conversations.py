@@ -137,9 +137,8 @@ class Conversations:
     async def delete_item(self, owner: str, name: str, item_id: str) -> Conversation:
         """Delete an item, and return its conversation."""
         store, name = await self._find(name)
-        if not await store.delete_part(
-            entries.CONVERSATION, owner, name, entries.checked_id("Conversation item", item_id)
-        ):
+        part = entries.checked_id("Conversation item", item_id)
+        if not await store.delete_part(entries.CONVERSATION, owner, name, part):
             raise entries.NotStoredError("Conversation item", item_id, "item_id")
         return await self.retrieve(owner, name)
 

@@ -15,7 +15,7 @@ from candle_vllm.core.engine.outputs import FinishReason
 from candle_vllm.openai.chat_answers import RunningTimings, wire_progress
 from candle_vllm.openai.errors import ErrorBody
 from candle_vllm.openai.events import Progress, Usage
-from candle_vllm.responses.api.item_writers import OutputLog, new_id
+from candle_vllm.responses.api.item_writers import OutputLog
 from candle_vllm.responses.api.tool_plan import ToolPlan
 from candle_vllm.responses.api.turn_items import MAX_SHOWN, TurnItems
 from candle_vllm.responses.conversation import events as said
@@ -31,6 +31,7 @@ from candle_vllm.responses.protocol.response import (
     ResponseError,
     ResponseUsage,
 )
+from candle_vllm.responses.store.entries import new_id
 from candle_vllm.responses.tools.tool import ToolDefinition
 
 _LAST = {"completed": wire.ResponseCompleted, "incomplete": wire.ResponseIncomplete}
@@ -46,10 +47,6 @@ class EventWriter:
         tells_drafts: whether the usage reports the counts of draft tokens.
         room: maximum bytes of the images in the output items.
         clock: returns seconds since 1970.
-
-    Attributes:
-        response: response with the output so far.
-        concluded: whether the last event has been written.
     """
 
     def __init__(
@@ -62,8 +59,8 @@ class EventWriter:
         room: int = MAX_SHOWN,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self.response = response
-        self.concluded = False
+        self.response = response  # with the output so far
+        self.concluded = False  # whether the last event has been written
         self._encoded, self._tells_drafts, self._room = encoded, tells_drafts, room
         self._clock = clock
         self._log = OutputLog()

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, TypeVar
 
@@ -19,15 +18,11 @@ from candle_vllm.responses.protocol import events as wire
 from candle_vllm.responses.protocol import response
 from candle_vllm.responses.protocol.items import Phase
 from candle_vllm.responses.protocol.response import MessageOut, OutputItem, OutputText, ReasoningOut, ReasoningText
+from candle_vllm.responses.store.entries import new_id
 from candle_vllm.responses.tools.tool import ToolResult
 
 Emit = Callable[..., None]
 """Adds an event: `emit(kind, **fields)`; the log adds the sequence number."""
-
-
-def new_id(prefix: str) -> str:
-    """Return a new id of an item or a response."""
-    return f"{prefix}_{uuid.uuid4().hex}"
 
 
 class ItemWriter:
@@ -40,7 +35,6 @@ class ItemWriter:
         self.final: OutputItem | None = None  # the item as it ended; None before
 
     def begin(self) -> None:
-        """Write the first events."""
         self._emit_any(wire.OutputItemAdded, output_index=self.index, item=self.item("in_progress"))
 
     def end(self, status: str = "completed") -> None:
@@ -173,8 +167,7 @@ class OutputLog:
         self._output.append(ended)
 
 
-_TIMED_OUT, _UNAVAILABLE, _REFUSED = -32001, -32000, -32602  # JSON-RPC's error codes, as MCP uses them
-_CODES = {"timed_out": _TIMED_OUT, "unavailable": _UNAVAILABLE}
+_CODES, _REFUSED = {"timed_out": -32001, "unavailable": -32000}, -32602  # JSON-RPC's error codes, as MCP uses them
 
 
 class CallWriter(ItemWriter):

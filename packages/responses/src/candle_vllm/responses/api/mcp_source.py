@@ -36,10 +36,8 @@ class ServerUrls:
     """The operator's URL patterns: `https://host[:port]/path`, where "*" stands for any characters of the host or the
     path, or for any port; "*" alone allows every public https URL.
 
-    The default port is the scheme's. If the host has a "*", the addresses of a matching host must be public.
-
-    Raises:
-        ConfigError: a pattern is invalid.
+    The default port is the scheme's. If the host has a "*", the addresses of a matching host must be public. An invalid
+    pattern is a ConfigError.
     """
 
     def __init__(self, patterns: Sequence[str] = ()) -> None:
@@ -129,11 +127,9 @@ class McpSource(Protocol):
 
     def check(self, tool: McpTool, path: str) -> None:
         """Raise `RequestError` if the server does not exist or must not be used; `path` is the tool's path."""
-        ...
 
     def open(self, tool: McpTool) -> AbstractAsyncContextManager[OpenServer]:
         """Open the server for the time of a response; an unreachable server has an error instead of tools."""
-        ...
 
 
 class McpServers:
@@ -142,7 +138,7 @@ class McpServers:
     Args:
         registry: registry of the operator's servers, as an `McpFleet` fills it.
         errors: returns by label the reason why an operator's server has no tools now; None for a ready server.
-        allowed_urls: patterns of the URLs that requests may name, see `ServerUrls`. http needs a loopback host.
+        allowed_urls: patterns of `ServerUrls` for the URLs that requests may name.
         connect_timeout: timeout of a connection to a URL in seconds.
     """
 
@@ -160,7 +156,6 @@ class McpServers:
         self._connect_timeout = connect_timeout
 
     def check(self, tool: McpTool, path: str) -> None:
-        """Raise a `RequestError` that names the wrong field of a tool, if it has one."""
         if tool.server_url is not None:
             self._urls.check(tool.server_url, f"{path}.server_url")
             for name in tool.headers or ():

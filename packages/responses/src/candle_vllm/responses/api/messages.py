@@ -51,15 +51,10 @@ def encode_thoughts(text: str) -> str:
 
 
 def translate(items: Sequence[Placed], instructions: str | None, names: ToolNames, max_images: int = 0) -> Translated:
-    """Return the messages of a request.
+    """Return the messages of a request, from history and input without references; `instructions` precede all messages.
 
-    Args:
-        items: history and input, without references.
-        instructions: text that precedes all messages.
-        max_images: as in `CallResults`.
-
-    Raises:
-        InvalidParameterError: calls do not match results or approvals, or an item or answer cannot become a message.
+    `max_images` is as in `CallResults`. Raises InvalidParameterError if calls do not match results or approvals, or an
+    item or answer cannot become a message.
     """
     results = CallResults(items, max_images)
     body = _Body(names, results)

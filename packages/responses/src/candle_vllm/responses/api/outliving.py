@@ -30,10 +30,6 @@ class Chunks(Generic[T]):
     """Buffer of an answer's chunks, for readers that disconnect and come back.
 
     Beyond `max_bytes`, the oldest chunks are dropped, except the last one; None means no limit.
-
-    Attributes:
-        size: bytes of the buffered chunks.
-        next_number: number of the next chunk; chunks are counted from 0.
     """
 
     def __init__(self, max_bytes: int | None = None) -> None:
@@ -42,9 +38,9 @@ class Chunks(Generic[T]):
         self._sizes: deque[int] = deque()
         self._news = asyncio.Event()
         self._failure: Exception | None = None
-        self.size = 0
+        self.size = 0  # bytes of the buffered chunks
         self.finished = False
-        self.next_number = 0
+        self.next_number = 0  # number of the next chunk; chunks are counted from 0
 
     def add(self, chunk: T, size: int = 0, *, last: bool = False) -> None:
         self.next_number += 1
@@ -63,10 +59,7 @@ class Chunks(Generic[T]):
         self._wake()
 
     def check(self, after: int) -> None:
-        """Refuse to read after a chunk that has not come yet, or one whose successor was dropped.
-
-        Raises InvalidParameterError with `param` starting_after.
-        """
+        """Refuse to read after a chunk that has not come yet, or one whose successor was dropped."""
         if after >= self.next_number:
             last = f"the last one so far is {self.next_number - 1}" if self.next_number else "no event was sent yet"
             raise InvalidParameterError(

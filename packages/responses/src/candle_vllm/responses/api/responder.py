@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,6 @@ from candle_vllm.openai.json_body import parse_body
 from candle_vllm.openai.task import Task, images_of
 from candle_vllm.responses.api.call_results import Placed
 from candle_vllm.responses.api.connection import ConnectionMemory
-from candle_vllm.responses.api.echo import begin_response
 from candle_vllm.responses.api.event_writer import EventWriter
 from candle_vllm.responses.api.mcp_source import McpSource
 from candle_vllm.responses.api.messages import Translated, encode_thoughts
@@ -36,10 +36,20 @@ from candle_vllm.responses.protocol.items import MessageItem
 from candle_vllm.responses.protocol.request import (
     CompactRequest,
     InputTokensRequest,
+    JsonSchemaFormat,
+    PromptFields,
     ResponsesRequest,
     parse_responses_request,
 )
-from candle_vllm.responses.protocol.response import CompactedResponse, InputTokens, MessageOut, OutputText, Response
+from candle_vllm.responses.protocol.response import (
+    CompactedResponse,
+    ConversationOut,
+    InputTokens,
+    MessageOut,
+    OutputText,
+    Response,
+)
+from candle_vllm.responses.protocol.tools import CustomTool, FunctionTool, HostedTool, McpTool, NamespaceTool
 from candle_vllm.responses.store.entries import new_id, new_item_id, parts_of
 from candle_vllm.responses.tools.tool import ToolCall, ToolDefinition
 
@@ -100,10 +110,7 @@ class Responder:
         self._task_maker = TaskMaker(servers, self._options.sampling_defaults, eyes_of(model))
 
     async def create(self, request: ResponsesRequest | Fields, *, owner: str = "") -> Response:
-        """Return the whole response, as in the last event of `create_stream`. A cancelled call ends the response.
-
-        Raises CandleVllmError also if the response fails after it has begun.
-        """
+        """Return the whole response; raises CandleVllmError if it fails. A cancelled call ends the response."""
         async with aclosing(await self.create_stream(request, owner=owner)) as events:
             async for _ in events:
                 pass
@@ -145,7 +152,9 @@ class Responder:
                 model = parsed.model
             response = begin_response(parsed, model=model, stored=stored, defaults=defaults)
             kept = stored or parsed.conversation_id is not None
-            given = await apart(_given, items) if kept or self._memory is not None else ()
+            given: Sequence[dict[str, Any]] = ()
+            if kept or self._memory is not None:
+                given = await apart(stored_items, [one.item for one in items if one.path.startswith("input")])
             if self._store is not None and parsed.conversation_id is not None:  # refuse too large items
                 await apart(parts_of, given, self._store.options.max_item_bytes, "input")
             room = MAX_SHOWN
@@ -280,15 +289,95 @@ def _open_calls(task: Task, made: Translated) -> list[ToolCall]:
     return [ToolCall(id=call.id, name=call.name, arguments=call.arguments) for call in calls]
 
 
-def _given(items: Sequence[Placed]) -> list[dict[str, Any]]:
-    """Return the items of the request itself, as they are stored."""
-    return stored_items([one.item for one in items if one.path.startswith("input")])
-
-
 def _room(options: StoreOptions, given: Sequence[Mapping[str, Any]]) -> int:
     """Return the maximum bytes of images in an answer, which must fit into the store with the request's items."""
     left = min(options.max_record_bytes, options.max_bytes) - len(msgspec.json.encode(given))
     return max(0, min(MAX_SHOWN, left // 2))
+
+
+# ---- the initial response --------------------------------------------------------------------------------------------
+
+# This server's defaults, used if neither the request nor the operator nor the model gives a value.
+_DEFAULTS = {"temperature": 1.0, "top_p": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+
+
+def begin_response(request: ResponsesRequest, *, model: str, stored: bool, defaults: Mapping[str, Any]) -> Response:
+    """Return a response in progress, or queued if it runs in the background; it repeats the request's fields.
+
+    `defaults` are sampling values for fields that the request does not set.
+    """
+    conversation, config, choice = request.conversation_id, request.reasoning, request.tool_choice
+    chosen = choice if choice is None or isinstance(choice, str) else choice.model_dump(exclude_none=True)
+    reasoning: dict[str, Any] | None = None
+    if config is not None:
+        reasoning = {"effort": config.effort, "summary": config.summary or config.generate_summary}
+        reasoning |= {} if config.max_tokens is None else {"max_tokens": config.max_tokens}
+    used: dict[str, Any] = {}
+    for name, plain in _DEFAULTS.items():
+        values = (getattr(request, name), defaults.get(name), plain)
+        used[name] = float(next(value for value in values if value is not None))
+    return Response(
+        id=new_id("resp"),
+        created_at=int(time.time()),
+        status="queued" if request.background else "in_progress",
+        model=model,
+        previous_response_id=request.previous_response_id,
+        conversation=None if conversation is None else ConversationOut(id=conversation),
+        instructions=request.instructions,
+        tools=tuple(shown_tools(request)),
+        tool_choice=chosen or "auto",
+        parallel_tool_calls=request.parallel_tool_calls is not False,
+        max_tool_calls=request.max_tool_calls,
+        max_output_tokens=request.max_output_tokens,
+        truncation=request.truncation or "disabled",
+        text=_text(request),
+        reasoning=reasoning,
+        **used,
+        top_logprobs=request.top_logprobs or 0,
+        store=stored,
+        background=bool(request.background),
+        metadata=dict(request.metadata or {}),
+        safety_identifier=request.safety_identifier,
+        prompt_cache_key=request.prompt_cache_key,
+        user=request.user,
+    )
+
+
+def _text(request: ResponsesRequest) -> dict[str, Any]:
+    config = request.text
+    form: dict[str, Any] = {"type": "text"}
+    if config is not None and isinstance(config.format, JsonSchemaFormat):
+        form = {
+            "type": "json_schema",
+            "name": config.format.name,
+            "description": config.format.description,
+            "schema": config.format.json_schema,
+            "strict": config.format.strict is not False,  # the answer follows the schema in any case
+        }
+    elif config is not None and config.format is not None:
+        form = config.format.model_dump(by_alias=True, exclude_none=True)
+    verbosity = config.verbosity if config is not None else None
+    return {"format": form} if verbosity is None else {"format": form, "verbosity": verbosity}
+
+
+def shown_tools(request: PromptFields) -> list[dict[str, Any]]:
+    """Return the tools of a request as its response shows them: in its order, without secrets and `HostedTool`s."""
+    return [_shown(tool) for tool in request.tools or () if not isinstance(tool, HostedTool)]
+
+
+def _shown(tool: FunctionTool | CustomTool | NamespaceTool | McpTool) -> dict[str, Any]:
+    if isinstance(tool, McpTool):
+        shown = tool.model_dump(exclude={"authorization", "headers", "defer_loading"}, exclude_none=True)
+        shown["require_approval"] = shown.get("require_approval", "always")
+        if tool.server_url is not None:
+            shown["server_url"] = tool.server_url.partition("?")[0]
+        return shown
+    shown = {"type": tool.type, "name": tool.name, "description": tool.description}
+    if isinstance(tool, NamespaceTool):
+        return {**shown, "description": tool.description or "", "tools": [_shown(one) for one in tool.tools]}
+    if isinstance(tool, FunctionTool):
+        return {**shown, "parameters": tool.parameters, "strict": tool.strict}
+    return {**shown, "format": {"type": "text"} if tool.format is None else tool.format.model_dump()}
 
 
 # ---- compaction ------------------------------------------------------------------------------------------------------
@@ -324,9 +413,7 @@ def summary_request(request: CompactRequest) -> ResponsesRequest:
 def compacted(response: Response, items: Sequence[Placed]) -> CompactedResponse:
     """Return the compacted conversation; RequestError if the answer has no summary, because the rest would be lost.
 
-    Args:
-        response: answer to `summary_request`.
-        items: history and input, without the instruction to summarise.
+    `response` is the answer to `summary_request`; `items` are history and input without the instruction.
     """
     assert response.usage is not None
     said = (item for item in response.output if isinstance(item, MessageOut))

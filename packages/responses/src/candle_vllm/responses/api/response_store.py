@@ -135,10 +135,8 @@ class ResponseStore:
     async def history(self, owner: str, response_id: str) -> list[stored.Item]:
         """Return the input and output items of a response and of all responses before it.
 
-        Raises:
-            NotStoredError: the response, or one before it, is not stored; `param` is previous_response_id.
-            InvalidParameterError: the response is still running.
-            StoreLimitError: the history is too large.
+        Raises NotStoredError if one of them is not stored, InvalidParameterError if the response is still running, and
+        StoreLimitError if the history is too large.
         """
         store, what = await self.backend(), stored.checked_id("Previous response", response_id, _PREVIOUS)
         most, most_size = self.options.max_chain, self.options.max_chain_bytes

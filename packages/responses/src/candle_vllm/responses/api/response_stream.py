@@ -32,9 +32,6 @@ class ResponseStream:
         work: puts events (`put`) until the response has ended.
         input_items: items of the request, each with an id, as they are stored.
         opened: resources of the response, closed after the last event or with the stream.
-
-    Attributes:
-        failure: exception that ended the response, or None.
     """
 
     def __init__(
@@ -47,7 +44,7 @@ class ResponseStream:
     ) -> None:
         self.opened = opened or AsyncExitStack()
         self.input_items = input_items
-        self.failure: Exception | None = None
+        self.failure: Exception | None = None  # what ended the response
         self._writer = writer
         self._work = work
         self._waiting: deque[wire.StreamEvent] = deque(writer.start())

@@ -108,12 +108,7 @@ def page_of(items: Sequence[dict[str, Any]], wanted: PageRequest) -> ItemList:
 
 
 def entry_of(owner: str, response: Response, given: Sequence[Mapping[str, Any]]) -> Entry:
-    """Return a response as an entry of the store.
-
-    Args:
-        owner: owner of the response; "" without API keys.
-        given: items of the request without its history, each with an id.
-    """
+    """Return a response as an entry of the store; `given` are the items of its request without the history."""
     return Entry(
         kind=RESPONSE,
         owner=owner,

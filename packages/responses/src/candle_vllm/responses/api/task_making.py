@@ -27,7 +27,7 @@ from candle_vllm.responses.api.call_results import Placed
 from candle_vllm.responses.api.connection import ConnectionMemory
 from candle_vllm.responses.api.mcp_source import McpSource, OpenServer
 from candle_vllm.responses.api.messages import Translated, translate
-from candle_vllm.responses.api.tool_plan import PlannedTool, ToolPlan, plan_tools
+from candle_vllm.responses.api.tool_plan import ToolPlan, plan_tools
 from candle_vllm.responses.api.turn_model import check_number, fewer
 from candle_vllm.responses.conversation.chat_model import Eyes
 from candle_vllm.responses.protocol.items import InputItem, ItemReference, McpCallItem, images_in
@@ -46,11 +46,7 @@ MAX_URLS = 16  # MCP servers that one request may name by URL; each has a connec
 
 
 class Prepared(NamedTuple):
-    """A request that can be answered.
-
-    Attributes:
-        defaults: sampling values for fields that the request does not set.
-    """
+    """A request that can be answered; `defaults` are sampling values for fields that it does not set."""
 
     request: PromptFields
     plan: ToolPlan
@@ -83,16 +79,9 @@ class Prepared(NamedTuple):
         own = {"messages": "input", "max_tokens": "max_output_tokens", "logprobs": "include"}
         own |= dict.fromkeys(("thinking_token_budget", "thoughts"), "reasoning.max_tokens")
         to_lower = {} if limit is not None else {"max_tokens": "input"}  # without max_output_tokens, name the input
-        return Paths(
-            {**own, "prompt": "input", "structured_outputs": form, **to_lower},
-            [_path_of(self.plan.by_name[tool["function"]["name"]]) for tool in self.plan.shown],
-            own,
-        )
-
-
-def _path_of(tool: PlannedTool) -> str:
-    """Return the path of the field in the request that defines a tool's arguments."""
-    return f"{tool.path}.{'format.definition' if tool.kind == 'custom' else 'parameters'}"
+        tools = [self.plan.by_name[tool["function"]["name"]] for tool in self.plan.shown]
+        defining = [f"{one.path}.{'format.definition' if one.kind == 'custom' else 'parameters'}" for one in tools]
+        return Paths({**own, "prompt": "input", "structured_outputs": form, **to_lower}, defining, own)
 
 
 @dataclass(eq=False, repr=False)
@@ -134,8 +123,7 @@ class TaskMaker:
     ) -> Prepared:
         """Open the MCP servers of a checked request, and translate the request; raises `RequestError`.
 
-        Args:
-            check: whether to check that a task can be made; this is always checked if approved calls run first.
+        With `check`, or if approved calls run first, check also that a task can be made.
         """
         servers = await self._open(request, stack)
         plan = plan_tools(request, servers)

@@ -146,10 +146,11 @@ def _add_client_tool(
 
 def _add_server(plan: ToolPlan, tool: wire_tools.McpTool, server: OpenServer, path: str) -> None:
     plan.offered[server.label] = offered = []
+    allowed = wire_tools.ToolFilter() if tool.allowed_tools is None else tool.allowed_tools
     for one in server.tools:
         definition = one.definition
         name = definition.original_name or definition.name
-        if not _allowed(tool, definition):
+        if not (name in allowed if isinstance(allowed, list) else _matches(allowed, definition)):
             continue
         if (other := plan.by_name.get(definition.name)) is not None:
             field = f"{path}.allowed_tools"
@@ -166,15 +167,6 @@ def _add_server(plan: ToolPlan, tool: wire_tools.McpTool, server: OpenServer, pa
         offered.append(definition)
         plan.by_name[definition.name] = PlannedTool("mcp", name, path, server=tool.server_label)
         plan.approval[definition.name] = _rule(tool, definition)
-
-
-def _allowed(tool: wire_tools.McpTool, definition: ToolDefinition) -> bool:
-    allowed = tool.allowed_tools
-    if allowed is None:
-        return True
-    if isinstance(allowed, list):
-        return (definition.original_name or definition.name) in allowed
-    return _matches(allowed, definition)
 
 
 def _matches(chosen: wire_tools.ToolFilter, definition: ToolDefinition) -> bool:

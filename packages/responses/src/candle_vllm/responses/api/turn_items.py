@@ -20,11 +20,11 @@ from candle_vllm.responses.api.item_writers import (
     MessageWriter,
     OutputLog,
     ReasoningWriter,
-    new_id,
 )
 from candle_vllm.responses.api.tool_plan import ToolPlan
 from candle_vllm.responses.protocol.items import Phase
 from candle_vllm.responses.protocol.response import McpApprovalRequestOut
+from candle_vllm.responses.store.entries import new_id
 from candle_vllm.responses.tools.tool import ToolCall, ToolResult
 
 MAX_SHOWN = 8 << 20  # bytes of the images of results in one response

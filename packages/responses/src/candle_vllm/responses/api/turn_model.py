@@ -33,18 +33,14 @@ class TurnModel:
     Args:
         max_tokens: maximum number of tokens of all turns together, or None.
         truncate: whether old turns may be left out.
-
-    Attributes:
-        entered: called when the engine has accepted a turn.
-        grew: whether the prompt may have grown since the request, by turns or by results of tools.
     """
 
     def __init__(self, model: ChatModel, *, max_tokens: int | None = None, truncate: bool = False) -> None:
         self._model = model
         self._left = max_tokens
         self._truncate = truncate
-        self.entered = lambda: None
-        self.grew = False
+        self.entered = lambda: None  # called when the engine has accepted a turn
+        self.grew = False  # whether the prompt may have grown since the request, by turns or by results of tools
         self.eyes = eyes_of(model)
 
     @asynccontextmanager

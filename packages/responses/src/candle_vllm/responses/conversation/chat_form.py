@@ -27,8 +27,7 @@ _UNSAID = {  # fields of a task that a chat request cannot express: their names 
 class ChatTranscript(Transcript):
     """A conversation whose first messages were given in OpenAI's format; they are copied and not changed.
 
-    Raises:
-        InvalidParameterError: `messages` is no list of JSON objects, or an id or a call in it is invalid.
+    Raises InvalidParameterError if `messages` is no list of JSON objects, or an id or a call in it is invalid.
     """
 
     def __init__(self, messages: Sequence[Mapping[str, Any]] = ()) -> None:
@@ -40,7 +39,8 @@ class ChatTranscript(Transcript):
 
     @property
     def messages(self) -> list[ChatMessage]:
-        return [*_copied(self._given), *map(chat_message, self.added)]
+        copied = json.loads(json.dumps(self._given, ensure_ascii=False))  # several times faster than `copy.deepcopy`
+        return [*copied, *map(chat_message, self.added)]
 
     def request(
         self, fields: Mapping[str, Any], client_tools: Sequence[Mapping[str, Any]], tools: Sequence[ToolDefinition],
@@ -231,11 +231,6 @@ def _checked_message(message: Any, place: int) -> ChatMessage:
     if not isinstance(checked.get("tool_call_id"), str | None):
         raise InvalidParameterError(f"{where}.tool_call_id must be a text", f"{where}.tool_call_id")
     return checked
-
-
-def _copied(value: Any) -> Any:
-    """Copy a JSON value, as every turn does with all messages; several times faster than `copy.deepcopy`."""
-    return json.loads(json.dumps(value, ensure_ascii=False))
 
 
 def _last_calls(messages: Sequence[ChatMessage]) -> tuple[ToolCall, ...]:

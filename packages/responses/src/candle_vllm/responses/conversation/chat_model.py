@@ -19,12 +19,9 @@ class ChatModel(Protocol):
     def stream(self, request: Task | Mapping[str, Any]) -> AbstractAsyncContextManager[AsyncIterator[Event]]:
         """Open the events of one answer; see `candle_vllm.openai.events`. Leaving the context early aborts the request.
 
-        A request that is not a `Task` has the fields of a chat completion request; the model checks them.
-
-        Raises:
-            CandleVllmError: the request is invalid, or the model failed.
+        A request that is not a `Task` has the fields of a chat completion request; the model checks them. Raises
+        CandleVllmError if the request is invalid, or the model failed.
         """
-        ...
 
 
 class Eyes(Protocol):
@@ -33,11 +30,9 @@ class Eyes(Protocol):
     @property
     def max_images(self) -> int:
         """Maximum number of images in the messages of a request; 0 if the model reads only text."""
-        ...
 
     async def try_picture(self, data: bytes) -> None:
         """Raise `RequestError` if the model cannot read this image file in a tool's result."""
-        ...
 
 
 def eyes_of(model: ChatModel) -> Eyes | None:

@@ -197,10 +197,10 @@ def _content(value: Any) -> str:
 
 def _logprobs(value: Any) -> Sequence[PositionLogprobs] | None:
     """Convert OpenAI's logprobs to the engine's, without ids and ranks; None for another format."""
+    if not isinstance(value, dict):
+        return None
     try:
-        given = msgspec.convert(_with_bytes(value), ChatLogprobs) if isinstance(value, dict) else None
-        if given is None:
-            return None
+        given = msgspec.convert(_with_bytes(value), ChatLogprobs)
         return [PositionLogprobs(_token(one), tuple(map(_token, one.top_logprobs))) for one in given.content]
     except ValueError:  # the base of msgspec's error
         return None

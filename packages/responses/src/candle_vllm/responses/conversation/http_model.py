@@ -43,8 +43,7 @@ logger = logging.getLogger(__name__)
 class ModelServerError(CandleVllmError):
     """The server cannot be reached, fails, refuses the key, has no such model, or sends an invalid answer.
 
-    Attributes:
-        status: HTTP status of the answer, or of an error in its stream; None if the failure has no status.
+    `status` is the HTTP status of the answer, or of an error in its stream; None if the failure has no status.
     """
 
     def __init__(self, message: str, status: int | None = None) -> None:
@@ -53,11 +52,7 @@ class ModelServerError(CandleVllmError):
 
 
 class ModelServerBusyError(EngineOverloadedError):
-    """The server accepts no more requests now.
-
-    Attributes:
-        status: 429, 503 or 529.
-    """
+    """The server accepts no more requests now; `status` is 429, 503 or 529."""
 
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)
@@ -65,11 +60,9 @@ class ModelServerBusyError(EngineOverloadedError):
 
 
 class ModelServerRequestError(RequestError):
-    """The server refuses the request.
+    """The server refuses the request, with its `code`, if any, and a `status` from 400 to 499.
 
-    Attributes:
-        status: 400 to 499, except 401, 403, 404 and 429, which are other errors.
-        code: the server's error code, or None.
+    401, 403, 404 and 429 are other errors.
     """
 
     def __init__(self, message: str, status: int, param: str | None = None, code: str | None = None) -> None:
@@ -141,8 +134,7 @@ class HttpModel:
         read_timeout: seconds to wait for the first byte of the answer, and for each following byte.
         transport: transport for the requests; None uses the network.
 
-    Raises:
-        ConfigError: the URL is not an http or https URL, or has a user, query or fragment; or the key cannot be sent.
+    Raises ConfigError if the URL is no http or https URL, or has a user, query or fragment, or the key cannot be sent.
     """
 
     def __init__(
@@ -157,7 +149,11 @@ class HttpModel:
     ) -> None:
         self._url = _checked_url(base_url)
         self._server = f"the model server at {self._url.host}"
-        self._key = _checked_key(api_key)
+        if api_key is not None and not (
+            0 < len(api_key) <= _MAX_KEY and api_key.isascii() and api_key.isprintable() and " " not in api_key
+        ):
+            raise ConfigError(f"api_key must be 1 to {_MAX_KEY} printable ASCII characters without spaces", "api_key")
+        self._key = api_key
         self._model = model
         self._no_tools: dict[str, Any] = {"tools": []}  # a server may add its own tools to a request without `tools`
         headers = {"accept-encoding": "identity", "user-agent": "candle-vllm"}
@@ -348,9 +344,3 @@ def _checked_url(text: str) -> httpx2.URL:
     if url.userinfo or url.query or url.fragment:
         raise ConfigError("the base URL must not have a user, a query or a fragment; a key goes to api_key", "base_url")
     return url
-
-
-def _checked_key(key: str | None) -> str | None:
-    if key is not None and not (0 < len(key) <= _MAX_KEY and key.isascii() and key.isprintable() and " " not in key):
-        raise ConfigError(f"api_key must be 1 to {_MAX_KEY} printable ASCII characters without spaces", "api_key")
-    return key

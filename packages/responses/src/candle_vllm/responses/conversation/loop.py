@@ -77,11 +77,9 @@ def _canonical(arguments: str) -> str:
 
 
 class ConversationLoop:
-    """Runs conversations, any number of them concurrently.
+    """Runs conversations, any number of them concurrently; `tools` are read again before each turn.
 
-    Args:
-        tools: tools that the model may call; they are read again before each turn.
-        auto_approve: returns True for a tool that needs no approval, whatever the policy.
+    `auto_approve` returns True for a tool that needs no approval, whatever the policy.
     """
 
     def __init__(
@@ -137,13 +135,7 @@ class ConversationLoop:
         approved: Collection[str] = (),
         denied: Collection[str] = (),
     ) -> AsyncGenerator[Event, None]:
-        """Run a conversation as `run` does, in any format of messages.
-
-        Args:
-            transcript: gets the new messages, even if the run ends early.
-            names: names of the tools that the caller runs.
-            approved, denied: as in `run`.
-        """
+        """Run a conversation as `run` does, in any format of messages; `names` are of the caller's own tools."""
         decisions = Decisions(frozenset(approved), frozenset(denied), self._auto_approve)
         decisions.check(transcript)
         channel: EventChannel[Event] = EventChannel()

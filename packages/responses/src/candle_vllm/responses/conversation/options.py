@@ -32,8 +32,6 @@ else:
     StopReason = str  # msgspec cannot decode the union; a decoded text equals the enum member
 
 OWN_FIELDS = frozenset({"messages", "stream", "stream_options", "n", "tools"})
-
-
 _LIMITS: Mapping[str, Integer | Number] = {
     "max_turns": Integer(1, 1000),
     "max_tool_calls": Integer(0, 10_000),

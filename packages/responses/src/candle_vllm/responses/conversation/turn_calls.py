@@ -33,13 +33,7 @@ MAX_KEPT = 64 << 20  # characters of output in the results; further results have
 
 
 class Decisions(NamedTuple):
-    """Decisions about calls, made before the conversation continues.
-
-    Attributes:
-        approved: ids of calls that run without a request for approval.
-        denied: ids of calls that do not run.
-        auto_approve: returns True for a tool that needs no approval, whatever the policy.
-    """
+    """Decisions about calls, made before the conversation continues, by id or, whatever the policy, by tool."""
 
     approved: Collection[str] = ()
     denied: Collection[str] = ()
@@ -63,11 +57,7 @@ class ShownPictures:
     """Images of results: the model sees those that it can decode within the limits, and a reason for each other image.
 
     Images are decoded before they are added to the conversation, because an invalid image would make later turns fail.
-
-    Args:
-        eyes: image input of the model; with None, or a limit of 0 images, results are not changed.
-        transcript: counts the images of the conversation.
-        max_chars: maximum number of characters of a result's text.
+    Without `eyes`, or with a limit of 0 images, results are not changed. The transcript counts the images.
     """
 
     def __init__(self, eyes: Eyes | None, transcript: Transcript, max_chars: int) -> None:
@@ -113,23 +103,16 @@ class ShownPictures:
 
 @dataclass(eq=False, repr=False)
 class TurnCalls:
-    """Runs the calls of a conversation, turn by turn.
+    """Runs the calls of a conversation, turn by turn."""
 
-    Attributes:
-        tools: registry of the tools; only tools that the options allow are used.
-        client_names: names of the tools that the caller runs.
-        pictures: decides which images of results the model sees.
-        allowed: names of the tools that the latest turn may call (`tool_choice`); None means all.
-    """
-
-    tools: ToolRegistry
+    tools: ToolRegistry  # only tools that the options allow are used
     options: ConversationOptions
     decisions: Decisions
-    client_names: Collection[str]
+    client_names: Collection[str]  # names of the tools that the caller runs
     transcript: Transcript
     channel: EventChannel[events.Event]
     pictures: ShownPictures
-    allowed: Collection[str] | None = None
+    allowed: Collection[str] | None = None  # the tools that the latest turn may call (`tool_choice`); None means all
 
     def __post_init__(self) -> None:
         self._results: dict[str, tool.ToolResult | None] = {}  # by call id, in the order of the calls
@@ -154,8 +137,7 @@ class TurnCalls:
     async def run(self, calls: Sequence[tool.ToolCall]) -> StopReason | None:
         """Run the calls of one turn; cancelling the coroutine ends the running calls.
 
-        Returns:
-            The reason why the conversation cannot continue, if some of the calls have no result; otherwise None.
+        Return the reason why the conversation cannot continue, if some of the calls have no result; otherwise None.
         """
         self._results.update(dict.fromkeys(call.id for call in calls))
         ready: list[Checked] = []

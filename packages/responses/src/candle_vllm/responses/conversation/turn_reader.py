@@ -55,9 +55,7 @@ class TurnReader:
             return [events.TurnMeasured(counts=event)] if self._measures else []
         if isinstance(event, answer.Progress):
             return [events.TurnMeasured(counts=event)]
-        if event.choice == 0:
-            return self._read(event)
-        return []
+        return self._read(event) if event.choice == 0 else []
 
     def finish(self) -> events.TurnFinished:
         whole = FinishReason.TOOL_CALLS if self._calls else FinishReason.STOP

@@ -57,8 +57,7 @@ McpServers = McpConfig | McpServerConfig | Iterable[McpServerConfig] | str | Pat
 def server_configs(servers: McpServers) -> dict[str, McpServerConfig]:
     """Return the servers of a session by name; a path is read with this process's environment and working folder.
 
-    Raises:
-        ConfigError: a value is no configuration, a file cannot be used, or two servers have one name.
+    Raises ConfigError if a value is no configuration, a file cannot be used, or two servers have one name.
     """
     if isinstance(servers, (str, Path)):
         servers = load_mcp_config(servers)
@@ -134,8 +133,7 @@ def load_mcp_config(
         workspace: value of `${workspaceFolder}`, and `folder` of `find_mcp_config`; None means the working folder.
         inputs: answers to `${input:id}`: a mapping, or a function that is called once for each id.
 
-    Raises:
-        ConfigError: the file cannot be used; the message names the file, and the server and key if there are any.
+    Raises ConfigError if the file cannot be used; the message names the file, and the server and key if there are any.
     """
     environ = os.environ if environ is None else environ
     workspace = Path.cwd() if workspace is None else Path(workspace)
@@ -276,21 +274,13 @@ _INPUT = re.compile(r"input:([A-Za-z0-9_.-]{1,100})")
 
 
 class McpInput(msgspec.Struct, frozen=True, kw_only=True):
-    """A value that mcp.json requests from its user (`inputs`, as in VS Code).
+    """A value that mcp.json requests from its user (`inputs`, as in VS Code)."""
 
-    Attributes:
-        id: name in `${input:id}`.
-        description: question for the user.
-        password: whether the answer is a secret.
-        default: answer if the user gives none.
-        options: allowed answers; an empty list allows any.
-    """
-
-    id: str
-    description: str = ""
-    password: bool = False
-    default: str | None = None
-    options: tuple[str, ...] = ()
+    id: str  # name in `${input:id}`
+    description: str = ""  # question for the user
+    password: bool = False  # whether the answer is a secret
+    default: str | None = None  # answer if the user gives none
+    options: tuple[str, ...] = ()  # allowed answers; an empty list allows any
 
     @property
     def variable(self) -> str:
@@ -310,12 +300,8 @@ class Variables:
         ${input:id}                   an answer of the user
         ${workspaceFolder}  ${workspaceFolderBasename}  ${userHome}  ${pathSeparator}  ${/}
 
-    A "$" without a "{" after it is a plain dollar sign.
-
-    Args:
-        workspace: value of `${workspaceFolder}`.
-        inputs: answers, which take precedence over the environment's `MCP_INPUT_<ID>` and the input's own default.
-        declared: inputs that the file declares, by id.
+    A "$" without a "{" after it is a plain dollar sign. `workspace` is the value of `${workspaceFolder}`. The answers
+    in `inputs` take precedence over the environment's `MCP_INPUT_<ID>` and the default of the `declared` input.
     """
 
     def __init__(

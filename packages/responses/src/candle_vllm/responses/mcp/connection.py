@@ -18,7 +18,8 @@ from mcp import Client, MCPError
 
 from candle_vllm.responses.mcp.peer import Peer, leaf
 from candle_vllm.responses.mcp.processes import to_the_end
-from candle_vllm.responses.mcp.transports import CLOSED, Kind, Opening
+from candle_vllm.responses.mcp.server_config import Transport
+from candle_vllm.responses.mcp.transports import CLOSED, Opening
 
 _END_SECONDS = 1.0  # wait for the owner task to set `why`
 _CANCEL_SECONDS = 1.0  # maximum wait of a cancelled caller until the server is notified
@@ -34,15 +35,13 @@ class ConnectionLostError(Exception):
 
 
 class McpConnection:
-    """One connection.
+    """One connection; a server in this process needs no transport.
 
-    Args:
-        kind: transport; not used for a server in this process.
-        mode: version negotiation: "auto" tries the newer protocol first, "legacy" uses only the older one.
-        wake: called when the connection ends, when the tools change, and when `in_doubt` is set.
+    The `mode` "auto" negotiates the newer protocol first, "legacy" uses only the older one. `wake` is called when the
+    connection ends, when the tools change, and when `in_doubt` is set.
     """
 
-    def __init__(self, peer: Peer, kind: Kind, *, mode: str, wake: Callable[[], None]) -> None:
+    def __init__(self, peer: Peer, kind: Transport, *, mode: str, wake: Callable[[], None]) -> None:
         self._peer = peer
         self._wake = wake
         self._opening = Opening(peer, kind, ended=self.end, session_doubted=self._doubted)
@@ -55,10 +54,8 @@ class McpConnection:
         self._closing = False
         self._owner: asyncio.Task[None] | None = None
         self._requests: set[asyncio.Task[Any]] = set()
-        self.tools_changed = False
-        """Whether the server sent a notification that its tools have changed; whoever lists the tools resets it."""
-        self.in_doubt = False
-        """Whether the server refused a request in a way that may concern the whole session."""
+        self.tools_changed = False  # whether the server sent a notification; whoever lists the tools resets it
+        self.in_doubt = False  # whether the server refused a request in a way that may concern the whole session
 
     @property
     def client(self) -> Client:
@@ -82,7 +79,6 @@ class McpConnection:
 
     @property
     def status(self) -> int | None:
-        """The last HTTP status, or None."""
         return self._opening.status
 
     async def open(self, seconds: float) -> bool:
@@ -106,11 +102,9 @@ class McpConnection:
         return False
 
     async def run(self, work: Coroutine[Any, Any, _T], seconds: float) -> _T:
-        """Await one request.
+        """Await one request; ConnectionLostError if the connection ended first, or was closed.
 
-        Raises:
-            ConnectionLostError: the connection ended first, or was closed.
-            TimeoutError: the request took more than `seconds`, and then up to 1 second to notify the server.
+        TimeoutError is raised after `seconds`, and up to 1 further second to notify the server.
         """
         if self.is_down:
             work.close()

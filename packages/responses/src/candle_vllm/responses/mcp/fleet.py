@@ -54,8 +54,7 @@ class McpFleet:
         strict: whether a server that cannot be reached at the start is an error; otherwise it is tried again in the
             background, and its tools are added once it is connected.
 
-    Raises:
-        ConfigError: too many servers, or two with one name.
+    Raises ConfigError for too many servers, or two with one name.
     """
 
     def __init__(

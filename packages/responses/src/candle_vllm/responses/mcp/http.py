@@ -178,7 +178,7 @@ class HttpNotes:
         """Set a timeout for responses that no caller awaits; calls have their caller's timeout."""
         if request.method == "DELETE":
             _limit(request, _LEAVE_SECONDS)
-        elif request.method == "POST" and _is_notice(_content(request)):
+        elif request.method == "POST" and _is_notice(request):
             _limit(request, _NOTICE_SECONDS)
 
     async def on_response(self, response: httpx2.Response) -> None:
@@ -197,21 +197,11 @@ def _limit(request: httpx2.Request, seconds: float) -> None:
     request.extensions["timeout"] = {**request.extensions.get("timeout", {}), "read": seconds}
 
 
-def _content(request: httpx2.Request) -> bytes:
-    """Return the body; b"" for a request that follows a redirect, whose body is a stream."""
-    try:
-        return request.content
-    except httpx2.RequestNotRead:
-        return b""
-
-
-def _is_notice(body: bytes) -> bool:
+def _is_notice(request: httpx2.Request) -> bool:
     """Whether a body is a JSON-RPC notification or response, which gets no response; False for a long body."""
-    if len(body) > 4096:
-        return False
     try:
-        message = msgspec.json.decode(body)
-    except msgspec.DecodeError:
+        message = msgspec.json.decode(request.content) if len(request.content) <= 4096 else None
+    except (httpx2.RequestNotRead, msgspec.DecodeError):  # after a redirect, the body is a stream
         return False
     return isinstance(message, dict) and not ("id" in message and "method" in message)
 

@@ -167,11 +167,8 @@ class McpLink:
     ) -> ToolOutput:
         """Call a tool. Failures that the tool reports and invalid outputs are results with `is_error`.
 
-        Cancelling the coroutine notifies the server.
-
-        Args:
-            timeout: seconds for the whole call; None uses the configuration's timeout.
-            report: receives the progress that the server reports.
+        Cancelling the coroutine notifies the server. `timeout` is for the whole call; None uses the configuration's.
+        `report` receives the progress that the server reports.
 
         Raises:
             ToolUnavailableError: there is no connection, it was lost during the call, or too many calls run.
@@ -273,11 +270,9 @@ class LinkTool:
             read_only=bool(tool.annotations and tool.annotations.read_only_hint),
         )
         self.timeout: float | None = link.config.timeout
-        """Seconds for one call, from the server's configuration."""
 
     async def run(self, arguments: Mapping[str, Any], report: Report) -> ToolOutput:
-        """Call the tool once; see `McpLink.call`. A timeout that the caller set replaces the configuration's."""
-        name, seconds = self.definition.original_name, allowed_seconds.get()
+        name, seconds = self.definition.original_name, allowed_seconds.get()  # replaces the configuration's timeout
         return await self._link.call(name, arguments, timeout=seconds, report=report)
 
 

@@ -30,9 +30,7 @@ _INFORMATIVE = (httpx2.HTTPError, StreamableHTTPError, OSError, MCPError, Valida
 class McpServerError(CandleVllmError):
     """A server could not be reached, or the connection failed; a call of a tool raises `ToolError` instead.
 
-    Attributes:
-        server: name of the server in the configuration.
-        why: message without the name.
+    `server` is its name in the configuration; `why` is the message without the name.
     """
 
     def __init__(self, server: str, why: str) -> None:
@@ -109,7 +107,11 @@ class Peer:
         if isinstance(error, httpx2.HTTPError):
             return f"the connection to {where} failed: {type(error).__name__} {error}".rstrip()
         if isinstance(error, OSError) and not config.url:
-            return self._start_sentence(error)
+            if config.cwd is not None and error.filename is not None and str(error.filename) == str(config.cwd):
+                return f"its folder {str(config.cwd)!r} does not exist or may not be entered: correct `cwd`"
+            if isinstance(error, FileNotFoundError):
+                return f"the command {config.command!r} was not found: install it, or give its full path in `command`"
+            return f"the command {config.command!r} cannot be run: {error.strerror or error}"
         if isinstance(error, MCPError):
             return f"it answered: {error.message} (code {error.code})"
         if isinstance(error, ValidationError):
@@ -118,14 +120,6 @@ class Peer:
         if "input_value=" in text:  # pydantic's lines after the first show values, such as a token
             text = text.partition("\n")[0]
         return f"{type(error).__name__}: {text}"
-
-    def _start_sentence(self, error: OSError) -> str:
-        config = self.config
-        if config.cwd is not None and error.filename is not None and str(error.filename) == str(config.cwd):
-            return f"its folder {str(config.cwd)!r} does not exist or may not be entered: correct `cwd`"
-        if isinstance(error, FileNotFoundError):
-            return f"the command {config.command!r} was not found: install it, or give its full path in `command`"
-        return f"the command {config.command!r} cannot be run: {error.strerror or error}"
 
 
 def leaf(error: BaseException) -> BaseException:

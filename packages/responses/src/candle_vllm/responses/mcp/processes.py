@@ -26,10 +26,7 @@ _T = TypeVar("_T")
 
 
 def inherited_environment() -> dict[str, str]:
-    """Return an MCP server's environment: the MCP SDK's default variables, and proxy and certificate variables.
-
-    Behind a proxy, `npx` and `uvx` could not download a program without the proxy and certificate variables.
-    """
+    """Return an MCP server's environment: the MCP SDK's variables, and those with which `npx` downloads by a proxy."""
     names = (*_PROXIES, *map(str.lower, _PROXIES), *_CERTIFICATES)
     found = {name: os.environ[name] for name in names if name in os.environ}
     return get_default_environment() | {name: value for name, value in found.items() if not value.startswith("()")}

@@ -73,10 +73,7 @@ class McpServerConfig(ExplainedSettings):
         """Return the server of an entry of mcp.json, with any of the keys that other programs use.
 
         `${...}` is not expanded here. Unknown keys are ignored, with a warning in the log. `folder` is the base of
-        relative `cwd` and `envFile`; None means the working folder.
-
-        Raises:
-            ConfigError: as for the class, or two keys are the same setting.
+        relative `cwd` and `envFile`; None means the working folder. Two keys for one setting are a ConfigError, too.
         """
         return cls(name=name, **settings_of(name, mapping, folder))
 
@@ -177,7 +174,13 @@ class McpServerConfig(ExplainedSettings):
         if self.enabled and "@" in urlsplit(self.url or "").netloc:
             checks.fail("auth", "and the user in url both say who the client is: give one")
         if isinstance(self.auth, server_values.OAuthClient):
-            self._check_client(checks, self.auth)
+            client = self.auth
+            checks.one_line("auth.client_id", client.client_id)
+            checks.one_line("auth.client_secret", client.client_secret)
+            for scope in checks.texts("auth.scopes", client.scopes):
+                checks.one_line("auth.scopes", scope)
+            if client.issuer is not None:
+                checks.address("auth.issuer", client.issuer)
             return {}
         token = checks.one_line("auth", self.auth).strip()
         if not token or not token.isascii():
@@ -186,11 +189,3 @@ class McpServerConfig(ExplainedSettings):
         if scheme is None or scheme[1].lower() == "bearer":
             return {"auth": scheme[2] if scheme else token}
         return {"auth": None, "headers": server_values.SecretMap({**headers, "Authorization": token})}
-
-    def _check_client(self, checks: server_values.Checks, client: server_values.OAuthClient) -> None:
-        checks.one_line("auth.client_id", client.client_id)
-        checks.one_line("auth.client_secret", client.client_secret)
-        for scope in checks.texts("auth.scopes", client.scopes):
-            checks.one_line("auth.scopes", scope)
-        if client.issuer is not None:
-            checks.address("auth.issuer", client.issuer)

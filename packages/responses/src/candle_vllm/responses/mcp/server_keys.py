@@ -65,8 +65,7 @@ _OAUTH = {
 def settings_of(server: str, mapping: Mapping[str, Any], folder: Path | None = None) -> dict[str, Any]:
     """Return the fields of `McpServerConfig` that an entry sets, except the name.
 
-    Raises:
-        ConfigError: two keys set the same field, a value is invalid, a sandbox is requested, or `envFile` is unusable.
+    Raises ConfigError if two keys set one field, a value is invalid, a sandbox is requested, or `envFile` is unusable.
     """
     checks = Checks(server)
     if not isinstance(mapping, Mapping):
@@ -194,8 +193,7 @@ def _read_env_file(checks: Checks, key: str, path: Path) -> dict[str, str]:
 def read_small_file(path: Path, what: str) -> str:
     """Return the text of a file in UTF-8, with or without a byte order mark.
 
-    Raises:
-        ConfigError: the file is missing, not a regular file, too large, or not text; the message begins with `what`.
+    Raises ConfigError if it is missing, not a regular file, too large, or not text; the message begins with `what`.
     """
     try:
         if not path.is_file():  # reading a pipe may never end, and a device has no size

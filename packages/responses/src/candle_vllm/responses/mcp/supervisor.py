@@ -25,8 +25,8 @@ from pydantic import ValidationError
 from candle_vllm.responses.mcp.connection import SESSION_LOST, ConnectionLostError, McpConnection
 from candle_vllm.responses.mcp.peer import Peer
 from candle_vllm.responses.mcp.processes import to_the_end
-from candle_vllm.responses.mcp.server_config import McpServerConfig
-from candle_vllm.responses.mcp.transports import NO_SUCH_TRANSPORT, Kind, kinds
+from candle_vllm.responses.mcp.server_config import McpServerConfig, Transport
+from candle_vllm.responses.mcp.transports import NO_SUCH_TRANSPORT, kinds
 
 if TYPE_CHECKING:
     from mcp_types import Tool
@@ -44,12 +44,7 @@ _ACK_SECONDS = 10.0
 
 
 class ToolList(NamedTuple):
-    """The tools that a server offers.
-
-    Attributes:
-        tools: tools by name, in the server's order.
-        notes: sentences about tools that were left out, at most 20.
-    """
+    """The tools that a server offers, by name, in its order; `notes` are at most 20 sentences on tools left out."""
 
     tools: dict[str, Tool]
     notes: tuple[str, ...]
@@ -58,8 +53,7 @@ class ToolList(NamedTuple):
 async def list_tools(connection: McpConnection, config: McpServerConfig) -> ToolList:
     """Request the list page by page, and return the allowed tools; each request may take `connect_timeout`.
 
-    Raises:
-        ConnectionLostError, TimeoutError, MCPError, ValidationError, RuntimeError: a page could not be fetched.
+    Raises ConnectionLostError, TimeoutError, MCPError, ValidationError or RuntimeError if a page cannot be fetched.
     """
     tools: dict[str, Tool] = {}
     notes: list[str] = []
@@ -104,19 +98,14 @@ async def _all_tools(connection: McpConnection, seconds: float, notes: list[str]
 class ToolWatch:
     """Lists and watches the tools of one server; a new connection keeps the last list until it has its own.
 
-    Args:
-        changed: called when the list of tools has changed.
-        wake: set when the state of a connection changes.
-
-    Attributes:
-        listed: the last list; None before the first.
+    `changed` is called when the list has changed; `wake` is set when the state of a connection changes.
     """
 
     def __init__(self, peer: Peer, *, changed: Callable[[ToolList], None], wake: asyncio.Event) -> None:
         self._peer = peer
         self._changed = changed
         self._wake = wake
-        self.listed: ToolList | None = None
+        self.listed: ToolList | None = None  # the last list; None before the first
 
     async def list(self, connection: McpConnection) -> str | None:
         """List the tools, and call `changed` if they changed; return a sentence if listing fails, or None."""
@@ -194,7 +183,13 @@ async def listen_for_changes(connection: McpConnection, note: Callable[[str], No
     while not connection.is_down:
         began = asyncio.get_running_loop().time()
         try:
-            await _listen(connection)
+            async with (
+                asyncio.timeout(_ACK_SECONDS) as limit,
+                connection.client.listen(tools_list_changed=True) as events,
+            ):
+                limit.reschedule(None)
+                async for _ in events:
+                    connection.note_tools_changed()
         except (SubscriptionLost, TimeoutError) as error:
             note(f"the subscription to changes of tools was lost: {type(error).__name__}")
         except (MCPError, RuntimeError) as error:
@@ -205,13 +200,6 @@ async def listen_for_changes(connection: McpConnection, note: Callable[[str], No
         await asyncio.sleep(delay)
         delay = min(_LAST_DELAY, 2 * delay)
         connection.note_tools_changed()
-
-
-async def _listen(connection: McpConnection) -> None:
-    async with asyncio.timeout(_ACK_SECONDS) as limit, connection.client.listen(tools_list_changed=True) as events:
-        limit.reschedule(None)
-        async for _ in events:
-            connection.note_tools_changed()
 
 
 LinkState = Literal["connecting", "ready", "failed", "closed", "disabled"]
@@ -228,9 +216,6 @@ class Supervisor:
         state, error, connections: values that a link reports: the state, the last error, and the number of connections.
         transports: transports to try, in order; after a success, only the one that connected.
         settled: set after each attempt, and at the end.
-
-    Args:
-        changed: called when the list of tools has changed.
     """
 
     def __init__(self, peer: Peer, *, changed: Callable[[ToolList], None]) -> None:
@@ -239,12 +224,12 @@ class Supervisor:
         self.state: LinkState = "closed" if peer.config.enabled else "disabled"
         self.error: str | None = None
         self.connection: McpConnection | None = None
-        self.transports: tuple[Kind, ...] = kinds(peer.config)
+        self.transports: tuple[Transport, ...] = kinds(peer.config)
         self.connections = 0
         self.settled = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._closing = False
-        self._logged: dict[Kind, str] = {}  # last failure of each transport, "" after a connection
+        self._logged: dict[Transport, str] = {}  # last failure of each transport, "" after a connection
         self._wanted = False
         self._wake = asyncio.Event()
         self._watch = ToolWatch(peer, changed=changed, wake=self._wake)

@@ -7,7 +7,7 @@ import asyncio
 import json
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import anyio
 import httpx2
@@ -19,17 +19,16 @@ from pydantic import ValidationError
 
 from candle_vllm.responses.mcp.http import MAX_BODY, HttpNotes, bare_address, http_client
 from candle_vllm.responses.mcp.peer import Peer
-from candle_vllm.responses.mcp.server_config import McpServerConfig
+from candle_vllm.responses.mcp.server_config import McpServerConfig, Transport
 from candle_vllm.responses.mcp.stdio import StdioServer
 
-Kind = Literal["stdio", "http", "sse"]
 NO_SUCH_TRANSPORT = frozenset({400, 404, 405})  # status of an SSE server's response to a POST at its address
 CLOSED = "the server closed the connection"
 MAX_PER_SECOND = 2000  # messages; a server that sends more is delayed, without effect on other servers
 MAX_RUBBISH = 1000  # consecutive invalid messages
 
 
-def kinds(config: McpServerConfig) -> tuple[Kind, ...]:
+def kinds(config: McpServerConfig) -> tuple[Transport, ...]:
     """Return the transports to try, in order: for an address without a transport, streamable HTTP and then SSE."""
     if config.transport is not None:
         return (config.transport,)
@@ -43,10 +42,10 @@ class Opening:
     """
 
     def __init__(
-        self, peer: Peer, kind: Kind, *, ended: Callable[[str], None], session_doubted: Callable[[], None]
+        self, peer: Peer, kind: Transport, *, ended: Callable[[str], None], session_doubted: Callable[[], None]
     ) -> None:
         self._peer = peer
-        self._kind: Kind = kind
+        self._kind: Transport = kind
         self._ended = ended
         self._notes = HttpNotes(session_doubted)
         self._program: StdioServer | None = None
@@ -107,11 +106,8 @@ def mend(result: dict[str, Any], note: Callable[[str], object]) -> None:
 
     The SDK checks an answer as a whole, so one invalid tool or optional field would invalidate the list, and one
     unknown block the result. Such a field is removed; a tool is repaired if its meaning is clear, and otherwise
-    dropped; a text that names its kind replaces an invalid block.
-
-    Args:
-        result: result of any request; lists of tools and results of calls are checked.
-        note: called with a sentence for each dropped tool (at most 20), and for a list that is too long.
+    dropped; a text that names its kind replaces an invalid block. `note` is called with a sentence for each dropped
+    tool (at most 20), and for a list that is too long.
     """
     content, structured = result.get("content"), result.get("structuredContent")
     for name, kind in _FIELDS.items():
@@ -186,10 +182,8 @@ class WatchedStream:
     """A transport's read stream that reports its end.
 
     The SDK ends a connection's requests without notifying its owner, which would not reconnect until the next call.
-
-    Args:
-        ended: called with a sentence when the stream ends, perhaps more than once.
-        log: called with a line for each invalid message, and with the notes of `mend`.
+    `ended` is called with a sentence when the stream ends, perhaps more than once; `log` is called with a line for each
+    invalid message, and with the notes of `mend`.
     """
 
     def __init__(self, inner: Any, ended: Callable[[str], None], log: Callable[[str], object]) -> None:

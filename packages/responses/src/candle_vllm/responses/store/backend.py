@@ -161,8 +161,7 @@ SHORT_URLS = ("sqlite:///path", "postgresql://...")  # in the help of flags
 def backend_at(place: Place, bounds: Bounds, clock: Callable[[], float]) -> Any:
     """Return the backend of a store, a `SqlBackend`, not opened yet; `clock` returns seconds since 1970.
 
-    Raises:
-        ConfigError: the place is neither `memory` nor a URL of `BACKENDS`.
+    Raises ConfigError if the place is neither `memory` nor a URL of `BACKENDS`.
     """
     if place.url != MEMORY and not place.url.startswith(BACKENDS):
         raise wrong_url(place)
@@ -197,22 +196,21 @@ class Upkeep:
     def __init__(
         self, seconds: float, work: Callable[[], Awaitable[object]], failure: str, *, at_once: bool = False
     ) -> None:
-        repeated = _repeat(seconds, work, failure, 0.0 if at_once else seconds)
+        async def repeat(wait: float) -> None:
+            while True:
+                await asyncio.sleep(wait)
+                try:
+                    await work()
+                except CandleVllmError as error:
+                    logger.warning("%s: %s", failure, error.__cause__ or error)
+                except Exception:
+                    logger.exception(failure)
+                wait = seconds
+
+        repeated = repeat(0.0 if at_once else seconds)
         self._task = asyncio.create_task(repeated, context=Context())  # not in the opening request's context
 
     async def close(self) -> None:
         """End the work, even during a run."""
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
-
-
-async def _repeat(seconds: float, work: Callable[[], Awaitable[object]], failure: str, wait: float) -> None:
-    while True:
-        await asyncio.sleep(wait)
-        try:
-            await work()
-        except CandleVllmError as error:
-            logger.warning("%s: %s", failure, error.__cause__ or error)
-        except Exception:
-            logger.exception(failure)
-        wait = seconds

@@ -46,11 +46,9 @@ T = TypeVar("T")
 
 
 class Database:
-    """One connection in a thread of its own.
+    """One connection in a thread of its own, for which at most `max_waiting` calls wait.
 
-    Args:
-        max_waiting: maximum number of calls that wait for the thread; one API key has at most half of them. The keys
-            take turns.
+    One API key has at most half of these calls. The keys take turns.
     """
 
     def __init__(self, place: Place, tables: Tables, max_waiting: int) -> None:
@@ -64,8 +62,7 @@ class Database:
         """Connect, and create or migrate tables; ConfigError, or NotReadyError if the database is not available."""
         engine = connect_to(self._place)
         try:
-            arguments = engine, self._place, self._tables
-            self._salt = await self._thread.run(partial(prepare, *arguments))
+            self._salt = await self._thread.run(partial(prepare, engine, self._place, self._tables))
         except SQLAlchemyError as error:
             cause = str(getattr(error, "orig", None) or error).strip().partition("\n")[0]
             kind = NotReadyError if isinstance(error, OperationalError) else ConfigError
@@ -88,14 +85,18 @@ class Database:
     async def run(self, work: Callable[Concatenate[Connection, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Call `work` in the thread, in a transaction, and return its result.
 
-        Raises:
-            StoreUnavailableError: the database is closed, fails, or takes too long.
+        Raises StoreUnavailableError if the database is closed, fails, or takes too long.
         """
-        if self._engine is None:
+        if (engine := self._engine) is None:
             raise self._busy()
+
+        def transaction() -> T:
+            with engine.begin() as connection:
+                return work(connection, *args, **kwargs)
+
         try:
             async with asyncio.timeout(WAIT_SECONDS):
-                return await self._thread.run(partial(_transaction, self._engine, work, *args, **kwargs))
+                return await self._thread.run(transaction)
         except (SQLAlchemyError, TimeoutError, EngineOverloadedError) as error:
             if (cause := str(getattr(error, "orig", None) or "")) == _FULL:
                 logger.error("the %s cannot be written: %s", self._place.title, cause)
@@ -109,16 +110,10 @@ class Database:
         return StoreUnavailableError(f"The {title} is busy or cannot be reached: try again later.", setting)
 
 
-def _transaction(engine: Engine, work: Callable[Concatenate[Connection, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
-    with engine.begin() as connection:
-        return work(connection, *args, **kwargs)
-
-
 def connect_to(place: Place) -> Engine:
     """Return an engine for `memory` or the URL of an SQL database, without connecting; create the file for SQLite.
 
-    Raises:
-        ConfigError: the URL is invalid, the file cannot be written, or a driver is missing.
+    Raises ConfigError if the URL is invalid, the file cannot be written, or a driver is missing.
     """
     if place.url == MEMORY:
         return _watched(
@@ -135,8 +130,7 @@ def connect_to(place: Place) -> Engine:
 def prepare(engine: Engine, place: Place, tables: Tables) -> bytes:
     """Create missing tables, and migrate old ones; return the salt for hashes of API keys.
 
-    Raises:
-        ConfigError: the tables have a version that this server cannot read.
+    Raises ConfigError if the tables have a version that this server cannot read.
     """
     for _ in range(_ATTEMPTS - 1 if engine.dialect.name == "sqlite" else 0):
         try:
@@ -199,7 +193,8 @@ def _sqlite(url: URL, place: Place) -> Engine:
 
 def _watched(engine: Engine) -> Engine:
     event.listen(engine, "connect", _configure_sqlite)
-    event.listen(engine, "begin", _begin_sqlite)
+    # This takes the write lock at once: SQLite refuses it later if another transaction has written in the meantime.
+    event.listen(engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
     return engine
 
 
@@ -208,11 +203,6 @@ def _configure_sqlite(connection: Any, _: Any) -> None:
     connection.isolation_level = None  # the driver begins no transactions of its own
     for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "secure_delete=ON"):
         connection.execute(f"PRAGMA {pragma}").close()
-
-
-def _begin_sqlite(connection: Connection) -> None:
-    """Take the write lock at once: SQLite refuses it later if another transaction has written since the first read."""
-    connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 
 def _postgresql(url: URL, place: Place) -> Engine:

@@ -168,12 +168,9 @@ def parts_of(items: Iterable[Item], max_size: int, path: str = "items") -> list[
 
 
 def settled(response: bytes, status: str, error: tuple[str, str] | None = None) -> bytes:
-    """Return the JSON of a response object that was ended by another task than its own, with its new status and error.
+    """Return the JSON of a response that another task than its own has ended as "failed" or "cancelled".
 
-    Args:
-        response: response object as JSON.
-        status: "failed" or "cancelled".
-        error: code and message.
+    `error` is its code and message.
     """
     made: dict[str, Any] = msgspec.json.decode(response)
     made["status"] = status

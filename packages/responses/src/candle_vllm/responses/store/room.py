@@ -29,14 +29,10 @@ class Room:
         self._now = now
 
     def make(self, owner: str, size: int, *, rows: int = 0, keep: int = -1, beyond_share: bool = False) -> int:
-        """Delete entries until the new data fits; return the number of deleted entries.
+        """Delete entries until the new data fits; return their number. With `beyond_share`, no owner's share counts.
 
-        Args:
-            beyond_share: whether the owner may exceed its share of the store.
-
-        Raises:
-            StoreLimitError: the data is larger than the store, or than the owner's share.
-            StoreFullError: too few entries may be deleted.
+        Raises StoreLimitError if the data is larger than the store, or than the owner's share, and StoreFullError if
+        too few entries may be deleted.
         """
         if self._connection.dialect.name == "postgresql":  # one server after the other makes room
             self._connection.execute(select(func.pg_advisory_xact_lock(self._tables.lock + 1)))

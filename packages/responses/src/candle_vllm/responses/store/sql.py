@@ -49,12 +49,7 @@ class SqlBackend:
     StoreUnavailableError if the store cannot be used now.
 
     Every method locks in one order, so that servers cannot deadlock: an entry's row, then `Room.make`, then its parts.
-
-    Args:
-        clock: returns seconds since 1970.
-
-    Attributes:
-        open, close, owner: methods of the database.
+    `clock` returns seconds since 1970.
     """
 
     def __init__(self, place: Place, bounds: Bounds, clock: Callable[[], float] = time.time) -> None:
@@ -179,11 +174,11 @@ class SqlBackend:
             expires: new time of expiry; None leaves it.
             names: further ids in its contents.
 
-        Raises:
-            StoreLimitError: the entry exceeds a limit of one entry or of the store.
+        Raises StoreLimitError if the entry exceeds a limit of one entry or of the store.
         """
         entries = self._entries
-        where = and_(self._named(kind, owner, name), self._active if status is not None else not_(self._active))
+        where = and_(entries.c.owner == owner, entries.c.id == name, entries.c.kind == kind)
+        where = and_(where, self._active if status is not None else not_(self._active))
         if lease_was is not None:
             where = and_(where, entries.c.lease == lease_was)
         columns = entries.c.number, entries.c.size, func.length(entries.c.body).label("body")
@@ -375,10 +370,6 @@ class SqlBackend:
         entries = self._entries
         alive = or_(entries.c.expires.is_(None), entries.c.expires > self.now, self._active)
         return or_(alive, func.coalesce(entries.c.lease, 0) > self.now) if self._bounds.spares_leased else alive
-
-    def _named(self, kind: str, owner: str, name: str) -> ColumnElement[bool]:
-        entries = self._entries
-        return and_(entries.c.owner == owner, entries.c.id == name, entries.c.kind == kind)
 
     def _visible(self, kind: str, owner: str, name: str | None = None) -> ColumnElement[bool]:
         own = and_(self._entries.c.owner == owner, self._entries.c.kind == kind, self._alive)

@@ -42,11 +42,7 @@ def policy_fault(policy: Any) -> str | None:
 
 
 async def decide(policy: ApprovalPolicy | None, call: ToolCall, definition: ToolDefinition) -> Approval:
-    """Decide by the policy whether a call may run; an exception of the callback is passed on.
-
-    Raises:
-        InvalidParameterError: the callback did not return an `Approval`.
-    """
+    """Decide by the policy whether a call may run; InvalidParameterError if its callback returns no `Approval`."""
     if policy is None:
         policy = "never" if definition.server is None else "always"
     if not callable(policy):

@@ -175,7 +175,12 @@ async def call_directly(
         raise InvalidParameterError(
             f"timeout must be more than 0 and at most {tool.MAX_TIMEOUT:g} seconds, not {timeout!r:.40}", "timeout"
         )
-    text = _as_json(arguments)
+    if not isinstance(arguments, Mapping):
+        raise InvalidParameterError(f"arguments must be an object, not a {type(arguments).__name__}", "arguments")
+    try:
+        text = json.dumps(dict(arguments), ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidParameterError(f"arguments must be JSON: {error!s:.200}", "arguments") from None
     for definition in registry.definitions():
         if definition.server == server and name in (definition.original_name, definition.name):
             call = ToolCall(id=f"call_{uuid.uuid4().hex}", name=definition.name, arguments=text)
@@ -183,15 +188,6 @@ async def call_directly(
             return checked if isinstance(checked, ToolResult) else await run(checked, timeout=timeout)
     where = "among the Python tools" if server is None else f"at the MCP server {server!r:.80}"
     raise InvalidParameterError(f"there is no tool {name!r:.80} {where}", "tool")
-
-
-def _as_json(arguments: Any) -> str:
-    if not isinstance(arguments, Mapping):
-        raise InvalidParameterError(f"arguments must be an object, not a {type(arguments).__name__}", "arguments")
-    try:
-        return json.dumps(dict(arguments), ensure_ascii=False)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise InvalidParameterError(f"arguments must be JSON: {error!s:.200}", "arguments") from None
 
 
 def unknown_text(name: str, known: Iterable[str]) -> str:

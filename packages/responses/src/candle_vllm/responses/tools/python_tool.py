@@ -56,11 +56,7 @@ class Signature:
             ) from None
 
     def convert(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        """Convert the arguments to the types of the parameters; missing arguments are left out.
-
-        Raises:
-            ToolArgumentsError: an argument cannot be converted.
-        """
+        """Convert the arguments to the types of the parameters; ToolArgumentsError if one cannot be converted."""
         try:
             return self._adapter.validate_json(json.dumps(dict(arguments)))
         except ValidationError as error:
@@ -175,22 +171,16 @@ def function_tool(
     `MAX_THREADS` threads of the tool run, the tool is unavailable.
 
     Args:
-        function: function whose parameters can be given by name.
+        function: function whose parameters can be given by name; another one raises InvalidParameterError.
         name: name that the model uses; the function's own by default.
         description: purpose of the tool; the docstring's first paragraph by default.
         timeout: seconds for a call if the conversation sets no timeout; None means 60.
-
-    Raises:
-        InvalidParameterError: the function cannot be a tool; the message says why.
     """
     return PythonTool(function, name=name, description=description, timeout=timeout)
 
 
 class PythonTool:
-    """A Python function that a model may call; `function_tool` makes it.
-
-    `timeout` is the number of seconds for a call if the conversation sets no timeout.
-    """
+    """A Python function that a model may call; `function_tool` makes it."""
 
     def __init__(
         self,
@@ -222,7 +212,6 @@ class PythonTool:
         )
 
     async def run(self, arguments: Mapping[str, Any], report: tool.Report) -> tool.ToolOutput:  # noqa: ARG002 it reports nothing
-        """Convert the arguments, call the function, and make an output of its return value."""
         values = self._signature.convert(arguments)
         value = await self._function(**values) if self._is_async else await self._in_thread(values)
         if inspect.isawaitable(value):  # a plain function that calls an async one
@@ -230,10 +219,7 @@ class PythonTool:
         return _output(value)
 
     async def _in_thread(self, values: dict[str, Any]) -> Any:
-        """Call the function in a daemon thread outside of any pool.
-
-        A function that hangs must not keep the event loop or the program from ending.
-        """
+        """Call the function in a daemon thread, so that one that hangs does not keep the program from ending."""
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[tuple[Any, BaseException | None]] = loop.create_future()
 
@@ -299,7 +285,6 @@ def _named(function: Callable[..., Any], name: str | None) -> tuple[str, str]:
 
 
 def _output(value: Any) -> tool.ToolOutput:
-    """Convert a function's result to an output: text unchanged, None to an empty output, any other value to JSON."""
     if isinstance(value, tool.ToolOutput):
         return value
     if value is None:

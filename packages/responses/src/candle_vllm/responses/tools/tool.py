@@ -137,7 +137,6 @@ class Tool(Protocol):
 
         The model sees the message of a `ToolError`; of other exceptions, it sees only the type.
         """
-        ...
 
 
 class ToolError(CandleVllmError):
