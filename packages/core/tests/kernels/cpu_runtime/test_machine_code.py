@@ -163,7 +163,7 @@ def test_a_cpu_below_all_levels_runs_only_instructions_that_it_reports(monkeypat
 def test_a_lower_level_may_be_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert get_args(CpuLevel) == tuple(entry.name for entry in LEVELS)
     held: list[Any] = []
-    monkeypatch.setattr(level, "_chosen", lambda: held)
+    monkeypatch.setattr(level, "_CHOSEN", held)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(operation, "_address", cache(lambda code: 0))
     kernel_cache.kernel_cache.cache_clear()

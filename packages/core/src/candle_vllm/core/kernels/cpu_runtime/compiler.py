@@ -92,17 +92,14 @@ def _entry(context: Any, library: Any, described: Any) -> ir.Module:
     return module
 
 
+_ENGINES: list[Any] = []  # LLVM's engines, which hold the code for the life of the process
+
+
 def load_object(made: bytes) -> int:
     """Link an object file that `machine_code` does not support, by LLVM; return the address of its `ENTRY`."""
     target = binding.Target.from_triple(binding.get_process_triple())
     engine = binding.create_mcjit_compiler(binding.parse_assembly(""), target.create_target_machine())
     engine.add_object_file(binding.ObjectFileRef.from_data(made))
     engine.finalize_object()
-    _engines().append(engine)
+    _ENGINES.append(engine)
     return engine.get_function_address(ENTRY)
-
-
-@cache
-def _engines() -> list[Any]:
-    """Return LLVM's engines, which hold the code for the life of the process."""
-    return []

@@ -58,7 +58,9 @@ _MOST_IMPORTS = 1024
 _KEPT_VERSIONS = 4
 _DAY = 24 * 3600
 _BEGUN = time.time()
+_COMPILED = count(1)  # numbers of the kernels that this process compiles
 _Imports: TypeAlias = dict[str, list[str]]
+_PARSED: dict[str, _Imports] = {}  # imports, by `_mark`, that this process has parsed, but not stored on disk yet
 
 
 def cache_root() -> Path:
@@ -101,14 +103,14 @@ NO_KERNELS = (
 @cache
 def can_compile() -> bool:
     """Whether kernels can run: precompiled code for this CPU's level, or a compiler, is available."""
-    return importlib.util.find_spec("numba") is not None or _travelling().is_dir()
+    return has_compiler() or _travelling().is_dir()
 
 
 def is_first_start() -> bool:
     """Return whether several kernels must be compiled and stored: the list of an earlier start is missing, or has
     several kernels that are not stored. (The kernels that this start needs are known only after a plan is recorded,
     which takes too long.) Kernels that only another version has do not count. False if the level is precompiled."""
-    folder = None if importlib.util.find_spec("numba") is None or _travelling().is_dir() else kernel_cache()
+    folder = kernel_cache() if has_compiler() and not _travelling().is_dir() else None
     if folder is None:
         return False
     asked = _read(folder / _ASKED)
@@ -132,7 +134,7 @@ def note_asked(names: Iterable[str]) -> None:
 def is_missing(name: str) -> bool:
     """Whether a function must be compiled and stored: its code is not stored, and both are possible."""
     kept = kept_name(name, host_level())
-    if importlib.util.find_spec("numba") is None or (_travelling() / kept).exists():
+    if not has_compiler() or (_travelling() / kept).exists():
         return False
     folder = kernel_cache()
     return folder is not None and not (folder / kept).exists()
@@ -158,7 +160,13 @@ def compiled_address(name: str, make: Callable[[], Callable[..., None]]) -> int:
         code = _read(folder / kept, used=True) if folder is not None else None
         if code is None:
             _tell(folder)
-            code = compile_image(_checked(name, make), host_level())
+            if not has_compiler():
+                raise ConfigError(
+                    f"the CPU kernel {name} is not precompiled, and Numba, which compiles it, is not installed: "
+                    "pip install 'candle-vllm-core[compile]'",
+                    "device",
+                )
+            code = compile_image(make(), host_level())
             if folder is not None:
                 keep_kernel(folder, name, host_level(), code)
                 _drop_old(folder)
@@ -190,15 +198,9 @@ def compile_image(function: Callable[..., None], level: Level) -> bytes:
         return made  # some relocations of LLVM on ARM64 are not supported by `machine_code`
 
 
-@cache
-def _compiled() -> count[int]:
-    """Return the counter of the kernels that this process has compiled."""
-    return count(1)
-
-
 def _tell(folder: Path | None) -> None:
     """Report, before a kernel is compiled, how many of `WANTED` are stored, or if it is empty, the kernel's number."""
-    here = done = next(_compiled())
+    here = done = next(_COMPILED)
     wanted = WANTED.get()
     if folder is not None and wanted:
         done = sum((folder / name).exists() for name in wanted)
@@ -207,16 +209,6 @@ def _tell(folder: Path | None) -> None:
             logger.warning("compiling further CPU kernels for this machine: once, in some seconds each")
     how = "once for this machine" if folder is not None else "which cannot be cached"
     tell(f"compiling the CPU kernels, {how}", done, len(wanted), " kernels")
-
-
-def _checked(name: str, make: Callable[[], Callable[..., None]]) -> Callable[..., None]:
-    if importlib.util.find_spec("numba") is None:
-        raise ConfigError(
-            f"the CPU kernel {name} is not precompiled, and Numba, which compiles it, is not installed: "
-            "pip install 'candle-vllm-core[compile]'",
-            "device",
-        )
-    return make()
 
 
 def keep_kernel(folder: Path, name: str, level: Level, code: bytes) -> None:
@@ -276,13 +268,13 @@ def _key(module: str, level: Level) -> str:
     digest = hashlib.sha256(f"{level.name} {level.cpu} {level.features}".encode())
     for name, text in sorted(sources(module).items()):
         digest.update(f"\n{name} {text}".encode())
-    path = _imports_path() if _parsed() else None
+    path = _imports_path() if _PARSED else None
     if path is not None:
-        new = dict(_parsed())
+        new = dict(_PARSED)
         _known_imports.cache_clear()  # another process may have added imports
         keep(path, json.dumps(_known_imports(path) | new).encode())
         _known_imports.cache_clear()
-        _parsed().clear()
+        _PARSED.clear()
     return digest.hexdigest()[:16]
 
 
@@ -363,12 +355,12 @@ def _imports(text: bytes) -> _Imports:
     Without stored imports, a start would parse some 60 files in a quarter of a second (November 2026).
     """
     mark = _mark(text)
-    if mark in (known := _known_imports(TRAVELLING / _IMPORTS)) or mark in (known := _parsed()):
+    if mark in (known := _known_imports(TRAVELLING / _IMPORTS)) or mark in (known := _PARSED):
         return known[mark]
     path = _imports_path()
     if path is not None and mark in (known := _known_imports(path)):
         return known[mark]
-    return _parsed().setdefault(mark, _note(text))
+    return _PARSED.setdefault(mark, _note(text))
 
 
 def _note(text: bytes) -> _Imports:
@@ -431,12 +423,6 @@ def parse_imports(text: bytes) -> _Imports:
         for block in ("body", "orelse", "handlers", "finalbody", "cases"):
             nodes += getattr(node, block, ())
     return {base: names for base, names in imports.items() if base.startswith((_PACKAGE, "."))}
-
-
-@cache
-def _parsed() -> dict[str, _Imports]:
-    """Return the imports, by `_mark`, that this process has parsed, but not stored on disk yet."""
-    return {}
 
 
 @cache

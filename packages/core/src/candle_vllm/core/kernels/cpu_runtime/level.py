@@ -112,9 +112,12 @@ LEVELS = (
 # ---- level of this CPU -----------------------------------------------------------------------------------------------
 
 
+_CHOSEN = list[Level]()  # the chosen level; empty if no level was chosen
+
+
 def host_level() -> Level:
     """Return the level that kernels are compiled for: the chosen level, otherwise the highest level of this CPU."""
-    return next(iter(_chosen()), None) or best_level()
+    return next(iter(_CHOSEN), None) or best_level()
 
 
 @cache
@@ -130,7 +133,7 @@ def choose_level(name: str | None) -> None:
         ConfigError: this CPU lacks instructions of the level.
     """
     if name is None:
-        _chosen().clear()
+        _CHOSEN.clear()
         return
     able = [level for level in LEVELS if level.flags <= host_flags() and level.machine == machine()]
     found = next((level for level in able if level.name == name), None)
@@ -139,13 +142,7 @@ def choose_level(name: str | None) -> None:
         raise ConfigError(
             f"cpu_level={name!r} needs instructions that this CPU does not have; it supports {names}", "cpu_level"
         )
-    _chosen()[:] = [found]
-
-
-@cache
-def _chosen() -> list[Level]:
-    """Return a list that has the chosen level; empty if no level was chosen."""
-    return []
+    _CHOSEN[:] = [found]
 
 
 def host_isa() -> Isa:

@@ -78,22 +78,15 @@ def make_forms(
     made: dict[InputForm, Inputs] = {}
     rows = next((form for form in forms if form in FLOAT_FORMS), None)
     if recorder.adapted and rows is not None and Groups() in forms:  # LoRA reads rows: one operation makes both forms
-        both = _groups_and_rows(recorder, rows, source, copies=copies, barrier=len(forms) == 2)
-        made = dict(zip((Groups(), rows), both))
+        columns, only = source.columns, len(forms) == 2
+        out = recorder.memory(copies * columns, np.int16 if rows is RowForm.BF16 else np.float32)
+        at = address_of(out)
+        made[Groups()] = _convert(recorder, Groups(), source, copies=copies, barrier=only, rows=(rows, at))
+        made[rows] = Inputs({"x": at, "x_bytes": rows.bytes * columns}, (out,))
     left = [form for form in forms if form not in made]
     for place, form in enumerate(left, 1):
         made[form] = _convert(recorder, form, source, copies=copies, barrier=place == len(left))
     return made
-
-
-def _groups_and_rows(
-    recorder: Recorder, form: RowForm, source: InputRows, *, copies: int, barrier: bool
-) -> tuple[Inputs, Inputs]:
-    """Record the conversion of an input to groups and to rows by one operation."""
-    columns = source.columns
-    out = recorder.memory(copies * columns, np.int16 if form is RowForm.BF16 else np.float32)
-    groups = _convert(recorder, Groups(), source, copies=copies, barrier=barrier, rows=(form, address_of(out)))
-    return groups, Inputs({"x": address_of(out), "x_bytes": form.bytes * columns}, (out,))
 
 
 def _convert(

@@ -245,13 +245,10 @@ def _nodes(usable: frozenset[int], root: Path) -> list[tuple[int, frozenset[int]
         number = folder.name.removeprefix("node")
         cpus = usable & parsed_ranges(read_or_nothing(folder / "cpulist"))
         if number.isdecimal() and cpus:
-            found.append((_socket(min(cpus), root), int(number), cpus))
+            package = root / f"sys/devices/system/cpu/cpu{min(cpus)}/topology/physical_package_id"
+            socket = read_or_nothing(package).strip()
+            found.append((int(socket) if socket.isdecimal() else 0, int(number), cpus))
     return [(node, cpus) for _, node, cpus in sorted(found, key=lambda each: each[:2])] or [(0, usable)]
-
-
-def _socket(cpu: int, root: Path) -> int:
-    text = read_or_nothing(root / f"sys/devices/system/cpu/cpu{cpu}/topology/physical_package_id").strip()
-    return int(text) if text.isdecimal() else 0
 
 
 def _memory_of(node: int, root: Path) -> int:

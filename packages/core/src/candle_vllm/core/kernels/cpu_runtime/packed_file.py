@@ -229,12 +229,8 @@ def make_room(path: Path, size: int) -> bool:
     total += sum(count for _, count, _ in files)
     most = min(MOST_BYTES, (shutil.disk_usage(path.parent).free + total) // 2)
     if size > most:
-        logger.info(
-            "packed weights: %.1f MB are not saved in %s, because they are more than %.1f MB",
-            size / 1e6,
-            path.parent,
-            most / 1e6,
-        )
+        text = "packed weights: %.1f MB are not saved in %s, because they are more than %.1f MB"
+        logger.info(text, size / 1e6, path.parent, most / 1e6)
         return False
     for _, count, each in sorted(files):
         if total + size > most:

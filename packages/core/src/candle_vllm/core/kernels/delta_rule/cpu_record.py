@@ -59,16 +59,7 @@ def record_delta_rule(
         (a.address, a.stride) if by_element else (address_of(recorder.memory(decays + heads)), decays + heads)
     )
     arguments = layout.DeltaArguments(
-        q=q.address,
-        q_stride=q.stride,
-        k=k.address,
-        k_stride=k.stride,
-        v=v.address,
-        v_stride=v.stride,
-        a=a.address,
-        a_stride=a.stride,
-        b=b.address,
-        b_stride=b.stride,
+        *(number for rows in given for number in (rows.address, rows.stride)),
         decay=recorder.keep(gates.decay),
         bias=recorder.keep(gates.bias),
         strength=gates.strength,

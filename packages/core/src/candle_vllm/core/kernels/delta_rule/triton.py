@@ -16,7 +16,7 @@ import triton.language as tl
 
 from candle_vllm.core.kernels.delta_rule.layout import DeltaGates
 from candle_vllm.core.kernels.delta_rule.triton_chunks import in_chunks, scan_chunks
-from candle_vllm.core.kernels.delta_rule.triton_scan import CACHE_STRIDES, STRIDES, form_of, scan_tokens
+from candle_vllm.core.kernels.delta_rule.triton_scan import CACHE_STRIDES, STRIDES, Form, scan_tokens
 from candle_vllm.core.kernels.states import TABLES
 from candle_vllm.core.kernels.triton_build import OPTIONS, cdiv
 
@@ -109,8 +109,7 @@ def delta_rule(
     given |= {"out": out, "states": states, "kept": kept, **tables, "skip": gates.skip}
     given |= {"most": gates.strength, "scale": scale, **strides}
     each = gates.decay.numel() // heads if gates.decay.dim() == 1 else 0
-    how: dict[str, Any] = {"normed": normed, "corrects": gates.skip is None, "each": each, "least": gates.least}
-    form = form_of(key_heads, heads, key_dim, value_dim, **how)
+    form = Form(key_heads, heads, key_dim, value_dim, normed, gates.skip is None, each, gates.least)
     if each and in_chunks(q, rows.positions, normed=normed):
         assert rows.positions.is_contiguous()
         scan_chunks(len(rows.slots), given, rows.positions, form)

@@ -29,8 +29,6 @@ class Form:
 
     Attributes:
         HK, HV, DK, DV: heads of keys and values, and their dimensions.
-        DKP: DK rounded up to a power of two.
-        FILLED: DV rounded up to whole tiles.
         NORMED: whether q and k are normalised.
         CORRECTS: whether it is the delta rule; otherwise Mamba.
         EACH: decays of a value head: 1 or DK; 0: of each element, Mamba 1.
@@ -41,12 +39,20 @@ class Form:
     HV: int
     DK: int
     DV: int
-    DKP: int
-    FILLED: int
     NORMED: bool
     CORRECTS: bool
     EACH: int
-    LEAST: float
+    LEAST: float = 0.0
+
+    @property
+    def DKP(self) -> int:
+        """DK rounded up to a power of two."""
+        return max(16, next_power_of_2(self.DK))
+
+    @property
+    def FILLED(self) -> int:
+        """DV rounded up to whole tiles."""
+        return cdiv(self.DV, COLUMNS) * COLUMNS
 
     @property
     def gates(self) -> int:
@@ -250,19 +256,3 @@ def scan_tokens(sequences: int, given: dict[str, Any], form: Form) -> None:
 def block_of(form: Form) -> int:
     """Return the number of columns of a program of `scan_kernel`."""
     return _BLOCK_V if form.DV > COLUMNS else COLUMNS
-
-
-def form_of(
-    key_heads: int,
-    heads: int,
-    key_dim: int,
-    value_dim: int,
-    *,
-    normed: bool,
-    corrects: bool,
-    each: int,
-    least: float = 0.0,
-) -> Form:
-    """Return the form of a layer; see `Form`."""
-    padded, filled = max(16, next_power_of_2(key_dim)), cdiv(value_dim, COLUMNS) * COLUMNS
-    return Form(key_heads, heads, key_dim, value_dim, padded, filled, normed, corrects, each, least)

@@ -113,6 +113,10 @@ class Place:
     lookup: bool = False
 
 
+Changes: TypeAlias = Mapping[int, tuple[Place, Mapping[str, Delta]]]
+"""By number of an adapter site: the site, and the changes of its parts by prefix (`FittedAdapter.deltas`)."""
+
+
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class PackedAdapter:
     """An adapter that is ready for steps of one backend.

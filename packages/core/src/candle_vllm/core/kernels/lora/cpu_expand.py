@@ -326,7 +326,6 @@ def _make_list(FORM: int) -> Any:
 
 
 def make_expand(FORM: int, ISA: int) -> Callable[..., None]:
-    """Return the operation for a `NumberForm` of the adapters."""
     add_parts, INNER = make_parts(FORM, ISA), len(layout.ExpandArguments._fields)
     list_parts, RUNS = _make_list(FORM), RUNS_BYTES
 

@@ -16,7 +16,6 @@ from candle_vllm.core.kernels.lora.layout import BLOCK_BYTES, ExpandArguments, S
 
 
 def make_shrink(FORM: int, ISA: int) -> Callable[..., None]:
-    """Return the operation for a `NumberForm` of the adapters."""
     multiply = make_run(FORM, ISA)
 
     def shrink_experts(row, thread, threads):
@@ -49,7 +48,6 @@ def make_shrink(FORM: int, ISA: int) -> Callable[..., None]:
 
 
 def make_expand(FORM: int, ISA: int) -> Callable[..., None]:
-    """Return the operation for a `NumberForm` of the adapters."""
     add_parts = make_parts(FORM, ISA)
 
     def expand_experts(row, thread, threads):

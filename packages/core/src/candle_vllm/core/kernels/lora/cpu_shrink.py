@@ -365,7 +365,6 @@ FOLDED = 64
 
 
 def make_shrink(FORM: int, ISA: int) -> Callable[..., None]:
-    """Return the operation for a `NumberForm` of the adapters."""
     multiply, fold_part, RUN = make_run(FORM, ISA), make_fold(FORM), _RUN
 
     @njit

@@ -15,7 +15,7 @@ import functools
 import itertools
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from candle_vllm.core.errors import AdapterError
 from candle_vllm.core.kernels.device_stream import DeviceStream, Sent, Staging, Work, copy
 from candle_vllm.core.kernels.dispatch import on_gpu
-from candle_vllm.core.kernels.lora import Delta, PackedAdapter, Place
+from candle_vllm.core.kernels.lora import Changes, PackedAdapter, Place
 from candle_vllm.core.kernels.lora.layout import GPU_COLUMNS, GPU_FIELDS, GPU_RANKS
 from candle_vllm.core.kernels.lora.reference import EagerAdapters, TorchAdapter, TorchDelta
 from candle_vllm.core.kernels.torch_numbers import NAMES
@@ -56,7 +56,7 @@ class Entries(Protocol):
 # ---- an adapter ------------------------------------------------------------------------------------------------------
 
 
-def refuse_experts(found: Mapping[int, tuple[Place, Mapping[str, Delta]]]) -> None:
+def refuse_experts(found: Changes) -> None:
     """Raise AdapterError if an adapter changes experts: a GPU's kernels of experts add no adapters."""
     if any(place.experts for place, _ in found.values()):
         raise AdapterError(
@@ -66,11 +66,10 @@ def refuse_experts(found: Mapping[int, tuple[Place, Mapping[str, Delta]]]) -> No
 
 
 class DeviceAdapter(TorchAdapter):
-    """Adapter in one piece of host memory that a GPU can copy, except for `TorchDelta.rows`.
+    """Adapter, in the type of the activations, in one piece of host memory that a GPU can copy, except for
+    `TorchDelta.rows`.
 
     Args:
-        found: changes of the adapter, by the number of the adapter site.
-        dtype: type of the model's activations.
         staged: function that allocates host memory.
 
     Attributes:
@@ -81,12 +80,7 @@ class DeviceAdapter(TorchAdapter):
         AdapterError: the adapter changes experts.
     """
 
-    def __init__(
-        self,
-        found: Mapping[int, tuple[Place, Mapping[str, Delta]]],
-        dtype: torch.dtype,
-        staged: Callable[[int], torch.Tensor],
-    ) -> None:
+    def __init__(self, found: Changes, dtype: torch.dtype, staged: Callable[[int], torch.Tensor]) -> None:
         refuse_experts(found)
         super().__init__(found, NAMES[dtype])  # type: ignore[arg-type]
         self.plain = all(
@@ -198,7 +192,7 @@ class DeviceAdapters(EagerAdapters):
         self._staging = Staging(stream, tables, room=0, pieces=max(2, in_flight))
         stream.join()
 
-    def packed(self, found: Mapping[int, tuple[Place, Mapping[str, Delta]]]) -> DeviceAdapter:
+    def packed(self, found: Changes) -> DeviceAdapter:
         """Pack an adapter in host memory."""
         return DeviceAdapter(found, self._dtype, self._stream.staged)
 

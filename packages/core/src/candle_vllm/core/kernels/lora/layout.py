@@ -145,9 +145,7 @@ def filled_with_zeros(matrix: np.ndarray, rows: int, columns: int) -> np.ndarray
     """Pad a matrix with zeros after its rows and columns."""
     if matrix.shape == (rows, columns):
         return matrix
-    made = np.zeros((rows, columns), matrix.dtype)
-    made[: matrix.shape[0], : matrix.shape[1]] = matrix
-    return made
+    return np.pad(matrix, [(0, rows - matrix.shape[0]), (0, columns - matrix.shape[1])])
 
 
 class ShrinkArguments(NamedTuple):

@@ -16,7 +16,7 @@ from candle_vllm.core.errors import AdapterError
 from candle_vllm.core.kernels.activation_rows import row_elements
 from candle_vllm.core.kernels.cpu_runtime.operation import address_of, c_function, float_bits
 from candle_vllm.core.kernels.cpu_runtime.weight_memory import WeightMemory
-from candle_vllm.core.kernels.lora import Delta, FittedAdapter, NumberType, PackedAdapter, Place
+from candle_vllm.core.kernels.lora import Changes, Delta, FittedAdapter, NumberType, PackedAdapter, Place
 from candle_vllm.core.kernels.lora import layout as lay
 from candle_vllm.core.quantization.plain import read_plain
 from candle_vllm.core.quantization.tensors import StoredTensor
@@ -26,8 +26,6 @@ SERIALS = itertools.count(1)
 
 Places = Mapping[str, Sequence[Place]]
 """The adapter sites of a model, by the paths of its layers."""
-Changes = Mapping[int, tuple[Place, Mapping[str, Delta]]]
-"""By number of an adapter site: the site, and the changes of its parts by prefix (`FittedAdapter.deltas`)."""
 
 
 def pack_adapter(
@@ -72,7 +70,7 @@ def packed_adapter(fitted: FittedAdapter, layout: Any, nbytes: int) -> PackedAda
         modules=len(every),
         nbytes=nbytes,
         serial=next(SERIALS),
-        apart=any(not (d.column_scale is None and d.full is None and d.rows is None) for d in every),
+        apart=any(map(_is_apart, every)),
         layout=layout,
     )
 
@@ -87,19 +85,20 @@ def changes_of(fitted: FittedAdapter, places: Places) -> Changes:
                 raise AdapterError(
                     f"the adapter changes {path}:{name}weight, which is no matrix that this model multiplies"
                 )
-            _check(f"{path}:{name}weight", place, delta)
+            if place.experts and _is_apart(delta):
+                raise AdapterError(
+                    f"{path}:{name}weight: adapters of experts may have only A, B and biases, neither DoRA nor whole "
+                    "matrices"
+                )
+            if place.lookup and delta.column_scale is not None:
+                raise AdapterError(f"{path}:{name}weight: a table whose rows are looked up does not support DoRA")
             found.setdefault(place.number, (place, {}))[1][name] = delta
     return found
 
 
-def _check(name: str, place: Place, delta: Delta) -> None:
-    apart = delta.column_scale is not None or delta.full is not None or delta.rows is not None
-    if place.experts and apart:
-        raise AdapterError(
-            f"{name}: adapters of experts may have only A, B and biases, neither DoRA nor whole matrices"
-        )
-    if place.lookup and delta.column_scale is not None:
-        raise AdapterError(f"{name}: a table whose rows are looked up does not support DoRA")
+def _is_apart(delta: Delta) -> bool:
+    """See `PackedAdapter.apart`."""
+    return delta.column_scale is not None or delta.full is not None or delta.rows is not None
 
 
 def numbers_of(stored: StoredTensor | None) -> NDArray[np.float32]:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from candle_vllm.core.kernels.activation_rows import row_elements
-from candle_vllm.core.kernels.lora import Delta, NumberType, PackedAdapter, Place
+from candle_vllm.core.kernels.lora import Changes, Delta, NumberType, PackedAdapter, Place
 from candle_vllm.core.kernels.lora.layout import MOST_16, QUARTERS, SPAN, filled
 from candle_vllm.core.kernels.torch_numbers import DTYPES
 
@@ -113,7 +113,7 @@ class TorchAdapter:
         nbytes: size of all tensors.
     """
 
-    def __init__(self, found: Mapping[int, tuple[Place, Mapping[str, Delta]]], dtype: NumberType, device: Any = "cpu"):
+    def __init__(self, found: Changes, dtype: NumberType, device: Any = "cpu"):
         self.whole = dtype == "I8"  # inputs and sums are rounded to 16-bit integers, otherwise to `dtype`
         self.dtype = torch.float32 if self.whole else DTYPES[dtype]
         self.deltas = {

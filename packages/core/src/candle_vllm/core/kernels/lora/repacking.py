@@ -58,7 +58,6 @@ class _Watching(Packing):
     """Pack indices of the file's elements, counted from 1, instead of the elements; 0 is a blank position.
 
     Args:
-        dtype: type in which adapters of this kind are multiplied.
         first: offset of the elements in the file, in bytes.
         most: maximum number of indices to store.
         matrices: for I8: the matrices for `cpu_quantise`; indices then refer to the bytes that it writes.
@@ -97,9 +96,8 @@ class _Watching(Packing):
         begin, rows, columns, counted, at = of.T[..., None]
         row = (numbers[:, :1] - begin) // columns
         whole = numbers == begin + row * columns + np.arange(numbers.shape[1])
-        if scale is not None or turned or (counted != groups).any() or (columns != numbers.shape[1]).any():
-            raise _UnseenError
-        if not whole.all():
+        other = (counted != groups).any() or (columns != numbers.shape[1]).any() or not whole.all()
+        if scale is not None or turned or other:
             raise _UnseenError
         scales = at + rows * columns + 2 * (row * groups + np.arange(groups))
         return numbers - begin + at + 1, scales[..., None] + np.array([1, 2])
@@ -174,7 +172,8 @@ class Repacking:
         if not _is_ordinary(numbers):
             return None
         if self.dtype == "I8":
-            codes = np.empty(_code_bytes(self.matrices), np.uint8)
+            _, rows, columns, groups, at = self.matrices[-1].tolist()
+            codes = np.empty(at + rows * (columns + 2 * groups), np.uint8)
             quantise(numbers, codes, self.matrices)
             numbers = codes
         memory = aligned(self.nbytes + 64, np.uint8)
@@ -250,9 +249,8 @@ def repacking_of(
     where, words = np.concatenate(at), np.concatenate([told for _, told in watching.words])
     addresses = np.flatnonzero(words >= _ADDRESS)
     words[addresses] -= _ADDRESS
-    like = packed_adapter(fitted, None, nbytes=0)
     return Repacking(
-        like=like,
+        like=packed_adapter(fitted, None, nbytes=0),
         dtype=dtype,
         stored=stored,
         nbytes=watching.nbytes,
@@ -273,12 +271,6 @@ def _matrices(pairs: Iterable[tuple[FileTensor, FileTensor]], first: int, size: 
         made.append(((start - first) // size, rows, columns, groups, at))
         at += rows * (columns + 2 * groups)
     return np.array(made, np.int64)
-
-
-def _code_bytes(matrices: NDArray[np.int64]) -> int:
-    """Return the number of bytes that quantisation writes."""
-    _, rows, columns, groups, at = matrices[-1].tolist()
-    return at + rows * (columns + 2 * groups)
 
 
 def _numbers(data: NDArray[np.uint8], stored: str, wanted: str) -> NDArray[Any]:

@@ -128,9 +128,7 @@ def _store(numbers: np.ndarray, kind: PlainKind, tiles: np.ndarray) -> None:
     """Write rows of weights, as bit patterns, to their tiles, uint8 [tiles, bytes]."""
     rows, columns = len(tiles) * ROWS, tiles.shape[1] // (ROWS * kind.itemsize)
     if numbers.shape != (rows, columns):
-        whole = np.zeros((rows, columns), numbers.dtype)
-        whole[: numbers.shape[0], : numbers.shape[1]] = numbers
-        numbers = whole
+        numbers = np.pad(numbers, [(0, rows - numbers.shape[0]), (0, columns - numbers.shape[1])])
     elements = np.uint16 if kind is PlainKind.F16 else np.uint32  # per row and step: an F16, an F32 or two BF16
     target = tiles.view(elements).reshape(len(tiles), -1, ROWS)
     target[:] = numbers.view(elements).reshape(len(tiles), ROWS, -1).transpose(0, 2, 1)

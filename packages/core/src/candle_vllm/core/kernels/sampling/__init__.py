@@ -221,17 +221,13 @@ def asks(controls: NDArray[np.float64]) -> tuple[bool, bool]:
 def draw_tensors(
     logits: torch.Tensor, controls: torch.Tensor, random: bool = True, search: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Do what `draw` does, without waiting for the device.
+    """Do what `draw` does, without waiting for the device; V is at most 524,288.
+
+    The id of a row whose largest logit is not finite is 0.
 
     Args:
-        logits: [R, V] float32, each row contiguous, V up to 524,288; not changed.
-        controls: [R, 5] float64, contiguous.
         random: may be False, which saves kernel launches, if every temperature is 0.
         search: may be False, which saves a kernel launch and memory, if no row has top_k or top_p.
-
-    Returns:
-        [R] int64 ids and [R] float32 largest logits, NaN for a row with a NaN. The id of a row whose largest logit is
-        not finite is 0.
     """
     if on_gpu(logits):
         from candle_vllm.core.kernels.sampling import triton_draw
@@ -247,13 +243,9 @@ def draw_tensors(
 
 
 def stand_tensors(logits: torch.Tensor, token_ids: torch.Tensor, tops: torch.Tensor, most: int) -> DeviceStanding:
-    """Do what `stand` does, without waiting for the device.
+    """Do what `stand` does, without waiting for the device; V is at most 524,288.
 
-    Args:
-        logits: [R, V] float32, each row contiguous, V up to 524,288; not changed.
-        token_ids: [R] int64 below V.
-        tops: [R] int64, numbers of largest logits whose ids are returned, at most `most`.
-        most: the width of the result.
+    `most`, the width of the result, is at least every number in `tops`.
     """
     if on_gpu(logits):
         from candle_vllm.core.kernels.sampling import triton_stand

@@ -78,10 +78,7 @@ class DeviceStanding(NamedTuple):
     """`Standing` in tensors on the logits' device. Rows whose largest logit is not finite have undefined results.
 
     Attributes:
-        offsets: [R] float64.
-        ranks: [R] int64.
         logits: [R] float32, logits of the tokens.
-        top_ids: [R, most] int64.
         top_logits: [R, most] float32; -inf for an id of -1.
     """
 

@@ -104,5 +104,4 @@ class ScaledMatrix(Matrix):
 
     @property
     def tile_bytes(self) -> int:
-        """Bytes of a tile."""
         return self.spans * HEAD_BYTES + self.turns * self.kind.turn_bytes

@@ -94,8 +94,11 @@ def _store(codes: ScaledCodes, matrix: ScaledMatrix, tiles: np.ndarray) -> None:
     stored[..., -8 * ROWS :].view(words.dtype).reshape(vectors.shape)[:] = vectors  # `reshape` gives a view
     with np.errstate(over="ignore"):  # infinite scales stay infinite
         scales = scales * np.float32(kind.factor)
-    row, column = _not_numbers(data if groups is None else groups, kind)
-    scales[row, column // (each if groups is None else matrix.span_turns)] = np.nan
+    is_nan = (data if groups is None else groups) & 0x7F
+    is_nan = is_nan > 0x7C if kind is ScaledKind.E5M2 else is_nan == 0x7F
+    if is_nan.any():
+        row, column = is_nan.nonzero()
+        scales[row, column // (each if groups is None else matrix.span_turns)] = np.nan
     heads = np.ascontiguousarray(scales.reshape(len(tiles), ROWS, spans).transpose(0, 2, 1)).view(np.uint8)
     paired, length = 2 * matrix.pairs, matrix.span_turns
     pairs = tiles[:, : paired * matrix.span_bytes].reshape(len(tiles), matrix.pairs, 2 * matrix.span_bytes)
@@ -107,13 +110,6 @@ def _store(codes: ScaledCodes, matrix: ScaledMatrix, tiles: np.ndarray) -> None:
         part = tiles[:, span * matrix.span_bytes :][:, : matrix.span_bytes]
         part[:, :HEAD_BYTES] = heads[:, span]
         part[:, HEAD_BYTES:] = stored[:, span * length : (span + 1) * length].reshape(len(tiles), -1)
-
-
-def _not_numbers(data: np.ndarray, kind: ScaledKind) -> tuple[np.ndarray, np.ndarray]:
-    """Return the rows and columns of NaN codes among weights, or among the scales of groups."""
-    found = (data & 0x7F) > 0x7C if kind is ScaledKind.E5M2 else (data & 0x7F) == 0x7F
-    row, column = found.nonzero() if found.any() else (np.empty(0, np.intp),) * 2
-    return row, column
 
 
 def _raised(codes: np.ndarray, scales: np.ndarray, each: int) -> tuple[np.ndarray, np.ndarray]:
@@ -151,6 +147,4 @@ def _filled(numbers: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     """Return `numbers` padded with zeros to a contiguous matrix of `shape`."""
     if numbers.shape == shape:
         return np.ascontiguousarray(numbers)
-    whole = np.zeros(shape, numbers.dtype)
-    whole[: numbers.shape[0], : numbers.shape[1]] = numbers
-    return whole
+    return np.pad(numbers, [(0, shape[0] - numbers.shape[0]), (0, shape[1] - numbers.shape[1])])

@@ -13,7 +13,7 @@ from candle_vllm.core.kernels.delta_rule.triton_chunks import (
     chunk_kernel,
     chunks_kernel,
 )
-from candle_vllm.core.kernels.delta_rule.triton_scan import CACHE_STRIDES, STRIDES, form_of
+from candle_vllm.core.kernels.delta_rule.triton_scan import CACHE_STRIDES, STRIDES, Form
 from candle_vllm.core.kernels.states import TABLES
 from packages.core.tests.kernels.triton.building import WITH_TENSOR_CORES, Build
 from packages.core.tests.kernels.triton.forms.delta_rule.triton_scan import build_arguments
@@ -24,7 +24,7 @@ def _builds(
 ) -> tuple[Build, Build]:
     arguments = build_arguments(dtype) | {"positions": "*i32", "matrices": "*bf16", "factors": "*fp32"}
     usual = not value_dim
-    form = form_of(key_heads, heads, dim, value_dim or dim, normed=usual, corrects=usual, each=each, least=least)
+    form = Form(key_heads, heads, dim, value_dim or dim, NORMED=usual, CORRECTS=usual, EACH=each, LEAST=least)
     more: dict[str, Any] = {**_HOW, "capabilities": WITH_TENSOR_CORES, "unaligned": (*TABLES, "positions")}
     more |= {
         "label": f"{dtype}-{key_heads}x{heads}x{dim}"

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from candle_vllm.core.kernels.delta_rule.triton_scan import CACHE_STRIDES, STRIDES, block_of, form_of, scan_kernel
+from candle_vllm.core.kernels.delta_rule.triton_scan import CACHE_STRIDES, STRIDES, Form, block_of, scan_kernel
 from candle_vllm.core.kernels.states import TABLES
 from packages.core.tests.kernels.triton.building import Build
 
@@ -19,7 +19,7 @@ def _build(
     dtype: str, key_heads: int, heads: int, dim: int, value_dim: int = 0, each: int = 1, *, least: float = 0.0
 ) -> Build:
     usual = not value_dim
-    form = form_of(key_heads, heads, dim, value_dim or dim, normed=usual, corrects=usual, each=each, least=least)
+    form = Form(key_heads, heads, dim, value_dim or dim, NORMED=usual, CORRECTS=usual, EACH=each, LEAST=least)
     return Build(
         scan_kernel,
         build_arguments(dtype) | ({"skip": "*fp32"} if value_dim else {}),
