@@ -35,16 +35,13 @@ class Parameter(Protocol):
     @property
     def sections(self) -> int:
         """Number of matrices that are stacked along the rows; a shard has a part of each matrix."""
-        ...
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Required shape of the stored tensor."""
-        ...
 
     def fill(self, stored: StoredTensor) -> str | None:
         """Load the tensor; return why it takes more memory than in the file (for the log), or None."""
-        ...
 
 
 class Loadable(Protocol):
@@ -52,7 +49,6 @@ class Loadable(Protocol):
 
     def parameters(self) -> Mapping[str, Parameter]:
         """Return every parameter that must be loaded."""
-        ...
 
 
 @runtime_checkable
@@ -72,12 +68,10 @@ class Counted(Protocol):
     @property
     def num_layers(self) -> int:
         """Number of layers, for lines with `{i}`."""
-        ...
 
     @property
     def num_experts(self) -> int:
         """Number of experts, for lines with `{e}`; 0 without experts."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True)

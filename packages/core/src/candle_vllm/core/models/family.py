@@ -38,19 +38,15 @@ class Decoder(Protocol):
     @property
     def config(self) -> ModelConfig:
         """The model's config."""
-        ...
 
     def prepare(self, positions: int) -> None:
         """Compute rotary tables for positions below `positions`, at most `max_position`; by default for all."""
-        ...
 
     def forward(self, token_ids: Value, step: StepInput) -> Value:
         """Token ids [T] to hidden states [T, E]."""
-        ...
 
     def logits(self, hidden: Value, out: Value | None = None) -> Value:
         """Hidden states [T, E] to logits [T, V] in fp32, written to `out` if it is given."""
-        ...
 
 
 class DraftHead(Protocol):
@@ -69,23 +65,18 @@ class DraftHead(Protocol):
     @property
     def config(self) -> ModelConfig:
         """The config of the head, as if its layers were a model."""
-        ...
 
     def prepare(self, positions: int) -> None:
         """See `Decoder.prepare`."""
-        ...
 
     def fuse(self, states: Value) -> Value:
         """Convert the model's hidden states [T, input_size] to the hidden states that `forward` reads."""
-        ...
 
     def forward(self, token_ids: Value, hidden: Value, step: StepInput) -> tuple[Value, Value]:
         """Token ids [T] and hidden states to the input [T, E] of `logits`, and the hidden states for the next draft."""
-        ...
 
     def logits(self, hidden: Value, out: Value | None = None) -> Value:
         """Hidden states [T, E] to the logits in fp32 of the draft vocabulary."""
-        ...
 
 
 class Encoder(Protocol):
@@ -94,15 +85,12 @@ class Encoder(Protocol):
     @property
     def config(self) -> EncoderConfig:
         """The model's config."""
-        ...
 
     def forward(self, token_ids: Value, positions: Value, types: Value, lengths: Sequence[int]) -> Value:
         """Token ids [T] of concatenated texts to hidden states [T, E] in fp32; see `EncoderStack.forward`."""
-        ...
 
     def scores(self, first: Value) -> Value:
         """Hidden states [R, E] of the texts' first tokens to scores [R, L], in a model with L labels."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -268,19 +268,15 @@ class Tower(Protocol):
         `grid` is the tile's number of rows and of columns of patches. The call may write rows of the encoder's tables
         from `first` on, which the next tile overwrites.
         """
-        ...
 
     def begin(self, patches: Value, step: TowerStep) -> Value:
         """Embed patches [T, patch_size]: x [T, E]."""
-        ...
 
     def cells(self, hidden: Any) -> Any:
         """Cells [C, cell size] from the output of `norm` [T, E], an array or a tensor."""
-        ...
 
     def project(self, cells: Value) -> Value:
         """Embeddings [C, text size] of cells [C, cell size]."""
-        ...
 
 
 Joining: TypeAlias = Generator[None, None, NDArray[np.float32]]
@@ -295,7 +291,6 @@ class JoiningTower(Tower, Protocol):
 
         Yields between rows, so that steps can run.
         """
-        ...
 
 
 def joined(tower: Tower, made: NDArray[np.float32], whole: tuple[int, int]) -> Joining:

@@ -164,7 +164,6 @@ class Spender(Protocol):
 
     def spend(self, unit: str, count: int) -> None:
         """Count an amount of a unit."""
-        ...
 
 
 @dataclass(frozen=True)
