@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import count, repeat
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +106,7 @@ def test_compiling_is_said_where_other_kernels_are_there(
     assert sum_of(3) == 3
     os.utime(root / "kernels", (1, 1))
     caplog.clear()
-    monkeypatch.setattr(cache_module, "_compiled", partial(next, repeat(count(1))))  # a process that compiled nothing
+    monkeypatch.setattr(cache_module, "_COMPILED", count(1))  # a process that compiled nothing
     assert sum_of(3) == 3
     assert caplog.text == ""
     said: list[int] = []
@@ -635,7 +635,7 @@ def test_a_process_goes_on_when_its_kernels_are_deleted(
 ) -> None:
     folder = kernel_cache()
     assert folder is not None
-    monkeypatch.setattr(cache_module, "_compiled", partial(next, repeat(count(1))))  # a process that compiled nothing
+    monkeypatch.setattr(cache_module, "_COMPILED", count(1))  # a process that compiled nothing
     assert sum_of(3) == 3
     folders = [folder, root / "kernels", root]
     cache_module.shutil.rmtree(folders[level])

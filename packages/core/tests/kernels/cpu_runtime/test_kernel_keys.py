@@ -46,8 +46,9 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
 
 def forget() -> None:
     """Has everything about sources read anew."""
-    for name in ("kernel_cache", "_key", "_source", "_source_path", "_parsed", "_known_imports"):
+    for name in ("kernel_cache", "_key", "_source", "_source_path", "_known_imports"):
         getattr(kernel_cache, name).cache_clear()
+    kernel_cache._PARSED.clear()
 
 
 @pytest.fixture(scope="module")
