@@ -24,6 +24,7 @@ from prompt_toolkit.output import DummyOutput
 from rich.console import Console
 
 from candle_vllm.core.errors import ModelNotFoundError
+from candle_vllm.core.vision.inputs import ImageInput
 from candle_vllm.server.cli import main
 from candle_vllm.server.commands import chat as chat_module
 from candle_vllm.server.commands import markdown
@@ -516,7 +517,10 @@ class TestFullContext:
 
         def wide(ids: Any, images: Any, *args: Any, **options: Any) -> Any:
             seen, inputs = look(ids, images, *args, **options)
-            return seen + seen[-1:] * 150 * len(inputs), inputs  # an image takes 150 tokens
+            added = sum(
+                not isinstance(image, ImageInput) for image in images
+            )  # the engine looks at prepared ones again
+            return seen + seen[-1:] * 150 * added, inputs  # an image takes 150 tokens
 
         monkeypatch.setattr(engine, "look", wide)
         monkeypatch.setattr(chat_module, "load_engine", lambda *_, **__: engine)
