@@ -8,7 +8,7 @@ import importlib
 import pytest
 import torch
 
-from candle_vllm.core.kernels.group_linear import from_codes, linear, pack, reference, stack
+from candle_vllm.core.kernels.group_linear import GroupMatrix, from_codes, linear, pack, reference, stack
 from candle_vllm.core.kernels.matrices import CodeMatrix
 from candle_vllm.core.quantization.group_codes import GroupCodes
 
@@ -89,6 +89,28 @@ def test_stacked_matrices_are_one() -> None:
     assert torch.equal(reference.dequantise(both), torch.cat([reference.dequantise(part) for part in parts]))
     with pytest.raises(AssertionError):
         stack([parts[0], pack(*numbers(7, 128, 32, 8), 8, "cpu")])
+
+
+def test_what_no_kernel_multiplies_is_refused() -> None:
+    codes, scales, zeros = numbers(4, 96, 32, 4)
+
+    def refused(match: str, *arguments: object) -> None:
+        with pytest.raises(ValueError, match=match):
+            pack(*arguments, "cpu")
+
+    refused("codes of 3 bits", codes, scales, zeros, 3)
+    refused("torch.int32", codes.int(), scales, zeros, 4)
+    refused("scales are torch.float32", codes, scales.float(), zeros, 4)
+    refused("do not fit a matrix of 4 x 96", codes, scales[:3], zeros, 4)
+    refused("do not fit", codes, scales.repeat(1, 2)[:, :5], None, 4)
+    refused("groups of 16 weights", codes, scales.repeat(1, 2), None, 4)
+    refused("groups of 48 weights", codes, scales[:, :2], None, 4)
+    refused("a code is 16; 4 bits hold less", codes + 1, scales, zeros, 4)
+    refused("zeros are torch.float16", codes, scales, scales, 4)
+    refused("zeros are", codes, scales, zeros[:, :1], 4)
+    refused("zeros are -16 to -1", codes, scales, -zeros - 1, 4)
+    refused("to 65536", codes, scales, zeros * 0 + 65536, 4)
+    assert isinstance(pack(codes, scales, zeros, 4, "cpu"), GroupMatrix)
 
 
 def test_columns_in_another_order() -> None:

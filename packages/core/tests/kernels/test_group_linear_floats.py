@@ -105,10 +105,12 @@ def test_what_no_kernel_multiplies_is_refused() -> None:
     assert nibbles.groups is not None
     for wrong in (
         dataclasses.replace(found, span=32),
+        dataclasses.replace(found, span=0),
         dataclasses.replace(found, scales=found.scales[:3]),
         dataclasses.replace(found, groups=nibbles.groups),
         dataclasses.replace(nibbles, groups=None),
         dataclasses.replace(nibbles, groups=nibbles.groups[:, :5]),
+        dataclasses.replace(found, codes=found.codes[:0], scales=found.scales[:0]),
     ):
-        with pytest.raises(AssertionError):
+        with pytest.raises(ValueError, match="parts of shapes"):
             pack_floats(wrong, "cpu")

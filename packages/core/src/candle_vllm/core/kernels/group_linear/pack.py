@@ -30,7 +30,11 @@ def pack(
         zeros: the code of weight 0, integers [N, groups] from 0 to 65,535, or None for the middle of the codes.
         bits: 4 or 8.
         device: device of the result.
+
+    Raises:
+        ValueError: no kernel multiplies such a matrix, or the tensors do not fit each other.
     """
+    _check(codes, scales, zeros, bits)
     (rows, columns), groups, device = codes.shape, scales.shape[1], torch.device(device)
     kind = torch.int16 if zeros is None else torch.int32
     empty = torch.empty(0, device=device)
@@ -72,6 +76,30 @@ def owned(array: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.require(array, requirements=["C", "W"]))
 
 
+def _check(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, bits: int) -> None:
+    if bits not in (4, 8):
+        raise ValueError(f"codes of {bits} bits; there are kernels for 4 and 8")
+    if codes.dtype != torch.uint8 or codes.dim() != 2 or 0 in codes.shape:
+        raise ValueError(f"codes are {codes.dtype} of shape {tuple(codes.shape)}; they must be uint8 [rows, columns]")
+    if scales.dtype not in (torch.float16, torch.bfloat16):
+        raise ValueError(f"scales are {scales.dtype}; they must be float16 or bfloat16")
+    rows, columns = codes.shape
+    if scales.dim() != 2 or len(scales) != rows or scales.shape[1] < 1 or columns % scales.shape[1]:
+        raise ValueError(f"scales of shape {tuple(scales.shape)} do not fit a matrix of {rows} x {columns}")
+    group = columns // scales.shape[1]
+    if group != columns and group % PART:
+        raise ValueError(f"groups of {group} weights have no kernel: a multiple of {PART} or a whole row is needed")
+    if bits < 8 and int(codes.max()) >= 1 << bits:
+        raise ValueError(f"a code is {int(codes.max())}; {bits} bits hold less")
+    if zeros is not None:
+        if zeros.shape != scales.shape or zeros.is_floating_point():
+            raise ValueError(
+                f"zeros are {zeros.dtype} of shape {tuple(zeros.shape)}; they must be integers in the scales' shape"
+            )
+        if int(zeros.min()) < 0 or int(zeros.max()) > 0xFFFF:
+            raise ValueError(f"zeros are {int(zeros.min())} to {int(zeros.max())}; they must be 0 to 65535")
+
+
 def pack_floats(found: ScaledCodes, device: torch.device | str) -> GroupMatrix:
     """Copy a matrix of small floats to a device.
 
@@ -79,15 +107,10 @@ def pack_floats(found: ScaledCodes, device: torch.device | str) -> GroupMatrix:
 
     Raises:
         UnsupportedModelError: no kernel multiplies such a matrix.
+        ValueError: the shapes of the arrays do not fit each other.
     """
+    group = _group(found)
     (rows, columns), bits = (len(found.codes), found.columns), 4 if found.numbers == "e2m1" else 8
-    assert found.scales.shape == (rows, -(-columns // found.span))
-    assert (None if found.groups is None else found.groups.shape) == ((rows, columns // GROUP) if bits == 4 else None)
-    check_span(found.span, columns)
-    sizes = abs(found.scales)
-    if ((sizes > MOST_SCALE) & (sizes < float("inf"))).any():
-        raise UnsupportedModelError("a scale beyond 2^119 has no kernel on a GPU")
-    group = min(found.span, columns)
     device, empty = torch.device(device), torch.empty(0, device=device)
     matrix = GroupMatrix(rows, columns, bits, group, torch.float32, empty, empty, numbers=found.numbers)
     codes = torch.empty((matrix.steps, rows, WORDS), dtype=torch.int32, device=device)
@@ -109,6 +132,23 @@ def pack_floats(found: ScaledCodes, device: torch.device | str) -> GroupMatrix:
         codes[:, part] = plane(arranged(numbers, matrix.parts), bits).transpose(0, 1)
         scales[:count, part] = own.transpose(0, 1)
     return GroupMatrix(rows, columns, bits, group, torch.float32, codes, scales, numbers=found.numbers, inner=inner)
+
+
+def _group(found: ScaledCodes) -> int:
+    """Check the arrays; return the number of weights of a row that share a scale, at most K."""
+    rows, columns = len(found.codes), found.columns
+    grouped = found.numbers == "e2m1"
+    wanted = {"scales": (rows, -(-columns // max(1, found.span)))} | (
+        {"groups": (rows, columns // GROUP)} if grouped else {}
+    )
+    shapes = {"scales": found.scales.shape} | ({} if found.groups is None else {"groups": found.groups.shape})
+    if shapes != wanted or not found.codes.size or found.span < 1 or (grouped and columns % GROUP):
+        raise ValueError(f"parts of shapes {shapes} do not fit {rows} x {columns} floats with spans of {found.span}")
+    check_span(found.span, columns)
+    scales = abs(found.scales)
+    if ((scales > MOST_SCALE) & (scales < float("inf"))).any():
+        raise UnsupportedModelError("a scale beyond 2^119 has no kernel on a GPU")
+    return min(found.span, columns)
 
 
 def check_span(span: int, columns: int) -> None:

@@ -27,6 +27,7 @@ def pack(codes: ScaledCodes, memory: WeightMemory | None = None) -> ScaledMatrix
 
     Raises:
         UnsupportedModelError: no kernel multiplies such a matrix.
+        ValueError: the shapes of the arrays do not fit each other.
     """
     kind = ScaledKind[codes.numbers.upper()]
     rows, columns = len(codes.codes), codes.columns
@@ -54,12 +55,19 @@ def _span_turns(codes: ScaledCodes, kind: ScaledKind) -> int:
     rows, columns = len(codes.codes), codes.columns
     check_shape(rows, columns)
     spans = 1 if codes.span >= columns else -(-columns // codes.span)
-    assert (codes.codes.dtype, codes.scales.dtype, codes.scales.shape) == (np.uint8, np.float32, (rows, spans))
-    groups, found = None, None if codes.groups is None else codes.groups.shape
-    if kind is ScaledKind.E2M1:
-        groups = rows, columns // GROUP
-        assert columns % GROUP == 0 and (spans == 1 or codes.span % GROUP == 0)  # noqa: PT018
-    assert found == groups
+    grouped = kind is ScaledKind.E2M1
+    groups = (rows, columns // GROUP) if grouped else None
+    if (
+        codes.codes.dtype != np.uint8
+        or codes.scales.dtype != np.float32
+        or codes.scales.shape != (rows, spans)
+        or groups != (None if codes.groups is None else codes.groups.shape)
+        or (grouped and (columns % GROUP or (spans > 1 and codes.span % GROUP)))
+    ):
+        raise ValueError(
+            f"codes of a matrix of {rows} x {columns} came with scales of shape {codes.scales.shape} for spans of "
+            f"{codes.span}, and groups {None if codes.groups is None else codes.groups.shape}"
+        )
     if kind is ScaledKind.E5M2 and (codes.codes & 0x7F == 0x7C).any():
         raise UnsupportedModelError("infinite weights have no kernel")
     finite = np.abs(codes.scales[np.isfinite(codes.scales)])
