@@ -121,8 +121,11 @@ def _on_all(load: Callable[[Path], LoadedAdapter], ranks: RankedRunner, path: Pa
 
 
 class AdapterLoader:
-    """Loads adapters one after the other. `pack` packs a fitted adapter for steps; `watch` records how adapters of a
-    kind are packed, and is None to pack each adapter without a record."""
+    """Loads adapters one after the other.
+
+    `pack` packs a fitted adapter for steps. `watch` records how adapters of a kind are packed; without it, each adapter
+    is packed without a record.
+    """
 
     def __init__(
         self,
