@@ -21,6 +21,13 @@ from candle_vllm.openai.remarks import remark
 from candle_vllm.openai.task import Call, Message, Part, Paths, Task, TextPart, text_of
 
 COMPLETION_MAX_TOKENS = 16  # OpenAI's default for /v1/completions; conversations have no limit by default
+_SAME = {  # fields of a task, and the attributes of a request with the same values
+    "choices": "sequences",
+    "beam_penalty": "beam_penalty",
+    "model": "model",
+    "adapter": "lora_path",
+    "request_id": "request_id",
+}
 
 
 def parse_chat_request(body: bytes | Mapping[str, Any] | ChatCompletionRequest) -> ChatCompletionRequest:
@@ -63,12 +70,7 @@ def _shared(request: ChatCompletionRequest | CompletionRequest) -> dict[str, Any
     options = request.stream_options
     if options is not None and options.continuous_usage_stats and not options.include_usage:
         remark(["stream_options.continuous_usage_stats has no effect without include_usage: true"])
-    return {
-        "choices": request.sequences,
-        "beam_penalty": request.beam_penalty,
-        "model": request.model,
-        "adapter": request.lora_path,
-        "request_id": request.request_id,
+    return {name: getattr(request, given) for name, given in _SAME.items()} | {
         "form": request.structured(),
         "sampling": _given(request),
         "tell_ids": bool(request.return_token_ids),
@@ -141,11 +143,18 @@ def _fields(request: ChatCompletionRequest | CompletionRequest) -> dict[str, str
     return {"structured_outputs": form, "lora_request": "lora" if request.lora else "model"}
 
 
+def _parts(message: WireMessage, path: str) -> list[Part]:
+    content = message.content
+    if isinstance(content, str):
+        return [TextPart(content)]
+    return [
+        part.image(f"{path}.content.{index}") if isinstance(part, WireImage) else TextPart(part.text)
+        for index, part in enumerate(content or ())
+    ]
+
+
 def _message(message: WireMessage, path: str) -> Message:
-    thoughts, content = None, message.content
-    parts: list[Part] = [TextPart(content)] if isinstance(content, str) else []
-    for index, part in enumerate(() if isinstance(content, str) else content or ()):
-        parts.append(part.image(f"{path}.content.{index}") if isinstance(part, WireImage) else TextPart(part.text))
+    parts, thoughts = _parts(message, path), None
     calls: tuple[Call, ...] = ()
     if isinstance(message, AssistantMessage):
         thoughts = message.thoughts

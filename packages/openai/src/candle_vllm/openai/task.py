@@ -328,28 +328,28 @@ def images_of(messages: Sequence[Message]) -> list[ImagePart]:
     return [part for message in messages for part in message.parts if isinstance(part, ImagePart)]
 
 
-def _template_message(message: Message, names: Mapping[str, str], mend: _Mend) -> dict[str, Any]:
-    content: str | list[dict[str, str]] = text_of(message)
-    if any(isinstance(part, ImagePart) for part in message.parts):
-        content = [
-            {"type": "image"} if isinstance(part, ImagePart) else {"type": "text", "text": part.text}
-            for part in message.parts
-        ]
-    calls = [
-        {
-            "id": call.id,
-            "type": "function",
-            "function": {"name": call.name, "arguments": _arguments(call.arguments, mend)},
-        }
-        for call in message.calls
+def _content(message: Message) -> str | list[dict[str, str]]:
+    if not any(isinstance(part, ImagePart) for part in message.parts):
+        return text_of(message)
+    return [
+        {"type": "image"} if isinstance(part, ImagePart) else {"type": "text", "text": part.text}
+        for part in message.parts
     ]
+
+
+def _template_message(message: Message, names: Mapping[str, str], mend: _Mend) -> dict[str, Any]:
     more = {
         "tool_call_id": message.call_id,
         "name": message.name if message.call_id is None else message.name or names.get(message.call_id),
         "reasoning_content": message.thoughts,
-        "tool_calls": calls or None,
+        "tool_calls": [_template_call(call, mend) for call in message.calls] or None,
     }
-    return {"role": message.role, "content": content, **{k: v for k, v in more.items() if v is not None}}
+    return {"role": message.role, "content": _content(message), **{k: v for k, v in more.items() if v is not None}}
+
+
+def _template_call(call: Call, mend: _Mend) -> dict[str, Any]:
+    function = {"name": call.name, "arguments": _arguments(call.arguments, mend)}
+    return {"id": call.id, "type": "function", "function": function}
 
 
 def _arguments(text: str, mend: _Mend) -> dict[str, Any] | str:
