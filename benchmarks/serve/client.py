@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import Mapping
+import socket
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from figures import Histogram
@@ -83,8 +84,11 @@ class StreamClient(AnswerClient):
         self._last = now
 
 
-def chat_request(text: str, max_tokens: int, **fields: Any) -> bytes:
-    """A request for a streamed answer of so many tokens, as bytes."""
+def chat_request(text: str, max_tokens: int, *, close: bool = False, **fields: Any) -> bytes:
+    """Return the bytes of a request for a streamed answer of `max_tokens` tokens.
+
+    With `close`, the server closes the connection behind the answer.
+    """
     body = {
         "model": "bench",
         "messages": [{"role": "user", "content": text}],
@@ -93,17 +97,25 @@ def chat_request(text: str, max_tokens: int, **fields: Any) -> bytes:
         "temperature": 0,
         "ignore_eos": True,
     }
-    return _post("/v1/chat/completions", body | fields)
+    return _post("/v1/chat/completions", body | fields, ("connection: close",) if close else ())
 
 
-def _post(path: str, body: Mapping[str, Any]) -> bytes:
+def _post(path: str, body: Mapping[str, Any], headers: Sequence[str]) -> bytes:
     data = json.dumps(body).encode()
-    head = f"POST {path} HTTP/1.1\r\nhost: bench\r\ncontent-type: application/json\r\ncontent-length: {len(data)}\r\n"
-    return head.encode() + b"\r\n" + data
+    first = (f"POST {path} HTTP/1.1", "host: bench", "content-type: application/json", f"content-length: {len(data)}")
+    return "\r\n".join((*first, *headers, "", "")).encode() + data
 
 
-async def connect(address: tuple[str, int], request: bytes, notes: Notes) -> StreamClient:
-    """A client whose request is under way."""
+async def connect(address: tuple[str, int], request: bytes, notes: Notes, *, read_bytes: int = 1) -> StreamClient:
+    """Return a client that has sent its request.
+
+    Args:
+        read_bytes: the bytes that the client lets arrive before it reads, or fewer where the server closes the
+            connection: so the clients take less of the cores that they share with the server.
+    """
     loop = asyncio.get_running_loop()
-    _, client = await loop.create_connection(lambda: StreamClient(request, notes), *address)
+    connection = socket.create_connection(address)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, read_bytes)
+    connection.setblocking(False)
+    _, client = await loop.create_connection(lambda: StreamClient(request, notes), sock=connection)
     return client

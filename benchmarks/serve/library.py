@@ -28,13 +28,15 @@ def prompts_of(streams: int, round_number: int) -> list[str]:
     return [f"{round_number}.{n}: tell me about {TOPICS[n % len(TOPICS)]} and their history." for n in range(streams)]
 
 
-async def http_round(target: ServerProcess, prompts: list[str], max_tokens: int) -> dict[str, Any]:
+async def http_round(target: ServerProcess, prompts: list[str], max_tokens: int, read_bytes: int) -> dict[str, Any]:
     """Seconds from the first request to the end of the last answer, and what the clients saw."""
     notes = Notes()
     notes.open = True
-    requests = [chat_request(text, max_tokens, stream_options={"include_usage": True}) for text in prompts]
+    more: dict[str, Any] = {"stream_options": {"include_usage": True}, "close": read_bytes > 1}
+    requests = [chat_request(text, max_tokens, **more) for text in prompts]
     cpu, own, start = target.cpu_seconds(), time.process_time(), time.perf_counter()
-    clients = await asyncio.gather(*(connect(target.address, request, notes) for request in requests))
+    reading = (connect(target.address, request, notes, read_bytes=read_bytes) for request in requests)
+    clients = await asyncio.gather(*reading)
     await asyncio.wait_for(asyncio.gather(*(client.done for client in clients)), PATIENCE)
     seconds = time.perf_counter() - start
     if notes.failures:
@@ -44,7 +46,7 @@ async def http_round(target: ServerProcess, prompts: list[str], max_tokens: int)
 
 
 def compare(
-    streams: int, max_tokens: int, rounds: int, arguments: tuple[str, ...], how: str, loop: Loop
+    streams: int, max_tokens: int, rounds: int, arguments: tuple[str, ...], how: str, loop: Loop, read_bytes: int
 ) -> dict[str, Any]:
     """Tokens per second of both sides, alternating; medians, and the median of the rounds' ratios."""
     tokens = streams * max_tokens
@@ -63,7 +65,7 @@ def compare(
                         raise RuntimeError(f"the library made {end['tokens']} tokens instead of {tokens}")
                 else:
                     with asyncio.Runner(loop_factory=LOOPS[loop]) as runner:
-                        end = runner.run(http_round(target, prompts, max_tokens))
+                        end = runner.run(http_round(target, prompts, max_tokens, read_bytes))
                     notes = end["notes"]
                     client_cpu.append(end["client_cpu_s"])
                 if number:  # the first round warms up
@@ -79,6 +81,7 @@ def compare(
         "http_tokens_per_s": round(statistics.median(served), 1),
         "http_over_library": round(ratio, 4),
         "client_loop": loop,
+        "client_read_bytes": read_bytes,
         "client_cpu_us_per_token": round(1e6 * statistics.median(client_cpu) / tokens, 1),
         "ratios": [round(b / a, 3) for a, b in zip(library, served)],
         "last_gap_ms": notes.gaps.milliseconds(),
@@ -88,11 +91,19 @@ def compare(
 
 
 def run(
-    streams: int, max_tokens: int, rounds: int, *, engine: str, model: str | None, how: str, loop: Loop = "asyncio"
+    streams: int,
+    max_tokens: int,
+    rounds: int,
+    *,
+    engine: str,
+    model: str | None,
+    how: str,
+    loop: Loop = "asyncio",
+    read_bytes: int = 1,
 ) -> dict[str, Any]:
     """One line: HTTP over the library at so many streams."""
     arguments = ("--engine", engine, *(("--m", model) if model else ()))
-    figures = compare(streams, max_tokens, rounds, arguments, how, loop)
+    figures = compare(streams, max_tokens, rounds, arguments, how, loop, read_bytes)
     met = {"http_at_least_95_percent": figures["http_over_library"] >= 0.95}
     report("library", engine=engine, model=model or "demo", **figures, bars=met)
     return figures

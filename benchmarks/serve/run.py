@@ -4,16 +4,17 @@
     python benchmarks/serve/run.py load [--streams 1 32 256 1000] [--rate 20] [--seconds 20]
     python benchmarks/serve/run.py load --streams 1000 --minutes 10        memory, every minute
     python benchmarks/serve/run.py library [--streams 32] [--rounds 7] [--engine thread|process] [--m MODEL]
-                                            [--client-loop asyncio|uvloop]
+                                            [--client-loop asyncio|uvloop] [--client-read-bytes N]
     python benchmarks/serve/run.py all [--quick]
 
 `load` puts streams of a fixed rate through the server, from an engine that writes the time into every token: `gap_ms`
 lies between two tokens of a stream, `delay_ms` between a token's making and its arrival, and
 `first_token_above_engine_ms` is what the way in and out adds to a first token while the streams run. All streams have
 their token in the same tick, as in a batched step. `library` is the same prompts through `InferenceEngine` and through
-HTTP, on one engine and in turns; the clients run on the same machine, so what they take is part of it, and is told
-(`client_cpu_us_per_token`): with `--client-loop uvloop` it is half as much, for what is the server's own. `bars` says
-which of the project's bars a line meets.
+HTTP, on one engine and in turns. The clients run on the same machine, and `client_cpu_us_per_token` is what they take
+of its cores. `--client-loop uvloop` halves it. With `--client-read-bytes 65536` the system keeps what arrives until so
+many bytes are there or the answer has ended: the server sends the same chunks, the clients take much less, and gaps and
+first tokens mean nothing. `bars` says which of the project's bars a line meets.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--engine", choices=("thread", "process"), default="thread")
     made.add_argument("--how", choices=("generate", "stream"), default="generate", help="which call of the library")
     made.add_argument("--client-loop", choices=tuple(library.LOOPS), default="asyncio", help="of the library's clients")
+    made.add_argument("--client-read-bytes", type=int, default=1, help="bytes that the library's clients wait for")
     made.add_argument("--m", help="the model; default: the demo model")
     made.add_argument("--quick", action="store_true", help="a few seconds of everything, to see that it runs")
     return made
@@ -64,7 +66,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.what in ("library", "all"):
         streams = counts if args.what == "library" and args.streams else [8 if args.quick else 32]
         for count in streams:
-            library.run(count, tokens, rounds, engine=args.engine, model=args.m, how=args.how, loop=args.client_loop)
+            library.run(
+                count,
+                tokens,
+                rounds,
+                engine=args.engine,
+                model=args.m,
+                how=args.how,
+                loop=args.client_loop,
+                read_bytes=args.client_read_bytes,
+            )
     return 0
 
 
