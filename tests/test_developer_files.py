@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,17 @@ def test_tasks_and_recipes_are_there() -> None:
         "candle_vllm",
         "pytest",
     }
+
+
+@pytest.mark.every_case
+@pytest.mark.parametrize("script", sorted(ROOT.glob("benchmarks/[cg]pu/*.py")), ids=lambda script: script.stem)
+def test_benchmarks_start_as_they_say(script: Path) -> None:
+    command = re.search(r"^    python (.+)", script.read_text(encoding="utf-8"), re.MULTILINE)
+    if command is None:
+        pytest.skip("not a program")
+    module, name, *_ = command[1].split()
+    start = [module, name] if module == "-m" else [module]
+    subprocess.run([sys.executable, *start, "--help"], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
 
 
 @pytest.mark.parametrize("folder", [".devcontainer", ".devcontainer/cuda"])

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """What many registered adapters cost, and what a cold one does to its request and to its neighbours.
 
-    python benchmarks/cpu/adapter_tiers.py MODEL.gguf FOLDER [--counts 5 100 1000 2000] [--memory 2000000000]
+    python -m benchmarks.cpu.adapter_tiers MODEL.gguf FOLDER [--counts 5 100 1000 2000] [--memory 2000000000]
         [--streams 32] [--tokens 64] [--rounds 8] [--rank 8] [--colds 10] [--threads 2] [--json]
         [--turns FILE.jsonl] [--plot FILE.svg]
 
@@ -34,8 +34,7 @@ from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from pathlib import Path
 
-from depth import panel
-
+from benchmarks.cpu.depth import panel
 from candle_vllm.core import InferenceEngine, LoRARequest, SamplingParams
 from candle_vllm.core.loading.adapters import CONFIG_FILE, WEIGHTS_FILE
 from packages.core.tests.toy_adapter import linear_shapes, write_adapter

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Reading answers: microseconds of one core per token, one JSON line per result.
 
-    python benchmarks/cpu/answers.py [--formats hermes mistral ...] [--tokens 25000 50000 100000] [--rounds 2]
+    python -m benchmarks.cpu.answers [--formats hermes mistral ...] [--tokens 25000 50000 100000] [--rounds 2]
         [--only parser reader join] [--commit NAME]
 
 `parser`: each format of tool calls reads long answers of five kinds: content; reasoning; one call with a huge string;

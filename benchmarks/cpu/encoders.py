@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Embeddings of texts by a compiled encoder, beside torch, sentence-transformers and ONNX Runtime, in turns.
 
-    python benchmarks/cpu/encoders.py [--rounds 5] [--threads 2] [--models minilm base]
-    python benchmarks/cpu/encoders.py --peers PYTHON [--rounds 5] [--threads 2] [--models minilm mpnet]
+    python -m benchmarks.cpu.encoders [--rounds 5] [--threads 2] [--models minilm base]
+    python -m benchmarks.cpu.encoders --peers PYTHON [--rounds 5] [--threads 2] [--models minilm mpnet]
         [--texts 512] [--tokens 128] [--dtype auto]
 
 The first form compares forward passes of token ids, in tokens per second: the sizes of all-MiniLM-L6-v2 and of
