@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from candle_vllm.core.kernels.attention.cpu_record import LOG2E
 from candle_vllm.core.kernels.cpu_runtime.level import LANES
 from candle_vllm.core.kernels.cpu_runtime.operation import address_of, operation
+from candle_vllm.core.kernels.rotary import TurnArguments
 
 if TYPE_CHECKING:
     from candle_vllm.core.kernels.cpu_runtime.recorder import Buffer, Recorder
@@ -71,29 +72,6 @@ class WholeArguments(NamedTuple):
     window: int
 
 
-class TurnArguments(NamedTuple):
-    """Arguments of `turn`.
-
-    Attributes:
-        qkv, stride, head_dim: address of float32 rows that begin with the heads, row stride in floats, and D.
-        heads: number of heads to rotate: H + K for an encoder.
-        half: R/2, the number of rotated pairs in a head.
-        places: address of int64 [T]: the row of the tables for each token.
-        cos, sin: addresses of float32 [P, half].
-        turns: address of int64 [T] that is added to `places`; 0 without M-RoPE.
-    """
-
-    qkv: int
-    stride: int
-    heads: int
-    head_dim: int
-    half: int
-    places: int
-    cos: int
-    sin: int
-    turns: int = 0
-
-
 def record_turn(
     recorder: Recorder,
     qkv: WholeHeads,
@@ -101,12 +79,12 @@ def record_turn(
     tables: tuple[NDArray[np.float32], NDArray[np.float32]],
     turns: NDArray[np.int64] | None = None,
 ) -> None:
-    """Record `turn`, which rotates queries and keys in place; the other arguments as in `TurnArguments`."""
-    cos, sin = (recorder.keep(table) for table in tables)
-    turning, half = qkv.heads + qkv.kv_heads, tables[0].shape[1]
-    more = 0 if turns is None else address_of(turns)
-    given = TurnArguments(qkv.address, qkv.stride, turning, qkv.head_dim, half, address_of(places), cos, sin, more)
-    recorder.add(operation("whole_attention.cpu:turn"), given)
+    """Record the rotation of queries and keys in place; `places` and `turns` are the rows of the tables."""
+    (cos, sin), half = map(recorder.keep, tables), tables[0].shape[1]
+    rows = address_of(places), 0 if turns is None else address_of(turns)
+    heads = qkv.heads + qkv.kv_heads
+    given = TurnArguments(qkv.address, qkv.stride, heads, qkv.head_dim, *rows, cos, sin, half)
+    recorder.add(operation("rotary.cpu:make_turn", False), given)
 
 
 def record_whole_attention(
