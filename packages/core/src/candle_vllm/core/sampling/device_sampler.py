@@ -201,32 +201,28 @@ class StandingRows:
         ids = [[*(each.logprob_token_ids or ()), *[0] * longest][:longest] for each in params]
         self._named = Sent(stream, np.array(ids, np.int64)) if longest else None
         self._named_logits = stream.staged(count * longest * 4).view(torch.float32).view(count, longest)
-        self._offsets = stream.staged(count * 8).view(torch.float64)
-        self._ranks = stream.staged(count * 8).view(torch.int64)
-        self._logits = stream.staged(count * 4).view(torch.float32)
-        self._top_ids = stream.staged(count * most * 8).view(torch.int64).view(count, most)
-        self._top_logits = stream.staged(count * most * 4).view(torch.float32).view(count, most)
+        self._found = kernels.DeviceStanding(
+            offsets=stream.staged(count * 8).view(torch.float64),
+            ranks=stream.staged(count * 8).view(torch.int64),
+            logits=stream.staged(count * 4).view(torch.float32),
+            top_ids=stream.staged(count * most * 8).view(torch.int64).view(count, most),
+            top_logits=stream.staged(count * most * 4).view(torch.float32).view(count, most),
+        )
 
     def take(self, found: kernels.DeviceStanding, logits: torch.Tensor) -> None:
         """Copy the results of the rows' logits to the host. Call it as the stream's work."""
         if self._named is not None:
             copy(self._named_logits, logits.gather(1, self._named.there()))
-        for target, source in (
-            (self._offsets, found.offsets),
-            (self._ranks, found.ranks),
-            (self._logits, found.logits),
-            (self._top_ids, found.top_ids),
-            (self._top_logits, found.top_logits),
-        ):
+        for target, source in zip(self._found, found):
             copy(target, source)
 
     def entry(self, place: int, token_id: int) -> LogprobRow:
         """Return the log-probabilities of the row at `place` of `rows`, for which `token_id` was sampled."""
-        top = zip(self._top_ids[place].tolist(), self._top_logits[place].tolist())
-        logit, offset = float(self._logits[place]), float(self._offsets[place])
+        offset, rank, logit, top_ids, top_logits = (column[place].tolist() for column in self._found)
+        top = zip(top_ids, top_logits)
         if ids := self._params[place].logprob_token_ids:
             top = {token_id: logit, **dict(zip(ids, self._named_logits[place].tolist()))}.items()
-        return LogprobRow.of(token_id, logit, offset, int(self._ranks[place]), top)
+        return LogprobRow.of(token_id, logit, offset, rank, top)
 
 
 class Surprises:
