@@ -221,5 +221,4 @@ class PagedAttention:
         return step.attend(q, *cache, rows, cache_scales=scales, **scores)
 
     def parameters(self) -> Mapping[str, Parameter]:
-        """Return every parameter that must be loaded."""
         return {} if self.sinks is None else {"sinks": TensorParameter(self.sinks)}
