@@ -10,6 +10,7 @@ Shapes: R rows, V vocabulary.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 from candle_vllm.core.kernels import sampling as kernels
 from candle_vllm.core.kernels.device_stream import DeviceStream, Mark, Sent, Work, copy
 from candle_vllm.core.kernels.sampling.contract import DeviceEdits
-from candle_vllm.core.sampling.device_edits import HostEdits, Narrowing, OccurrenceTable, has_edits, on_host
+from candle_vllm.core.sampling.device_edits import HostEdits, OccurrenceTable, has_edits, narrowing, on_host
 from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.core.sampling.sampler import LogprobRow, SampledToken, Token, sampled_tokens
 from candle_vllm.core.sampling.state import SamplingState, process_row
@@ -88,7 +89,7 @@ class DeviceSampler:
         self._turn = (self._turn + 1) % _PIECES
         staged, result = self._staged[self._turn], self._result
         self._stream.run(lambda: copy(staged, result))
-        return SampledRows(self._stream.mark(), self._staged_arrays[self._turn], states, logprobs, surprises)
+        return SampledRows(self._stream.mark(), self._staged_arrays[self._turn], tuple(states), logprobs, surprises)
 
     def forget_counts(self, states: Sequence[SamplingState]) -> None:
         """Recount the tokens of these sequences before their next edit: another sampler has sampled some tokens."""
@@ -154,9 +155,9 @@ class DeviceSampler:
         noted = [-1 if state.windowed else slot for state, slot in zip(states, slots)]
         counted = Sent(self._stream, np.array(noted, np.int32)) if edits.counts_tokens else None
         self._stream.run(lambda: kernels.edit_tensors(self._logits[:rows], edits.there(self._occurrences.counts)))
-        narrowing = Narrowing.of(self._stream, states)
-        if narrowing is not None:
-            self._stream.run(lambda: narrowing.apply(self._logits[:rows]))
+        narrow = narrowing(self._stream, states)
+        if narrow is not None:
+            self._stream.run(lambda: narrow(self._logits[:rows]))
 
         def note() -> None:
             counts = self._occurrences.counts
@@ -254,38 +255,30 @@ class Surprises:
             state.note_surprise(bits, position)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
 class SampledRows:
     """Sampled tokens that are being copied to the host; see `engine/runners/model_runner.Launched`."""
 
-    def __init__(
-        self,
-        mark: Mark,
-        staged: Sequence[NDArray[Any]],
-        states: Sequence[SamplingState],
-        logprobs: StandingRows | None,
-        surprises: Surprises | None,
-    ) -> None:
-        self._mark = mark
-        self._collecting = staged
-        self._rows = len(states)
-        self._processed = [(row, state) for row, state in enumerate(states) if state.params.logits_processors]
-        self._logprobs = logprobs
-        self._surprises = surprises
+    mark: Mark
+    staged: Sequence[NDArray[Any]]
+    states: tuple[SamplingState, ...]
+    logprobs: StandingRows | None
+    surprises: Surprises | None
 
     def tokens(self) -> list[Token]:
         """Wait for the step and return one token per row."""
-        self._mark.wait()
-        ids, largest = (part[: self._rows].tolist() for part in self._collecting)
+        self.mark.wait()
+        ids, largest = (part[: len(self.states)].tolist() for part in self.staged)
         drawn = sampled_tokens(ids, largest)
-        for row, state in self._processed:
+        for row, state in enumerate(self.states):
             if state.failure is not None:
                 drawn[row] = SampledToken(-1, error=state.failure, by_request=True)
-        if self._surprises is not None:
-            self._surprises.tell()
-        if self._logprobs is not None:
-            for place, row in enumerate(self._logprobs.rows):
+        if self.surprises is not None:
+            self.surprises.tell()
+        if self.logprobs is not None:
+            for place, row in enumerate(self.logprobs.rows):
                 if isinstance(token := drawn[row], int):
-                    drawn[row] = SampledToken(token, self._logprobs.entry(place, token))
+                    drawn[row] = SampledToken(token, self.logprobs.entry(place, token))
         return drawn
 
 
