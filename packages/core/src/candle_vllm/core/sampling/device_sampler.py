@@ -35,7 +35,6 @@ class DeviceSampler:
     """Sample tokens from logits in a fixed buffer on the device.
 
     Args:
-        stream: the stream that runs the kernels.
         logits: [maximum rows, V] float32 on the device; the first rows hold each step's logits.
         controls: [maximum rows, 5] float64 on the device, see `kernels.Control`; written before each launch.
         graphs: capture sampling as CUDA graphs.

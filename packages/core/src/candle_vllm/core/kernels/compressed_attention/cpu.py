@@ -175,7 +175,6 @@ def sequence_of(query_start: int, sequences: int, t: int) -> int:
 
 @njit
 def _slot(table: int, shift: int, at: int) -> int:
-    """Return the slot of a position."""
     return (int64_at(table)[at >> shift] << shift) + (at & ((1 << shift) - 1))
 
 

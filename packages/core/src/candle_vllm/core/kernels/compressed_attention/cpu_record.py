@@ -141,7 +141,6 @@ class RecordedStep:
     """Records the operations of a layer; `reference.TorchStep` has the same methods.
 
     Args:
-        recorder: the plan's recorder.
         tables: cos and sin [positions, R / 2] of the rotary embedding.
         cache, logs: caches and logs of the layer, float32 [1, B, S, width] each.
         pairs: whether pairs of neighbouring elements rotate.

@@ -158,7 +158,6 @@ class CpuRanks:
 
 @functools.cache
 def _say_refused(error: int) -> None:
-    """Log a failed binding, once for each error."""
     logger.warning(
         "the system does not allow memory to be bound to NUMA nodes (%s), so ranks may read weights of another node, "
         "which is slower; a container may need the capability SYS_NICE",

@@ -46,7 +46,6 @@ def record_latent(
     Args:
         q: rows of H heads [nope | rope].
         kv: rows [latent | rope].
-        parts: weights and tables of the layer.
         cache: cache of the layer, see `cpu_write.py`.
         out: rows of the result [T, H * V].
         scale: factor of the scores.

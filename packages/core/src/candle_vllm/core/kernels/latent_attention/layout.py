@@ -22,7 +22,6 @@ class LatentParts:
     """A layer's weights and tables for latent attention.
 
     Attributes:
-        sizes: sizes of the layer.
         norm, eps: norm of the latent vector; the weight is [L] float32. Not used for an indexer.
         cos, sin: tables of the rotary embedding, [positions, R / 2].
         keys: for each head the matrix [L, nope] that maps the head's queries to latent space; empty for an indexer.

@@ -39,7 +39,6 @@ def pack_adapter(
     """Pack an adapter into the layout of a backend.
 
     Args:
-        places: adapter sites of the model.
         dtype: type in which the adapter is multiplied.
         compiled: whether to pack for the compiled CPU operations; otherwise for torch.
         packed: function that creates another backend's layout instead.

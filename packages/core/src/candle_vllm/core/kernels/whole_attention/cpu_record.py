@@ -44,7 +44,7 @@ class WholeArguments(NamedTuple):
         keys, values: addresses of `panel_floats` floats each.
         out, out_stride: address of the result [T, H * D], and its row stride in floats.
         scale: factor of the scores, times log2(e).
-        scratch: address of `scratch_bytes` of scratch memory.
+        scratch: address of scratch memory: `HEADER`, then `thread_bytes` for each thread.
         thread_bytes: scratch memory of each thread.
         threads: number of threads that have scratch memory.
         bias: address of the element for distance 0 in a float32 table of terms that are added to scaled scores, by
@@ -97,7 +97,7 @@ def record_whole_attention(
     limits, head_dim = recorder.limits, qkv.head_dim
     floats = panel_floats(limits.tokens, limits.sequences, qkv.kv_heads, head_dim)
     keys, values = (recorder.memory(-(-floats // limits.tokens)) for _ in range(2))
-    table, centre = _bias_table(bias, window, limits.tokens)
+    (table, centre), each = _bias_table(bias, window, limits.tokens), thread_bytes(limits.tokens, head_dim)
     given = WholeArguments(
         **{"qkv" if name == "address" else name: value for name, value in qkv._asdict().items()},
         query_start=address_of(recorder.arrays.query_start),
@@ -106,8 +106,8 @@ def record_whole_attention(
         out=address_of(out.array),
         out_stride=out.stride,
         scale=head_dim**-0.5 * LOG2E,
-        scratch=recorder.scratch(scratch_bytes(limits.tokens, head_dim, limits.threads)),
-        thread_bytes=thread_bytes(limits.tokens, head_dim),
+        scratch=recorder.scratch(HEADER + limits.threads * each),
+        thread_bytes=each,
         threads=limits.threads,
         bias=0 if table is None else recorder.keep(table) + 4 * centre,
         bias_bytes=0 if table is None or len(table) == 1 else table.strides[0],
@@ -145,11 +145,6 @@ def panel_floats(tokens: int, texts: int, heads: int, head_dim: int) -> int:
 def thread_bytes(longest: int, head_dim: int) -> int:
     """Return the scratch bytes of a thread: two tiles of queries, results, sums and scores."""
     return 2 * LINE * (2 * _filled(head_dim) + 1 + _filled(longest))
-
-
-def scratch_bytes(longest: int, head_dim: int, threads: int) -> int:
-    """Return the scratch bytes of both operations, for texts of at most `longest` tokens."""
-    return HEADER + threads * thread_bytes(longest, head_dim)
 
 
 def _filled(count: int) -> int:
