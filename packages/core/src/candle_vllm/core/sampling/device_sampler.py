@@ -218,11 +218,12 @@ class StandingRows:
 
     def entry(self, place: int, token_id: int) -> LogprobRow:
         """Return the log-probabilities of the row at `place` of `rows`, for which `token_id` was sampled."""
-        offset, rank, logit, top_ids, top_logits = (column[place].tolist() for column in self._found)
-        top = zip(top_ids, top_logits)
+        found = self._found
+        top = zip(found.top_ids[place].tolist(), found.top_logits[place].tolist())
+        logit, offset = float(found.logits[place]), float(found.offsets[place])
         if ids := self._params[place].logprob_token_ids:
             top = {token_id: logit, **dict(zip(ids, self._named_logits[place].tolist()))}.items()
-        return LogprobRow.of(token_id, logit, offset, rank, top)
+        return LogprobRow.of(token_id, logit, offset, int(found.ranks[place]), top)
 
 
 class Surprises:
