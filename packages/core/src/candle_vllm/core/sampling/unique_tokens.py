@@ -65,8 +65,7 @@ class Neighbours:
         self.whole = (0, len(ids))
         self.leading = sorted({white for text in self._texts for white in _LEADING.findall(text)})
         self._with_comma = [(token, tokens[token]) for token in ids if b"," in tokens[token]]
-        before, behind = partial(_repeats, beginning=_BEFORE), partial(_repeats, beginning=_AFTER)
-        free, value, after, name = map(self._without, (_opens, before, behind, _repeats_behind_name))
+        free, value, after, name = map(self._without, (_opens, _repeats_before, _repeats_after, _repeats_behind_name))
         self.outside = {"free": free, "key": free, "colon": free, "value": value, "after": after, "name": name}
         self.in_string = {
             (escaped, element): self._without(partial(_repeats_behind_text, escaped=escaped, element=element))
@@ -149,8 +148,12 @@ def _opens(text: bytes, start: int = 0) -> bool:
     return 0 <= text.find(b"[", start) < text.rfind(b",")
 
 
-def _repeats(text: bytes, beginning: re.Pattern[bytes]) -> bool:
-    return beginning.match(text) is not None or _opens(text)
+def _repeats_before(text: bytes) -> bool:
+    return _BEFORE.match(text) is not None or _opens(text)
+
+
+def _repeats_after(text: bytes) -> bool:
+    return _AFTER.match(text) is not None or _opens(text)
 
 
 def _repeats_behind_name(text: bytes) -> bool:
