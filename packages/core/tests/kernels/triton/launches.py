@@ -236,8 +236,8 @@ def main() -> None:
 
 
 def drawn(rows: device_sampler.SampledRows) -> list[Token]:
-    rows._mark.wait()
-    return [5] * rows._rows
+    rows.mark.wait()
+    return [5] * len(rows.states)
 
 
 def load(path: Path, device: torch.device, change: dict[str, Any]) -> LoadedModel:

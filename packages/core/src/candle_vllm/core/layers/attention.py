@@ -131,11 +131,9 @@ class PagedAttention:
     Args:
         layer: index of the layer's cache.
         head_dim: D.
-        rotary: rotary embedding; None for a layer without it.
         q_norm, k_norm: QK norm of each head, if the model has it; a layer without keys has no k_norm.
         window: positions that a token attends to, itself included; -n for a chunk of n tokens; None for all.
         scale: factor of the scores; None for D^-0.5.
-        softcap: softcap of the scores; None for no cap.
         sinks: parameter "sinks", [H] fp32 on the device: an additional score of each head (`kernels/attention`).
         slopes: [H] fp32 on the model's device, ALiBi slopes of the heads.
         causal: attention is causal in this layer also within images.
@@ -221,5 +219,4 @@ class PagedAttention:
         return step.attend(q, *cache, rows, cache_scales=scales, **scores)
 
     def parameters(self) -> Mapping[str, Parameter]:
-        """Return every parameter that must be loaded."""
         return {} if self.sinks is None else {"sinks": TensorParameter(self.sinks)}

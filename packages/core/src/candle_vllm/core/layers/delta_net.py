@@ -75,9 +75,7 @@ class GatedDeltaNet:
     Args:
         layer: index of the layer's cache.
         size: E.
-        sizes: shapes of the delta net.
         eps: epsilon of the result's norm.
-        placement: device and types of the weights.
         apart: checkpoints store q, k and v as three matrices, the parts "q", "k" and "v" of `inputs`, and the kernels
             of their convolutions as the parts "q.taps", "k.taps" and "v.taps"; otherwise "qkv" and "taps".
         strength: see `DeltaGates`.
@@ -116,7 +114,6 @@ class GatedDeltaNet:
         return self.result(gated(self.norm(mixed).flatten(1), z, self._gate))
 
     def parameters(self) -> Mapping[str, Parameter]:
-        """Return every parameter that must be loaded."""
         plain: dict[str, Value] = {"decay": self.gates.decay, "bias": self.gates.bias}
         if self.apart:
             first, second, _ = np.cumsum(self.sizes.parts).tolist()

@@ -20,7 +20,6 @@ class Embedding:
 
     Args:
         vocab_size, size: V and E.
-        placement: device and types of the table.
         scale: factor of the looked-up rows, not of the logits; None for 1.
         bias: whether logits have a bias.
         logit_scale: factor of the logits, the bias included.
@@ -97,6 +96,5 @@ class Embedding:
         self.table.finish()
 
     def parameters(self) -> Mapping[str, Parameter]:
-        """Return every parameter that must be loaded."""
         found = self.table.parameters()
         return found if self.bias is None else {**found, "bias": TensorParameter(self.bias)}

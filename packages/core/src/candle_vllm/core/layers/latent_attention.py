@@ -37,7 +37,6 @@ class HeadMatrices:
         return head_linear(x, self.numbers, invariant=self._placement.invariant)
 
     def parameters(self) -> Mapping[str, Parameter]:
-        """Every parameter that must be loaded."""
         return {"weight": self}
 
     def fill(self, stored: StoredTensor) -> str | None:
@@ -55,9 +54,7 @@ class LatentAttention:
     Args:
         layer: index of the layer's cache.
         sizes: shapes of latent attention; L, R and V are its `latent`, `rope` and `value`.
-        rotary: rotary embedding.
         norm_eps: epsilon of the latent row's norm.
-        placement: device and types of the weights.
         scale: factor of the scores.
         pool: number of neighbouring positions that an indexer chooses together.
     """

@@ -36,7 +36,6 @@ class LayerNorm:
         return self(total), total
 
     def parameters(self) -> Mapping[str, Parameter]:
-        """Every parameter that must be loaded."""
         found: dict[str, Parameter] = {"weight": TensorParameter(self.weight)} if self._weighted else {}
         return found if self.bias is None else {**found, "bias": TensorParameter(self.bias)}
 
@@ -59,7 +58,6 @@ class HeadLayerNorm:
         return layer_norm(x, self.weight, None, self.eps)
 
     def parameters(self) -> Mapping[str, Parameter]:
-        """Every parameter that must be loaded."""
         if not self._rows:
             return {"weight": TensorParameter(self.weight)}
         return {f"{head}.weight": TensorParameter(row) for head, row in enumerate(self.weight, self._first)}

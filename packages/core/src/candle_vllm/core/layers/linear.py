@@ -35,7 +35,6 @@ class Linear:
         in_features: I.
         out_features: O, or the sizes of the named matrices that are stacked into O, in order.
         bias: whether there is a bias; experts' biases are fp32.
-        placement: device and types of the weights.
         kept: whether small floats, and integer codes in groups except those of experts, may stay in their format.
         experts: X, whose parameters are "{name}.{e}.weight"; 0 for a layer without experts.
         first: index of this rank's first expert.

@@ -17,7 +17,6 @@ class GatedMLP:
 
     Args:
         hidden_size, intermediate_size: E and F.
-        placement: device and types of the weights.
         bias: whether all three matrices have biases.
         down_bias: whether the last matrix has a bias; None for the value of `bias`.
         activation: activation of the gate.

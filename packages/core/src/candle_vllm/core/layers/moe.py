@@ -105,7 +105,6 @@ class Router:
         return self.scores(x if isinstance(x, Recorded) else x.float())
 
     def parameters(self) -> Mapping[str, Parameter]:
-        """Every parameter that must be loaded."""
         own = {"correction": self.correction, "expert_scale": self.expert_scale}
         found = {name: TensorParameter(numbers) for name, numbers in own.items() if numbers is not None}
         return {**self.scores.parameters(), **found}
@@ -134,7 +133,6 @@ class ExpertMLPs:
         self.down.finish()
 
     def parameters(self) -> Mapping[str, Parameter]:
-        """Every parameter that must be loaded."""
         return {**self.gate_up.parameters(), **self.down.parameters()}
 
 

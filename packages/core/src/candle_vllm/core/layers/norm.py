@@ -50,5 +50,4 @@ class RMSNorm:
         return add_rms_norm(x, residual, self.weight, self.eps)
 
     def parameters(self) -> Mapping[str, Parameter]:
-        """Return every parameter that must be loaded."""
         return {"weight": TensorParameter(self.weight)} if self._weighted else {}

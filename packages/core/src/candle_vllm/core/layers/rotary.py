@@ -78,12 +78,6 @@ class Rotary:
             assert self._tables is not None
         return self._tables
 
-    @property
-    def plain_tables(self) -> tuple[Value, Value]:
-        """Rows of the tables for positions, without those of image tokens."""
-        cos, sin = self.tables
-        return cos[: self._positions], sin[: self._positions]
-
     def turn(self, places: NDArray[np.int64]) -> int:
         """Write rows for tokens by their positions [N, 4], as in `RotaryPositions`; return the first row's index.
 
@@ -129,7 +123,7 @@ class Rotary:
 
     def scaled(self, q: Value, positions: Value) -> Value:
         """Multiply queries [T, H, D] by their position's factor; unchanged without a `query_scale`."""
-        if self._growth == 0 or len(self.plain_tables[0]) <= self._original:
+        if self._growth == 0 or len(self.tables[0]) - self._room <= self._original:
             return q
         assert self._query_factors is not None, "they are made with the tables"
         return position_scale(q, positions, self._query_factors)
@@ -143,7 +137,6 @@ class Rotary:
         return rotary_pair(q, k, positions, *self.tables)
 
     def parameters(self) -> Mapping[str, Parameter]:
-        """Return every parameter that must be loaded."""
         if self._factors is None:
             return {}
         return {"factors": _Factors(self._factors, self._frequencies, self.max_position)}

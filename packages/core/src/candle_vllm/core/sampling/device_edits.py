@@ -63,44 +63,29 @@ class HostEdits:
         return DeviceEdits(**found, counts=counts if self.counts_tokens else None)
 
 
-class Narrowing:
-    """Edits by DRY and llama.cpp's sampler chain in one step, computed on the host and copied to the device.
+def narrowing(stream: DeviceStream, states: Sequence[SamplingState]) -> Callable[[torch.Tensor], None] | None:
+    """Compute the edits by DRY and llama.cpp's sampler chain in one step; None if no row has any.
 
-    Args:
-        dry: ids of tokens and values to add to their logits, as in `DeviceEdits`; None without DRY.
-        rows: rows with a sampler chain.
-        links: the parameters of the chain, by `Link`, for each of `rows`.
+    The result changes logits [R, V] in place; call it as the stream's work.
     """
+    rows, dry, chain = [row for row, state in enumerate(states) if state.chain is not None], None, None
+    if any(state.dry is not None for state in states):
+        taken = [state.dry.penalties() if state.dry is not None else (_NO_IDS, _NO_IDS) for state in states]
+        dry = [Sent(stream, part) for part in _padded([(ids, -values) for ids, values in taken])]
+    if rows:
+        links = np.stack([states[row].links() for row in rows])
+        chain = [Sent(stream, np.array(rows, np.int64)), Sent(stream, links)]
+    if dry is None and chain is None:
+        return None
 
-    def __init__(
-        self,
-        stream: DeviceStream,
-        dry: tuple[NDArray[np.int32], NDArray[np.float32]] | None,
-        rows: list[int],
-        links: list[NDArray[np.float64]],
-    ) -> None:
-        self._dry = None if dry is None else [Sent(stream, part) for part in dry]
-        self._chain = [Sent(stream, np.array(rows, np.int64)), Sent(stream, np.stack(links))] if rows else None
-
-    @classmethod
-    def of(cls, stream: DeviceStream, states: Sequence[SamplingState]) -> Narrowing | None:
-        """Compute the edits of these rows; None if no row has DRY or a sampler chain."""
-        dry = None
-        if any(state.dry is not None for state in states):
-            taken = [state.dry.penalties() if state.dry is not None else (_NO_IDS, _NO_IDS) for state in states]
-            dry = _padded([(ids, -values) for ids, values in taken])
-        rows = [row for row, state in enumerate(states) if state.chain is not None]
-        if dry is None and not rows:
-            return None
-        return cls(stream, dry, rows, [states[row].links() for row in rows])
-
-    def apply(self, logits: torch.Tensor) -> None:
-        """Change logits [R, V] in place; call it as the stream's work."""
-        if self._dry is not None:
-            ids, values = (sent.there() for sent in self._dry)
+    def narrow(logits: torch.Tensor) -> None:
+        if dry is not None:
+            ids, values = (sent.there() for sent in dry)
             kernels.edit_tensors(logits, DeviceEdits(bias_ids=ids, bias=values))
-        if self._chain is not None:
-            kernels.narrow_tensors(logits, *(sent.there() for sent in self._chain))
+        if chain is not None:
+            kernels.narrow_tensors(logits, *(sent.there() for sent in chain))
+
+    return narrow
 
 
 class OccurrenceTable:

@@ -10,6 +10,7 @@ Shapes: R rows, V vocabulary.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 from candle_vllm.core.kernels import sampling as kernels
 from candle_vllm.core.kernels.device_stream import DeviceStream, Mark, Sent, Work, copy
 from candle_vllm.core.kernels.sampling.contract import DeviceEdits
-from candle_vllm.core.sampling.device_edits import HostEdits, Narrowing, OccurrenceTable, has_edits, on_host
+from candle_vllm.core.sampling.device_edits import HostEdits, OccurrenceTable, has_edits, narrowing, on_host
 from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.core.sampling.sampler import LogprobRow, SampledToken, Token, sampled_tokens
 from candle_vllm.core.sampling.state import SamplingState, process_row
@@ -34,7 +35,6 @@ class DeviceSampler:
     """Sample tokens from logits in a fixed buffer on the device.
 
     Args:
-        stream: the stream that runs the kernels.
         logits: [maximum rows, V] float32 on the device; the first rows hold each step's logits.
         controls: [maximum rows, 5] float64 on the device, see `kernels.Control`; written before each launch.
         graphs: capture sampling as CUDA graphs.
@@ -88,7 +88,7 @@ class DeviceSampler:
         self._turn = (self._turn + 1) % _PIECES
         staged, result = self._staged[self._turn], self._result
         self._stream.run(lambda: copy(staged, result))
-        return SampledRows(self._stream.mark(), self._staged_arrays[self._turn], states, logprobs, surprises)
+        return SampledRows(self._stream.mark(), self._staged_arrays[self._turn], tuple(states), logprobs, surprises)
 
     def forget_counts(self, states: Sequence[SamplingState]) -> None:
         """Recount the tokens of these sequences before their next edit: another sampler has sampled some tokens."""
@@ -154,9 +154,9 @@ class DeviceSampler:
         noted = [-1 if state.windowed else slot for state, slot in zip(states, slots)]
         counted = Sent(self._stream, np.array(noted, np.int32)) if edits.counts_tokens else None
         self._stream.run(lambda: kernels.edit_tensors(self._logits[:rows], edits.there(self._occurrences.counts)))
-        narrowing = Narrowing.of(self._stream, states)
-        if narrowing is not None:
-            self._stream.run(lambda: narrowing.apply(self._logits[:rows]))
+        narrow = narrowing(self._stream, states)
+        if narrow is not None:
+            self._stream.run(lambda: narrow(self._logits[:rows]))
 
         def note() -> None:
             counts = self._occurrences.counts
@@ -201,32 +201,29 @@ class StandingRows:
         ids = [[*(each.logprob_token_ids or ()), *[0] * longest][:longest] for each in params]
         self._named = Sent(stream, np.array(ids, np.int64)) if longest else None
         self._named_logits = stream.staged(count * longest * 4).view(torch.float32).view(count, longest)
-        self._offsets = stream.staged(count * 8).view(torch.float64)
-        self._ranks = stream.staged(count * 8).view(torch.int64)
-        self._logits = stream.staged(count * 4).view(torch.float32)
-        self._top_ids = stream.staged(count * most * 8).view(torch.int64).view(count, most)
-        self._top_logits = stream.staged(count * most * 4).view(torch.float32).view(count, most)
+        self._found = kernels.DeviceStanding(
+            offsets=stream.staged(count * 8).view(torch.float64),
+            ranks=stream.staged(count * 8).view(torch.int64),
+            logits=stream.staged(count * 4).view(torch.float32),
+            top_ids=stream.staged(count * most * 8).view(torch.int64).view(count, most),
+            top_logits=stream.staged(count * most * 4).view(torch.float32).view(count, most),
+        )
 
     def take(self, found: kernels.DeviceStanding, logits: torch.Tensor) -> None:
         """Copy the results of the rows' logits to the host. Call it as the stream's work."""
         if self._named is not None:
             copy(self._named_logits, logits.gather(1, self._named.there()))
-        for target, source in (
-            (self._offsets, found.offsets),
-            (self._ranks, found.ranks),
-            (self._logits, found.logits),
-            (self._top_ids, found.top_ids),
-            (self._top_logits, found.top_logits),
-        ):
+        for target, source in zip(self._found, found):
             copy(target, source)
 
     def entry(self, place: int, token_id: int) -> LogprobRow:
         """Return the log-probabilities of the row at `place` of `rows`, for which `token_id` was sampled."""
-        top = zip(self._top_ids[place].tolist(), self._top_logits[place].tolist())
-        logit, offset = float(self._logits[place]), float(self._offsets[place])
+        found = self._found
+        top = zip(found.top_ids[place].tolist(), found.top_logits[place].tolist())
+        logit, offset = float(found.logits[place]), float(found.offsets[place])
         if ids := self._params[place].logprob_token_ids:
             top = {token_id: logit, **dict(zip(ids, self._named_logits[place].tolist()))}.items()
-        return LogprobRow.of(token_id, logit, offset, int(self._ranks[place]), top)
+        return LogprobRow.of(token_id, logit, offset, int(found.ranks[place]), top)
 
 
 class Surprises:
@@ -258,38 +255,30 @@ class Surprises:
             state.note_surprise(bits, position)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
 class SampledRows:
     """Sampled tokens that are being copied to the host; see `engine/runners/model_runner.Launched`."""
 
-    def __init__(
-        self,
-        mark: Mark,
-        staged: Sequence[NDArray[Any]],
-        states: Sequence[SamplingState],
-        logprobs: StandingRows | None,
-        surprises: Surprises | None,
-    ) -> None:
-        self._mark = mark
-        self._collecting = staged
-        self._rows = len(states)
-        self._processed = [(row, state) for row, state in enumerate(states) if state.params.logits_processors]
-        self._logprobs = logprobs
-        self._surprises = surprises
+    mark: Mark
+    staged: Sequence[NDArray[Any]]
+    states: tuple[SamplingState, ...]
+    logprobs: StandingRows | None
+    surprises: Surprises | None
 
     def tokens(self) -> list[Token]:
         """Wait for the step and return one token per row."""
-        self._mark.wait()
-        ids, largest = (part[: self._rows].tolist() for part in self._collecting)
+        self.mark.wait()
+        ids, largest = (part[: len(self.states)].tolist() for part in self.staged)
         drawn = sampled_tokens(ids, largest)
-        for row, state in self._processed:
+        for row, state in enumerate(self.states):
             if state.failure is not None:
                 drawn[row] = SampledToken(-1, error=state.failure, by_request=True)
-        if self._surprises is not None:
-            self._surprises.tell()
-        if self._logprobs is not None:
-            for place, row in enumerate(self._logprobs.rows):
+        if self.surprises is not None:
+            self.surprises.tell()
+        if self.logprobs is not None:
+            for place, row in enumerate(self.logprobs.rows):
                 if isinstance(token := drawn[row], int):
-                    drawn[row] = SampledToken(token, self._logprobs.entry(place, token))
+                    drawn[row] = SampledToken(token, self.logprobs.entry(place, token))
         return drawn
 
 

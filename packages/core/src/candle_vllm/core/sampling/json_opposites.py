@@ -189,24 +189,17 @@ def _more(keyword: str) -> Callable[[Any, Schema], list[Schema]]:
     return lambda value, _: [{keyword: int(value) + 1}]
 
 
-def _below(_: Any, schema: Schema) -> list[Schema]:
-    span = span_of(schema)
-    return [{"maximum" if span.low_open else "exclusiveMaximum": span.low}]
-
-
-def _above(_: Any, schema: Schema) -> list[Schema]:
-    span = span_of(schema)
-    return [{"minimum" if span.high_open else "exclusiveMinimum": span.high}]
-
-
 def _not_bounds(keyword: str) -> Callable[[Any, Schema], list[Schema]]:
     """Return the function for a bound. Of two bounds at one end, only the inclusive one's function returns schemas."""
-    plain, broken = ("minimum", _below) if keyword.endswith("inimum") else ("maximum", _above)
+    plain = "minimum" if keyword.endswith("inimum") else "maximum"
 
     def breaks(value: Any, schema: Schema) -> list[Schema]:
         if isinstance(value, bool) or (keyword != plain and plain in schema):
             return []
-        return broken(value, schema)
+        span = span_of(schema)
+        if plain == "minimum":
+            return [{"maximum" if span.low_open else "exclusiveMaximum": span.low}]
+        return [{"minimum" if span.high_open else "exclusiveMinimum": span.high}]
 
     return breaks
 

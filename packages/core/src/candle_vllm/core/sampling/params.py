@@ -233,10 +233,6 @@ class SamplingParams(  # pyrefly: ignore[invalid-inheritance]
         return all(mine == theirs and _is_open(mine) == _is_open(theirs) for mine, theirs in pairs)
 
     def __post_init__(self) -> None:
-        self._check_numbers()
-        self._check_others()
-
-    def _check_numbers(self) -> None:
         for name, kind in BOUNDS.items():
             if (value := getattr(self, name)) is None and name in _OPTIONAL:
                 continue
@@ -254,8 +250,6 @@ class SamplingParams(  # pyrefly: ignore[invalid-inheritance]
         for name in _SWITCHES:
             if not isinstance(getattr(self, name), bool):
                 raise InvalidParameterError(f"{name} must be true or false", name)
-
-    def _check_others(self) -> None:
         for name, (kind, said) in _CLASSES.items():
             if not isinstance(getattr(self, name), kind):
                 raise InvalidParameterError(f"{name} must be {said}", name)

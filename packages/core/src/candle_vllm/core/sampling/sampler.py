@@ -347,11 +347,8 @@ def run_controls(states: Sequence[SamplingState], drafts: Sequence[Sequence[int]
     """Return the parameters of the rows of runs, see `kernels.Control`."""
     rows: list[tuple[float, ...]] = []
     for state, own in zip(states, drafts, strict=True):
-        count = 1 + len(own)
-        if state.params.greedy:
-            rows += [(*state.controls, 0.5)] * count
-        else:
-            rows += [(*state.controls, number) for number in state.uniforms(count)]
+        numbers = [0.5] * (1 + len(own)) if state.params.greedy else state.uniforms(1 + len(own))
+        rows += [(*state.controls, number) for number in numbers]
     return rows
 
 

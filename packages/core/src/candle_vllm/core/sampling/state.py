@@ -302,7 +302,7 @@ class SamplingState:
         stop tokens wins over `min_tokens`. If the end of reasoning is forced, the array is empty.
         """
         if self.forced is not None:
-            return np.zeros(0, np.int64)
+            return _NO_IDS
         words = _NO_IDS
         if self.bad_words is not None:
             first = max(self.num_prompt_tokens, len(self.tokens) - self.bad_words.longest)
@@ -414,11 +414,7 @@ class BadWords:
             else:
                 self._by_previous.setdefault(ids[-2], []).append((ids[:-1], ids[-1]))
         self._singles = np.array(singles, np.int64)
-
-    @property
-    def has_sequences(self) -> bool:
-        """Whether any word is more than one token."""
-        return bool(self._by_previous)
+        self.has_sequences = bool(self._by_previous)  # whether any word is more than one token
 
     def completions(self, output: list[int]) -> NDArray[np.int64]:
         """Return the tokens that would complete a word after `output`."""

@@ -214,15 +214,19 @@ def scratch_per_thread(head_dim: int) -> int:
     return -(-(2 * TILE_LIST + rows + 2 * LANES * head_dim + 64) // 128) * 128
 
 
-def scratch_bytes(*, max_tokens: int, max_seqs: int, heads: int, head_dim: int, max_context: int, threads: int) -> int:
+def scratch_bytes(
+    *, max_tokens: int, max_seqs: int, heads: int, head_dim: int, max_context: int, threads: int, per_thread: int = 0
+) -> int:
     """Return the bytes of the scratch memory that all layers share; it must be zeroed and begin at a multiple of 64.
 
     Args:
         max_tokens, max_seqs, max_context: maximum tokens and sequences of a step, and tokens of a sequence.
         heads, head_dim: H and D.
         threads: number of threads of the team.
+        per_thread: bytes of a thread's memory; 0 for `scratch_per_thread`.
     """
     chunks = chunk_of(max_context) + 1
     stream = heads * chunks * 4 * partial_floats(head_dim)
     streams = max(1, min(max_tokens, max_seqs, _SPLIT_STREAMS))
-    return HEADER + threads * scratch_per_thread(head_dim) + max(stream, min(streams * stream, _MOST_PARTIALS))
+    own = threads * (per_thread or scratch_per_thread(head_dim))
+    return HEADER + own + max(stream, min(streams * stream, _MOST_PARTIALS))

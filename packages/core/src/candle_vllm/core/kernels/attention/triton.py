@@ -32,8 +32,14 @@ def paged_attention(
     **scores: Unpack[ScoreOptions],
 ) -> torch.Tensor:
     """See the contract in the package."""
-    tokens, heads, dim = q.shape
-    _check(q, key_cache, value_cache, rows, scores.get("cache_scales"))
+    (tokens, heads, dim), block_size, scales = q.shape, key_cache.shape[1], scores.get("cache_scales")
+    assert q.stride()[1:] == (dim, 1), "the heads of a token must be contiguous"
+    assert dim <= MOST_DIM
+    assert block_size >= 16, "a block has a power of two of slots, at least 16"
+    assert block_size & (block_size - 1) == 0
+    check_caches((key_cache, value_cache), scales, q)
+    assert dim % 2 == 0 or not (scales or has_row_scales(key_cache, dim)), "values of 8 bits are read in pairs"
+    check_rows(rows, q)
     for of_heads in (scores.get("sinks"), scores.get("slopes")):
         if of_heads is not None:
             assert of_heads.shape == (heads,)
@@ -52,24 +58,6 @@ def paged_attention(
     if tokens > first:
         prefill(q, key_cache, value_cache, out, rows, first, relative, scores)
     return out
-
-
-def _check(
-    q: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    rows: DeviceRows,
-    scales: tuple[torch.Tensor, torch.Tensor] | None,
-) -> None:
-    dim = q.shape[2]
-    block_size = key_cache.shape[1]
-    assert q.stride()[1:] == (dim, 1), "the heads of a token must be contiguous"
-    assert dim <= MOST_DIM
-    assert block_size >= 16, "a block has a power of two of slots, at least 16"
-    assert block_size & (block_size - 1) == 0
-    check_caches((key_cache, value_cache), scales, q)
-    assert dim % 2 == 0 or not (scales or has_row_scales(key_cache, dim)), "values of 8 bits are read in pairs"
-    check_rows(rows, q)
 
 
 def check_rows(rows: DeviceRows, q: torch.Tensor) -> None:

@@ -33,6 +33,7 @@ _CONNECTING = 10.0  # seconds in which ranks that have found each other must be 
 _ABANDONED: list[Any] = []
 _LOOK = datetime.timedelta(seconds=0.5)  # interval at which a waiting rank checks whether another has ended
 SLOT_BYTES = 1 << 19  # bytes that ranks sum or gather at a time in shared memory
+_PIECE = SLOT_BYTES // 4  # elements of these
 FIRST_SLOT = 4096  # offset of a rank's slots in the rank's block, after the counter
 BLOCK_BYTES = FIRST_SLOT + 2 * SLOT_BYTES  # bytes of a rank's block
 _TURNS = 2000  # number of polls for another rank of this machine, about 25 us, after which this rank sleeps
@@ -208,13 +209,8 @@ class _SharedMemory:
     """Collectives of this machine's ranks in shared memory: float32 sums in the order of the ranks, and gathers.
     The layout is in `cpu.py`.
 
-    Args:
-        first: index of the block of the group's first rank.
-        rank, size, patience: see `ProcessGroup`.
-        gone: set when another rank has ended.
-
-    Raises:
-        ValueError: the memory is too small.
+    `first` is the index of the block of the group's first rank, `gone` is set when another rank has ended. Raises
+    ValueError if the memory is too small; both operations raise RuntimeError if a rank has ended or does not arrive.
     """
 
     def __init__(
@@ -231,25 +227,15 @@ class _SharedMemory:
         self._stand_together = c_function("collectives.cpu:stand_together", 10)
 
     def add(self, address: int, count: int) -> None:
-        """Overwrite `count` floats at an address with their sums.
-
-        Raises:
-            RuntimeError: another rank has ended, or did not arrive in time.
-        """
-        most = SLOT_BYTES // 4
-        for start in range(0, count, most):
-            self._do(self._add_up, address + 4 * start, min(most, count - start))
+        """Overwrite `count` floats at an address with their sums."""
+        for start in range(0, count, _PIECE):
+            self._do(self._add_up, address + 4 * start, min(_PIECE, count - start))
 
     def put_together(self, address: int, count: int, out: int) -> None:
-        """Gather `count` elements of 4 bytes of each rank to address `out`, in the order of the ranks.
-
-        Raises:
-            RuntimeError: see `add`.
-        """
-        most = SLOT_BYTES // 4
-        for start in range(0, count, most):
+        """Gather `count` elements of 4 bytes of each rank to address `out`, in the order of the ranks."""
+        for start in range(0, count, _PIECE):
             place = out + 4 * start, 4 * count
-            self._do(self._stand_together, address + 4 * start, min(most, count - start), *place)
+            self._do(self._stand_together, address + 4 * start, min(_PIECE, count - start), *place)
 
     def _do(self, function: Callable[..., None], *piece: int) -> None:
         self._number += 1

@@ -37,25 +37,16 @@ def add_up(blocks: int, rank: int, size: int, number: int, x: int, count: int, t
             written. The caller repeats the call until the state is 2.
     """
     slots = blocks + FIRST_SLOT + (number & 1) * SLOT_BYTES
-    out = float32_at(x)
-    stands = int64_at(state)
-    if stands[0] == 0:
-        own = float32_at(slots + rank * BLOCK_BYTES)
-        for at in range(count):
-            own[at] = out[at]
-        store_release(blocks + rank * BLOCK_BYTES, number)
-        stands[0] = 1
-    if not _have_counted(blocks, size, number, turns):
+    if not _have_written(blocks, slots, rank, size, number, x, count, turns, state):
         return
-    first = float32_at(slots)
-    second = float32_at(slots + BLOCK_BYTES)
+    out, first, second = float32_at(x), float32_at(slots), float32_at(slots + BLOCK_BYTES)
     for at in range(count):
         out[at] = first[at] + second[at]
     for other in range(2, size):
         part = float32_at(slots + other * BLOCK_BYTES)
         for at in range(count):
             out[at] += part[at]
-    stands[0] = 2
+    int64_at(state)[0] = 2
 
 
 def stand_together(
@@ -71,21 +62,20 @@ def stand_together(
         apart: bytes from one rank's part to the next in the result.
     """
     slots = blocks + FIRST_SLOT + (number & 1) * SLOT_BYTES
-    stands = int64_at(state)
-    if stands[0] == 0:
-        _copy(int32_at(slots + rank * BLOCK_BYTES), int32_at(x), count)
-        store_release(blocks + rank * BLOCK_BYTES, number)
-        stands[0] = 1
-    if not _have_counted(blocks, size, number, turns):
+    if not _have_written(blocks, slots, rank, size, number, x, count, turns, state):
         return
     for other in range(size):
         _copy(int32_at(out + other * apart), int32_at(slots + other * BLOCK_BYTES), count)
-    stands[0] = 2
+    int64_at(state)[0] = 2
 
 
 @njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
-def _have_counted(blocks, size, number, turns):
-    """Return whether all ranks' counters have reached `number`, after at most `turns` pauses for each."""
+def _have_written(blocks, slots, rank, size, number, x, count, turns, state):
+    """Write this rank's part once; return whether all ranks have written, after at most `turns` pauses for each."""
+    if int64_at(state)[0] == 0:
+        _copy(int32_at(slots + rank * BLOCK_BYTES), int32_at(x), count)
+        store_release(blocks + rank * BLOCK_BYTES, number)
+        int64_at(state)[0] = 1
     for other in range(size):
         left = turns
         while load_acquire(blocks + other * BLOCK_BYTES) < number:

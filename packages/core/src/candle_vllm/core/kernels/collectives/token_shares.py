@@ -124,8 +124,8 @@ class TokenShares:
         sent, received = torch.cat([counts, theirs], 1).T.tolist()  # the host waits here, once a layer
         places = wanted.T.flatten().to(torch.uint8).sort(descending=True, stable=True).indices[: sum(sent)]
         tokens = places % own  # sorted by destination rank, then by token
-        packed = _side_by_side(x[tokens], pairs.experts[tokens], pairs.weights[tokens])
-        came = self._collective.exchange(packed, sent, received)
+        told = (part[tokens].view(torch.uint8) for part in (x, pairs.experts, pairs.weights))
+        came = self._collective.exchange(torch.cat([*told], 1), sent, received)  # as bytes, so that they go together
         rows, experts, weights = _parted(came, (x, pairs.experts, pairs.weights))
         if len(rows):
             rows = compute(rows, Pairs(weights, experts, pairs.count))
@@ -147,13 +147,8 @@ class TokenShares:
         return torch.cat([rows[:full].flatten(0, 1), rows[full:, :-1].flatten(0, 1)]), None
 
 
-def _side_by_side(*each: torch.Tensor) -> torch.Tensor:
-    """Concatenate the rows of several tensors as bytes, so that they are sent together."""
-    return torch.cat([part.view(torch.uint8) for part in each], 1)
-
-
 def _parted(packed: torch.Tensor, like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Undo `_side_by_side`: split rows of bytes into tensors with the columns and types of `like`."""
+    """Split rows of bytes into tensors with the columns and types of `like`."""
     sizes = [each.shape[1] * each.itemsize for each in like]
     parts = zip(packed.split(sizes, 1), like, strict=True)
     return [part.contiguous().view(each.dtype) for part, each in parts]

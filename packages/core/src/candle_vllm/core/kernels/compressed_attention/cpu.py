@@ -20,7 +20,6 @@ from candle_vllm.core.kernels.compressed_attention.cpu_record import (
     AttendArguments,
     ChooseArguments,
     CompressArguments,
-    TurnArguments,
     WriteArguments,
 )
 from candle_vllm.core.kernels.cpu_runtime.emit import F32, I64, Double, Emitter, Float, Int, emitted, vector
@@ -31,6 +30,7 @@ from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at, int32_at
 from candle_vllm.core.kernels.cpu_runtime.tiles import stack_bytes
 from candle_vllm.core.kernels.latent_attention.cpu import choose_largest
 from candle_vllm.core.kernels.latent_attention.layout import FEW_TOKENS
+from candle_vllm.core.kernels.rotary.cpu import table_row, turn_halves, turn_pairs
 
 _TOKENS, _SEQUENCES = StepNumber.TOKENS.value, StepNumber.SEQUENCES.value
 
@@ -123,54 +123,11 @@ def softmax(scores: int, count: int, scale: float, sink: float) -> None:
     _softmax(scores, lines, scale, sink)
 
 
-@njit
-def _turn_pairs(x: int, cos: int, sin: int, half: int, sign: float) -> None:
-    """Rotate 2 * half floats at x in pairs of neighbours, forwards or, with sign -1, backwards."""
-    values, c, s = float32_at(x), float32_at(cos), float32_at(sin)
-    for i in range(half):
-        first, second, signed = values[2 * i], values[2 * i + 1], s[i] * sign
-        values[2 * i], values[2 * i + 1] = first * c[i] - second * signed, second * c[i] + first * signed
-
-
-@njit
-def _turn_halves(x: int, cos: int, sin: int, half: int) -> None:
-    """Rotate elements i and i + half of 2 * half floats at x."""
-    values, c, s = float32_at(x), float32_at(cos), float32_at(sin)
-    for i in range(half):
-        first, second = values[i], values[i + half]
-        values[i], values[i + half] = first * c[i] - second * s[i], second * c[i] + first * s[i]
-
-
-@njit
-def _table_row(positions: int, turns: int, t: int) -> int:
-    """Return a token's row in the tables of the rotary embedding."""
-    return int64_at(positions)[t] + (int64_at(turns)[t] if turns != 0 else 0)
-
-
-def make_turn(PAIRS: int) -> Callable[..., None]:
-    """Return the rotation of heads in place: of pairs at their end, or of halves at their beginning."""
-
-    def turn(row, thread, threads):
-        given = read(TurnArguments, row)
-        heads, half = given.heads, given.half
-        total = step_number(row, _TOKENS) * heads
-        for unit in range(total * thread // threads, total * (thread + 1) // threads):
-            t = unit // heads
-            x = given.x + (t * given.stride + (unit - t * heads) * given.size) * 4
-            at = _table_row(given.positions, given.turns, t) * half * 4
-            if PAIRS == 1:
-                _turn_pairs(x + (given.size - 2 * half) * 4, given.cos + at, given.sin + at, half, 1.0)
-            else:
-                _turn_halves(x, given.cos + at, given.sin + at, half)
-
-    return turn
-
-
 def write(row, thread, threads):
     """Copy the rows of tokens, or their rows of a table, to their slots."""
     given, rows = read(WriteArguments, row), step_number(row, _TOKENS)
     for t in range(rows * thread // threads, rows * (thread + 1) // threads):
-        at = _table_row(given.positions, given.turns, t) if given.positions != 0 else t
+        at = table_row(given.positions, given.turns, t) if given.positions != 0 else t
         source = float32_at(given.rows + at * given.stride * 4)
         to = float32_at(given.cache + int64_at(given.slots)[t] * given.width * 4)
         for i in range(given.count):
@@ -218,7 +175,6 @@ def sequence_of(query_start: int, sequences: int, t: int) -> int:
 
 @njit
 def _slot(table: int, shift: int, at: int) -> int:
-    """Return the slot of a position."""
     return (int64_at(table)[at >> shift] << shift) + (at & ((1 << shift) - 1))
 
 
@@ -266,9 +222,9 @@ def make_compress(GATED: int) -> Callable[..., None]:
                 out[i] = out[i] * scale * norm[i]
             if GATED == 1:
                 at = group * ratio * half * 4
-                _turn_pairs(target + (size - 2 * half) * 4, given.cos + at, given.sin + at, half, 1.0)
+                turn_pairs(target + (size - 2 * half) * 4, given.cos + at, given.sin + at, half, 1.0)
             else:
-                _turn_halves(target, span[0] + size * 4, span[0] + (size + half) * 4, half)
+                turn_halves(target, span[0] + size * 4, span[0] + (size + half) * 4, half)
 
     return compress
 
@@ -392,6 +348,6 @@ def make_attend(CHUNKS: int, ISA: int) -> Callable[..., None]:
             if CHUNKS == 0:
                 half, at = given.half, int64_at(given.positions)[t] * given.half * 4
                 for n in range(min(4, heads - first)):
-                    _turn_pairs(targets[n] + (size - 2 * half) * 4, given.cos + at, given.sin + at, half, -1.0)
+                    turn_pairs(targets[n] + (size - 2 * half) * 4, given.cos + at, given.sin + at, half, -1.0)
 
     return attend

@@ -29,25 +29,12 @@ from candle_vllm.core.kernels.cpu_runtime.level import LANES
 from candle_vllm.core.kernels.cpu_runtime.operation import address_of, operation
 from candle_vllm.core.kernels.cpu_runtime.values import buffer_value
 from candle_vllm.core.kernels.latent_attention.layout import FEW_TOKENS
+from candle_vllm.core.kernels.rotary import TurnArguments
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from candle_vllm.core.kernels.cpu_runtime.recorder import Recorder
-
-
-class TurnArguments(NamedTuple):
-    """Arguments of `turn`."""
-
-    x: int
-    stride: int
-    heads: int
-    size: int
-    positions: int
-    turns: int
-    cos: int
-    sin: int
-    half: int
 
 
 class WriteArguments(NamedTuple):
@@ -154,7 +141,6 @@ class RecordedStep:
     """Records the operations of a layer; `reference.TorchStep` has the same methods.
 
     Args:
-        recorder: the plan's recorder.
         tables: cos and sin [positions, R / 2] of the rotary embedding.
         cache, logs: caches and logs of the layer, float32 [1, B, S, width] each.
         pairs: whether pairs of neighbouring elements rotate.
@@ -179,7 +165,7 @@ class RecordedStep:
         """Rotate the heads of x [T, H, D] in place; return x."""
         positions, turns = self._turns
         row = TurnArguments(**_heads(x), positions=positions, turns=turns, **self._rotary)
-        self._recorder.add(operation("compressed_attention.cpu:make_turn", self._pairs), row)
+        self._recorder.add(operation("rotary.cpu:make_turn", self._pairs), row)
         return x
 
     def write(self, values: Sequence[Any], cache: Any, *, turns: bool = False) -> None:

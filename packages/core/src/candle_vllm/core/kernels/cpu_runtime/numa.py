@@ -158,7 +158,6 @@ class CpuRanks:
 
 @functools.cache
 def _say_refused(error: int) -> None:
-    """Log a failed binding, once for each error."""
     logger.warning(
         "the system does not allow memory to be bound to NUMA nodes (%s), so ranks may read weights of another node, "
         "which is slower; a container may need the capability SYS_NICE",
@@ -206,19 +205,11 @@ def plan_ranks(
         )
     if count == 1:
         return None
-    ranks, weights = [], []
-    if count <= len(nodes):
-        for rank in range(count):
-            mine = nodes[len(nodes) * rank // count : len(nodes) * (rank + 1) // count]
-            ranks.append(_joined(mine, root))
-            weights.append(float(len(ranks[-1].cpus)))
-    else:
-        on = [nodes[rank * len(nodes) // count] for rank in range(count)]
-        shared = Counter(node for node, _ in on)
-        for node, its_cpus in on:
-            ranks.append(_joined([(node, its_cpus)], root))
-            weights.append(len(its_cpus) / shared[node])
-    return CpuRanks(tuple(ranks), _starts(weights, threads))
+    starts = [len(nodes) * rank // count for rank in range(count + 1)]
+    mine = [nodes[first : max(end, first + 1)] for first, end in itertools.pairwise(starts)]
+    shared = Counter(node for each in mine for node, _ in each)
+    weights = [sum(len(cpus) / shared[node] for node, cpus in each) for each in mine]
+    return CpuRanks(tuple(_joined(each, root) for each in mine), _starts(weights, threads))
 
 
 def _joined(nodes: Sequence[tuple[int, frozenset[int]]], root: Path) -> CpuRank:

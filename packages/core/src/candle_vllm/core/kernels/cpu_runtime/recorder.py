@@ -147,12 +147,7 @@ class MeasuredKeys(NamedTuple):
 
 
 class Recorder:
-    """Recorder of plans; owns their memory.
-
-    Args:
-        limits: size of the largest step.
-        isa: instructions that kernels may use.
-    """
+    """Recorder of plans; owns their memory. `isa` are the instructions that kernels may use."""
 
     def __init__(self, limits: StepLimits, isa: Isa) -> None:
         self.limits = limits

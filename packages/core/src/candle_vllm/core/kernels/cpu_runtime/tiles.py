@@ -49,13 +49,11 @@ def add_rows(
 
 @emitted
 def _add_16(e: Emitter, target: Int, source: Int) -> None:
-    """Add source[0:16] to target[0:16], floats."""
     e.store(target, e.b.fadd(e.load(target, vector(F32)), e.load(source, vector(F32))))
 
 
 @emitted
 def _copy_16(e: Emitter, target: Int, source: Int) -> None:
-    """Copy source[0:16] to target[0:16], floats."""
     e.store(target, e.load(source, vector(F32)))
 
 

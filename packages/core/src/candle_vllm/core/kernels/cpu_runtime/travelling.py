@@ -77,7 +77,6 @@ def functions(isa: Isa) -> Iterator[tuple[str, tuple[int, ...]]]:
         "stream_mix.cpu:mix",
         "stream_mix.cpu:weigh",
         "whole_attention.cpu:lay_out",
-        "whole_attention.cpu:turn",
     ):
         yield code, ()
     yield "attention.cpu_choice:make_score", (isa,)
@@ -105,9 +104,9 @@ def functions(isa: Isa) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield "compressed_attention.cpu:make_attend", (flag, isa)
         yield "compressed_attention.cpu:make_choose", (flag, isa)
         yield "compressed_attention.cpu:make_compress", (flag,)
-        yield "compressed_attention.cpu:make_turn", (flag,)
         yield "rms_norm.cpu:make_head_norm", (flag,)
         yield "rms_norm.cpu:make_norm_onto", (flag,)
+        yield "rotary.cpu:make_turn", (flag,)
         yield "latent_attention.cpu_heads:make_heads", (flag,)
         yield "latent_attention.cpu:make_choose", (INDEX_KEY, isa.bf16, flag)
     for keys, values in CACHES:

@@ -800,7 +800,6 @@ def _attend(
     scores: Scores,
     tables: tuple[Floats, Floats] | None,
 ) -> Recorded:
-    """See `kernels/attention/cpu_record.py`."""
     recorder, dim = q.recorder, q.head_dim
     assert dim is not None
     written = [q] if k is None or v is None else [q, k, v]

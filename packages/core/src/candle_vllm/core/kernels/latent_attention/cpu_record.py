@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from candle_vllm.core.kernels.activation_rows import FLOAT_FORMS, RowForm, row_elements
-from candle_vllm.core.kernels.attention.cpu_cache import CHUNK, ROW_TILE
+from candle_vllm.core.kernels.attention.cpu_cache import CHUNK, ROW_TILE, scratch_bytes
 from candle_vllm.core.kernels.cpu_runtime.level import LANES
 from candle_vllm.core.kernels.cpu_runtime.matrices import Inputs, linear_call
 from candle_vllm.core.kernels.cpu_runtime.operation import address_of, operation, plan_row
@@ -18,7 +18,7 @@ from candle_vllm.core.kernels.latent_attention.layout import (
     GROUPS,
     choice_scratch,
     groups_of,
-    scratch_bytes,
+    scratch_per_thread,
     stretch_step,
 )
 
@@ -46,7 +46,6 @@ def record_latent(
     Args:
         q: rows of H heads [nope | rope].
         kv: rows [latent | rope].
-        parts: weights and tables of the layer.
         cache: cache of the layer, see `cpu_write.py`.
         out: rows of the result [T, H * V].
         scale: factor of the scores.
@@ -168,10 +167,11 @@ def _attend(
     size = scratch_bytes(
         max_tokens=limits.tokens,
         max_seqs=limits.sequences,
-        heads=sizes.heads,
-        latent=sizes.latent,
+        heads=groups_of(sizes.heads) * LANES,
+        head_dim=sizes.latent,
         max_context=min(longest, top),
         threads=limits.threads,
+        per_thread=scratch_per_thread(sizes.latent),
     )
     copied = 0 if chosen is None else limits.threads * 2 * CHUNK * (sizes.rope + sizes.latent)
     attended = _over_cache(recorder, queries, parts, cache, size + copied)._replace(

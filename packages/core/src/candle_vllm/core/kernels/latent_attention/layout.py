@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
-from candle_vllm.core.kernels.attention.cpu_cache import CHUNK, HEADER, ROW_TILE, STRETCH, chunk_of, partial_floats
+from candle_vllm.core.kernels.attention.cpu_cache import CHUNK, HEADER, ROW_TILE, STRETCH, partial_floats
 from candle_vllm.core.kernels.cpu_runtime.level import LANES
 
 if TYPE_CHECKING:
@@ -22,7 +22,6 @@ class LatentParts:
     """A layer's weights and tables for latent attention.
 
     Attributes:
-        sizes: sizes of the layer.
         norm, eps: norm of the latent vector; the weight is [L] float32. Not used for an indexer.
         cos, sin: tables of the rotary embedding, [positions, R / 2].
         keys: for each head the matrix [L, nope] that maps the head's queries to latent space; empty for an indexer.
@@ -77,8 +76,6 @@ OCTET = 8  # heads that share the loads of values
 SCORE_BYTES = CHUNK * 4 * LANES  # bytes from one group's scores to the next
 PROBABILITY_BYTES = SCORE_BYTES // 2
 STATE_BYTES = 2 * 4 * LANES  # a group's maxima and sums
-_SPLIT_STREAMS = 16  # maximum number of sequences for whose partial results there is scratch memory
-_MOST_PARTIALS = 32 << 20  # maximum bytes of partial results, unless one sequence needs more
 TILE_LIST = 8 * (CHUNK // LANES)  # bytes of the addresses of a chunk's tiles
 FEW_TOKENS = 16  # up to this number of tokens in a step, threads divide each token's indexer scores; above it, tokens
 CHOICE_BYTES = TILE_LIST + GROUPS * SCORE_BYTES  # bytes of a thread in a choice: addresses of tiles, scores of a chunk
@@ -102,11 +99,3 @@ def choice_scratch(max_context: int, threads: int, pooled: int = 0) -> int:
     """
     each = CHOICE_BYTES + 2 * CHUNK * pooled
     return HEADER + threads * each + max(FEW_TOKENS, threads) * 4 * max_context
-
-
-def scratch_bytes(*, max_tokens: int, max_seqs: int, heads: int, latent: int, max_context: int, threads: int) -> int:
-    """Return the size of the scratch memory that all layers share; see `attention.cpu_cache.scratch_bytes`."""
-    chunks = chunk_of(max_context) + 1
-    stream = groups_of(heads) * LANES * chunks * 4 * partial_floats(latent)
-    streams = max(1, min(max_tokens, max_seqs, _SPLIT_STREAMS))
-    return HEADER + threads * scratch_per_thread(latent) + max(stream, min(streams * stream, _MOST_PARTIALS))

@@ -19,18 +19,6 @@ def latent_attention(
     q_rope: torch.Tensor, q_latent: torch.Tensor, cache: torch.Tensor, rows: DeviceRows, *, scale: float
 ) -> torch.Tensor:
     """See the contract in the package."""
-    _check(q_rope, q_latent, cache, rows)
-    assert scale > 0
-    out = torch.empty(q_latent.shape, dtype=q_latent.dtype, device=q_latent.device)
-    if rows.decodes:
-        decode(q_rope, q_latent, cache, out, rows, scale=scale)
-    first = rows.decodes if rows.decoding is None else 0
-    if len(q_latent) > first:
-        prefill(q_rope, q_latent, cache, out, rows, first, scale=scale)
-    return out
-
-
-def _check(q_rope: torch.Tensor, q_latent: torch.Tensor, cache: torch.Tensor, rows: DeviceRows) -> None:
     block_size = cache.shape[1]
     assert q_rope.stride(2) == q_latent.stride(2) == 1
     assert q_rope.dtype == q_latent.dtype == cache.dtype
@@ -41,3 +29,11 @@ def _check(q_rope: torch.Tensor, q_latent: torch.Tensor, cache: torch.Tensor, ro
     assert cache.is_contiguous()
     assert all(x.device == cache.device for x in (q_rope, q_latent))
     check_rows(rows, q_latent)
+    assert scale > 0
+    out = torch.empty(q_latent.shape, dtype=q_latent.dtype, device=q_latent.device)
+    if rows.decodes:
+        decode(q_rope, q_latent, cache, out, rows, scale=scale)
+    first = rows.decodes if rows.decoding is None else 0
+    if len(q_latent) > first:
+        prefill(q_rope, q_latent, cache, out, rows, first, scale=scale)
+    return out

@@ -36,7 +36,6 @@ from candle_vllm.core.kernels.lora.cpu_shrink import (
     are_shared,
     ask_ahead,
     count_blocks,
-    is_wide,
     jump_to,
     make_fold,
     scales_of,
@@ -55,7 +54,7 @@ PARTS_MEMORY = _WHOLES + 64
 def _emit_expand(e: Emitter, form: layout.NumberForm, isa: Isa, count: int, width: int, onto: bool, given: Any) -> None:
     """Emit the code of `_expand_rows` for `count` rows and `width` tiles."""
     b, (at_weights, at_scales, at_places, offset, number, at_out, end, jump) = e.b, given
-    rows, whole = count if is_wide(isa) else min(count, 4), form is layout.NumberForm.I8
+    rows, whole = count if isa.wide else min(count, 4), form is layout.NumberForm.I8
     kind, moves = (I32, 2) if whole else (F32, 4)
     sources = [e.load(at_places, I64, 8 * row) for row in range(count)]
     for first in range(0, count, rows):
@@ -202,7 +201,7 @@ def _spread(row: int, given: Any, first: int, last: int) -> None:
 def _make_columns(FORM: int, ISA: int) -> Any:
     """Return a function that adds an adapter's terms to columns of a part, for 8, 4, 2 or 1 rows of a product."""
 
-    form, WIDE = layout.NumberForm(FORM), int(is_wide(Isa(ISA)))
+    form, WIDE = layout.NumberForm(FORM), int(Isa(ISA).wide)
     ROW_BYTES, SCALES = form.row_bytes, form.panel_scales
 
     @njit
@@ -245,9 +244,8 @@ def _panel_of(about: int, column: int, scales: int) -> int:
         part = about + 8 * (layout.HEAD + layout.PART * number)
         inside = column - int64_at(part)[layout.BEGIN]
         if 0 <= inside < int64_at(part)[layout.ROWS] and int64_at(part)[layout.STEPS] != 0:
-            return int64_at(part)[layout.MATRIX] + (inside >> 6) * (
-                layout.PANEL_BYTES * int64_at(part)[layout.STEPS] + scales
-            )
+            weights = int64_at(part)[layout.MATRIX]
+            return weights + (inside >> 6) * (layout.PANEL_BYTES * int64_at(part)[layout.STEPS] + scales)
     return 0
 
 
@@ -316,10 +314,8 @@ def _make_list(FORM: int) -> Any:
                 begins = int64_at(part)[layout.BEGIN]
                 low, high = max(first - begins, 0), min(last - begins, int64_at(part)[layout.ROWS])
                 if low < high and int64_at(part)[layout.STEPS] != 0 and int64_at(part)[layout.FULL] == 0:
-                    size, weights = (
-                        layout.PANEL_BYTES * int64_at(part)[layout.STEPS] + SCALES,
-                        int64_at(part)[layout.MATRIX],
-                    )
+                    size = layout.PANEL_BYTES * int64_at(part)[layout.STEPS] + SCALES
+                    weights = int64_at(part)[layout.MATRIX]
                     add_run(runs, weights + (low >> 6) * size, weights + (high + 63 >> 6) * size)
 
     return list_parts

@@ -66,9 +66,7 @@ def widened(e: Emitter, form: layout.NumberForm, address: Any, offset: int) -> l
         return [e.load(address, vector(F32), offset)]
     if form is layout.NumberForm.I8:
         return [e.b.sext(e.load(address, vector(I8, 2 * LANES), offset), vector(I16, 2 * LANES))]
-    pairs = e.load(address, vector(I32), offset)
-    parts = e.b.shl(pairs, e.constant(I32, 16)), e.b.and_(pairs, e.constant(I32, -65536))
-    return [e.b.bitcast(part, vector(F32)) for part in parts]
+    return e.widened_pairs(e.load(address, vector(I32), offset))
 
 
 def added(e: Emitter, form: layout.NumberForm, isa: Isa, x: Any, weights: Any, total: Any) -> Any:
@@ -126,10 +124,6 @@ def jump_to(onward: int, end: int) -> int:
     return onward - end if onward != 0 else -AHEAD  # prefetches memory that is being read, which costs nothing
 
 
-def is_wide(isa: Isa) -> bool:
-    return isa.wide
-
-
 @emitted
 def ask(e: Emitter, count: int, address: Int) -> None:
     """Prefetch `count` bytes; addresses beyond the end of memory do no harm."""
@@ -153,11 +147,11 @@ def _emit_shrink(e: Emitter, form: layout.NumberForm, isa: Isa, height: int, cou
     parts, whole = 2 if form is layout.NumberForm.BF16 else 1, form is layout.NumberForm.I8
     chains = 1 if form is not layout.NumberForm.F32 and height == 4 else 2  # partial sums; a quarter may have one step
     size, x_bytes = form.step_bytes, 4 * LANES // height * parts
-    rows = count if is_wide(isa) else min(count, 2)
+    rows = count if isa.wide else min(count, 2)
     turns = chains
     if whole:  # integer sums are exact in any order
         turns = height // 4
-        chains = max(1, min(turns, (8 if is_wide(isa) else 4) // rows))
+        chains = max(1, min(turns, (8 if isa.wide else 4) // rows))
     kind = I32 if whole else F32
     sources = [b.add(e.load(at_inputs, I64, 8 * row), offset) for row in range(count)]
     for first in range(0, count, rows):

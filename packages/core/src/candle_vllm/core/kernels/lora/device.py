@@ -143,8 +143,6 @@ class DeviceAdapters(EagerAdapters):
     """Adapters of a GPU's steps. A step's map from rows to adapters is set before its layers run.
 
     Args:
-        stream: stream of the steps.
-        places: adapter sites of the model.
         dtype: type of the model's activations.
         slots: maximum number of adapters of a step.
         rank: largest rank of an adapter.

@@ -39,7 +39,6 @@ def pack_adapter(
     """Pack an adapter into the layout of a backend.
 
     Args:
-        places: adapter sites of the model.
         dtype: type in which the adapter is multiplied.
         compiled: whether to pack for the compiled CPU operations; otherwise for torch.
         packed: function that creates another backend's layout instead.
@@ -146,11 +145,8 @@ class Packing:
         """Estimate the bytes of a delta's matrices."""
         products = sum(math.prod(part.shape) for part in (delta.a, delta.b) if part is not None)
         scales = 0 if self.form is not lay.NumberForm.I8 or delta.b is None else 2 * delta.b.shape[0] + 512
-        return (
-            products * self.form.bytes
-            + scales
-            + math.prod(delta.full.shape if delta.full is not None else (0,)) * (self.form.whole.bytes)
-        )
+        full = 0 if delta.full is None else math.prod(delta.full.shape)
+        return products * self.form.bytes + scales + full * self.form.whole.bytes
 
     def table(self, found: Changes, places: Places) -> int:
         """Write the descriptions and then the table; return the table's address."""

@@ -183,18 +183,11 @@ class EagerAdapters:
     def choose(self, adapters: Any, device: Any, wanted: NDArray[np.int64] | None = None) -> None:
         """Select the adapters of a step's rows (`AdapterRows` or None), or only of the rows `wanted`."""
         picked = adapters if wanted is None or adapters is None else adapters.among(wanted)
-        self.groups = (
-            ()
-            if picked is None
-            else [
-                Group(
-                    adapter,
-                    torch.from_numpy(picked.rows[first:last]).to(device),
-                    torch.from_numpy(picked.scales[first:last, None]).to(device),
-                )
-                for adapter, first, last in zip(picked.adapters, picked.starts[:-1], picked.starts[1:])
-            ]
-        )
+        self.groups = ()
+        if picked is not None:
+            rows, scales = (torch.from_numpy(numbers).to(device) for numbers in (picked.rows, picked.scales[:, None]))
+            spans = zip(picked.adapters, picked.starts[:-1], picked.starts[1:])
+            self.groups = [Group(adapter, rows[first:last], scales[first:last]) for adapter, first, last in spans]
 
     def add(self, place: Place | None, x: torch.Tensor, y: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """Return y [T, N] = x [T, K] W^T + bias, with the terms that adapters add."""

@@ -63,8 +63,6 @@ class _Watching(Packing):
         matrices: for I8: the matrices for `cpu_quantise`; indices then refer to the bytes that it writes.
 
     Attributes:
-        nbytes: size of the memory.
-        count: number of stored indices.
         words: arrays of integers and addresses, with their positions in memory.
         copies: for each piece: its position, its first element in the file, and the `_Piece`.
     """

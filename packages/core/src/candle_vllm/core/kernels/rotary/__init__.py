@@ -10,7 +10,7 @@ Source: Su et al., 2021, arXiv:2104.09864.
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from candle_vllm.core.kernels.dispatch import on_gpu
 from candle_vllm.core.kernels.recorded import Recorded, Value
@@ -31,6 +31,28 @@ class Turned:
     places: Value
     cos: Value
     sin: Value
+
+
+class TurnArguments(NamedTuple):
+    """Arguments of the operation of `cpu.py`.
+
+    Attributes:
+        x, stride: address of float32 rows that begin with the heads, and row stride in floats.
+        heads, size: number of heads to rotate, and D.
+        positions: address of int64 [T]: the row of the tables for each token.
+        turns: address of int64 [T] that is added to `positions`; 0 without M-RoPE.
+        cos, sin, half: addresses of float32 [P, R/2], and R/2.
+    """
+
+    x: int
+    stride: int
+    heads: int
+    size: int
+    positions: int
+    turns: int
+    cos: int
+    sin: int
+    half: int
 
 
 def rotary(x: Value, positions: torch.Tensor, cos: Value, sin: Value) -> Value:

@@ -29,6 +29,7 @@ from candle_vllm.core.kernels.cpu_runtime.emit import (
     emitted,
     vector,
 )
+from candle_vllm.core.kernels.cpu_runtime.emit_functions import emit_larger
 from candle_vllm.core.kernels.cpu_runtime.level import LANES
 from candle_vllm.core.kernels.sampling.contract import CHUNK, CHUNK_BYTES
 
@@ -50,13 +51,9 @@ def _vectors(e: Emitter, address: Any, turn: Any) -> list[Any]:
     return [e.load(at, vector(F32), _VECTOR_BYTES * part) for part in range(_TOGETHER)]
 
 
-def _larger(e: Emitter, x: Any, y: Any) -> Any:
-    return e.b.select(e.b.fcmp_ordered(">", x, y), x, y)
-
-
 def _weight(e: Emitter, logit: Any, largest: Any, scale: Any) -> Any:
     """Emit weights of 16 logits; a difference that overflows becomes finite, because infinity times 0 is NaN."""
-    difference = _larger(e, e.b.fsub(logit, largest), e.constant(F32, _LOWEST))
+    difference = emit_larger(e, e.b.fsub(logit, largest), e.constant(F32, _LOWEST))
     return emit_exp2(e, e.b.fmul(difference, scale))
 
 
@@ -76,13 +73,13 @@ def chunk_maxima(e: Emitter, at: Int, to: Int) -> Int:
     def body(turn: Any, state: list[Any]) -> list[Any]:
         values = _vectors(e, at, turn)
         odd = [b.fcmp_unordered("uno", values[part], values[part + 1]) for part in (0, 2)]
-        tops = [_larger(e, value, top) for value, top in zip(values, state[1:])]
+        tops = [emit_larger(e, value, top) for value, top in zip(values, state[1:])]
         return [b.or_(state[0], b.or_(*odd)), *tops]
 
     lowest = e.constant(F32, float("-inf"))
     count = e.int64(CHUNK // LANES // _TOGETHER)
     odd, *tops = e.loop(count, [e.zeros(ir.IntType(1)), *[lowest] * _TOGETHER], body)
-    e.store(to, _larger(e, _larger(e, tops[0], tops[1]), _larger(e, tops[2], tops[3])))
+    e.store(to, emit_larger(e, emit_larger(e, tops[0], tops[1]), emit_larger(e, tops[2], tops[3])))
     return b.zext(b.icmp_unsigned("!=", _bits(e, odd), e.int64(0)), I64)
 
 
@@ -93,7 +90,7 @@ def largest_of(e: Emitter, at: Int, count: Int) -> Float:
 
     def body(index: Any, state: list[Any]) -> list[Any]:
         value = e.load(b.add(at, b.mul(index, e.int64(_VECTOR_BYTES))), vector(F32))
-        return [_larger(e, value, state[0])]
+        return [emit_larger(e, value, state[0])]
 
     (top,) = e.loop(count, [e.constant(F32, float("-inf"))], body)
     return e.call("llvm.vector.reduce.fmax.v16f32", F32, [top])

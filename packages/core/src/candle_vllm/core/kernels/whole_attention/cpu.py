@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Attention of encoders on the CPU: `lay_out` and, after a barrier, `attend_whole` (step 6 of a request's life).
 
-If the model has rotary embeddings, `turn` first rotates queries and keys in place.
+If the model has rotary embeddings, `rotary/cpu.py` first rotates queries and keys in place.
 
 The arithmetic is fp32. The lanes of a vector are 16 queries, so a softmax needs no operation across lanes, and both
 products use the code of `plain_linear` for F32 weights:
@@ -32,29 +32,10 @@ from candle_vllm.core.kernels.cpu_runtime.primitives import fetch_add, float32_a
 from candle_vllm.core.kernels.cpu_runtime.tiles import stack_bytes
 from candle_vllm.core.kernels.plain_linear.cpu_panel import emit_sums, fill_panel
 from candle_vllm.core.kernels.plain_linear.layout import RUN, PlainKind
-from candle_vllm.core.kernels.whole_attention.cpu_record import HEADER, LINE, PANEL, TurnArguments, WholeArguments
+from candle_vllm.core.kernels.whole_attention.cpu_record import HEADER, LINE, PANEL, WholeArguments
 
-_SEQUENCES, _TOKENS = int(StepNumber.SEQUENCES), int(StepNumber.TOKENS)
+_SEQUENCES = int(StepNumber.SEQUENCES)
 assert PANEL % RUN == 0
-
-
-# ---- turn ------------------------------------------------------------------------------------------------------------
-
-
-def turn(row, thread, threads):
-    """Rotate the heads at the beginning of each row: of an encoder queries and keys, the first (H + K) * D elements."""
-    given = read(TurnArguments, row)
-    tokens, dim, half = step_number(row, _TOKENS), given.head_dim, given.half
-    places = int64_at(given.places)
-    for t in range(tokens * thread // threads, tokens * (thread + 1) // threads):
-        at = 4 * half * (places[t] + (int64_at(given.turns)[t] if given.turns != 0 else 0))
-        cos, sin = float32_at(given.cos + at), float32_at(given.sin + at)
-        for head in range(given.heads):
-            x = float32_at(given.qkv + 4 * (t * given.stride + head * dim))
-            for i in range(half):
-                a, b = x[i], x[i + half]
-                x[i] = a * cos[i] - b * sin[i]
-                x[i + half] = b * cos[i] + a * sin[i]
 
 
 # ---- lay_out ---------------------------------------------------------------------------------------------------------

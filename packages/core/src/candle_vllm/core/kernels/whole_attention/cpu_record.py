@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from candle_vllm.core.kernels.attention.cpu_record import LOG2E
 from candle_vllm.core.kernels.cpu_runtime.level import LANES
 from candle_vllm.core.kernels.cpu_runtime.operation import address_of, operation
+from candle_vllm.core.kernels.rotary import TurnArguments
 
 if TYPE_CHECKING:
     from candle_vllm.core.kernels.cpu_runtime.recorder import Buffer, Recorder
@@ -43,7 +44,7 @@ class WholeArguments(NamedTuple):
         keys, values: addresses of `panel_floats` floats each.
         out, out_stride: address of the result [T, H * D], and its row stride in floats.
         scale: factor of the scores, times log2(e).
-        scratch: address of `scratch_bytes` of scratch memory.
+        scratch: address of scratch memory: `HEADER`, then `thread_bytes` for each thread.
         thread_bytes: scratch memory of each thread.
         threads: number of threads that have scratch memory.
         bias: address of the element for distance 0 in a float32 table of terms that are added to scaled scores, by
@@ -71,29 +72,6 @@ class WholeArguments(NamedTuple):
     window: int
 
 
-class TurnArguments(NamedTuple):
-    """Arguments of `turn`.
-
-    Attributes:
-        qkv, stride, head_dim: address of float32 rows that begin with the heads, row stride in floats, and D.
-        heads: number of heads to rotate: H + K for an encoder.
-        half: R/2, the number of rotated pairs in a head.
-        places: address of int64 [T]: the row of the tables for each token.
-        cos, sin: addresses of float32 [P, half].
-        turns: address of int64 [T] that is added to `places`; 0 without M-RoPE.
-    """
-
-    qkv: int
-    stride: int
-    heads: int
-    head_dim: int
-    half: int
-    places: int
-    cos: int
-    sin: int
-    turns: int = 0
-
-
 def record_turn(
     recorder: Recorder,
     qkv: WholeHeads,
@@ -101,12 +79,12 @@ def record_turn(
     tables: tuple[NDArray[np.float32], NDArray[np.float32]],
     turns: NDArray[np.int64] | None = None,
 ) -> None:
-    """Record `turn`, which rotates queries and keys in place; the other arguments as in `TurnArguments`."""
-    cos, sin = (recorder.keep(table) for table in tables)
-    turning, half = qkv.heads + qkv.kv_heads, tables[0].shape[1]
-    more = 0 if turns is None else address_of(turns)
-    given = TurnArguments(qkv.address, qkv.stride, turning, qkv.head_dim, half, address_of(places), cos, sin, more)
-    recorder.add(operation("whole_attention.cpu:turn"), given)
+    """Record the rotation of queries and keys in place; `places` and `turns` are the rows of the tables."""
+    (cos, sin), half = map(recorder.keep, tables), tables[0].shape[1]
+    rows = address_of(places), 0 if turns is None else address_of(turns)
+    heads = qkv.heads + qkv.kv_heads
+    given = TurnArguments(qkv.address, qkv.stride, heads, qkv.head_dim, *rows, cos, sin, half)
+    recorder.add(operation("rotary.cpu:make_turn", False), given)
 
 
 def record_whole_attention(
@@ -119,7 +97,7 @@ def record_whole_attention(
     limits, head_dim = recorder.limits, qkv.head_dim
     floats = panel_floats(limits.tokens, limits.sequences, qkv.kv_heads, head_dim)
     keys, values = (recorder.memory(-(-floats // limits.tokens)) for _ in range(2))
-    table, centre = _bias_table(bias, window, limits.tokens)
+    (table, centre), each = _bias_table(bias, window, limits.tokens), thread_bytes(limits.tokens, head_dim)
     given = WholeArguments(
         **{"qkv" if name == "address" else name: value for name, value in qkv._asdict().items()},
         query_start=address_of(recorder.arrays.query_start),
@@ -128,8 +106,8 @@ def record_whole_attention(
         out=address_of(out.array),
         out_stride=out.stride,
         scale=head_dim**-0.5 * LOG2E,
-        scratch=recorder.scratch(scratch_bytes(limits.tokens, head_dim, limits.threads)),
-        thread_bytes=thread_bytes(limits.tokens, head_dim),
+        scratch=recorder.scratch(HEADER + limits.threads * each),
+        thread_bytes=each,
         threads=limits.threads,
         bias=0 if table is None else recorder.keep(table) + 4 * centre,
         bias_bytes=0 if table is None or len(table) == 1 else table.strides[0],
@@ -167,11 +145,6 @@ def panel_floats(tokens: int, texts: int, heads: int, head_dim: int) -> int:
 def thread_bytes(longest: int, head_dim: int) -> int:
     """Return the scratch bytes of a thread: two tiles of queries, results, sums and scores."""
     return 2 * LINE * (2 * _filled(head_dim) + 1 + _filled(longest))
-
-
-def scratch_bytes(longest: int, head_dim: int, threads: int) -> int:
-    """Return the scratch bytes of both operations, for texts of at most `longest` tokens."""
-    return HEADER + threads * thread_bytes(longest, head_dim)
 
 
 def _filled(count: int) -> int:
