@@ -169,9 +169,7 @@ def mxfp4_blocks(stored: StoredTensor) -> np.ndarray:
 def nvfp4_tensor(parts: LayerTensors, *, divided: bool) -> QuantisedTensor:
     """Return a matrix of NVFP4; errors as `mxfp4_tensor`.
 
-    Args:
-        parts: stored tensors of the layer.
-        divided: the parts have compressed-tensors' names; otherwise modelopt's.
+    divided: the parts have compressed-tensors' names; otherwise modelopt's.
     """
     packed = parts.get(".weight_packed" if divided else ".weight", "U8")
     scales = parts.get(".weight_scale", "F8_E4M3")

@@ -79,7 +79,6 @@ def fp8_tensor(parts: LayerTensors, block: tuple[int, int] | None) -> QuantisedT
     """Return the weight of a layer whose `weight` is FP8.
 
     Args:
-        parts: stored tensors of the layer.
         block: rows and columns that share a scale, by the config; None if the scale's shape determines it.
 
     Raises:

@@ -211,7 +211,6 @@ class LayerTensors:
     """Stored tensors of one quantised layer, taken by name with a check of their type.
 
     Args:
-        tensors: tensors of the checkpoint.
         layer: prefix of the names, such as "model.layers.0.mlp.down_proj".
         path: file that errors name for a missing tensor.
     """
