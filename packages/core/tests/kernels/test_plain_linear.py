@@ -235,7 +235,7 @@ def test_groups_of_rows_have_the_bits_of_each_row(kind, columns, lone_thread):
 def test_activations_larger_than_the_cache_are_taken_in_turns(lone_thread, monkeypatch):
     matrix, x = packed(PlainKind.BF16, 63, ODD), activations(20, ODD)
     whole = multiply(lone_thread, matrix, x)
-    monkeypatch.setattr(cpu, "_CACHED_BYTES", 1)
+    monkeypatch.setattr(cpu, "CACHED_BYTES", 1)
     make_anew(monkeypatch, cpu, "turns")
     assert same_bits(multiply(lone_thread, matrix, x), whole)
 

@@ -12,11 +12,11 @@ from candle_vllm.core.kernels.word_linear.layout import GROUP_BYTES, SCALES, STE
 
 def parts(matrix: WordMatrix) -> tuple[np.ndarray, np.ndarray]:
     """Return the integers int16 [N, G, 32] and scales float32 [N, G] of a matrix."""
-    tiles = matrix.data.reshape(-1, matrix.groups, GROUP_BYTES)
-    words = np.ascontiguousarray(tiles[:, :, :SCALES]).view(np.int16).reshape(-1, matrix.groups, STEPS, ROWS, 2)
+    tiles = matrix.data.reshape(-1, matrix.length, GROUP_BYTES)
+    words = np.ascontiguousarray(tiles[:, :, :SCALES]).view(np.int16).reshape(-1, matrix.length, STEPS, ROWS, 2)
     scales = np.ascontiguousarray(tiles[:, :, SCALES:]).view(np.float32)
-    rows = words.transpose(0, 3, 1, 2, 4).reshape(-1, matrix.groups, GROUP)
-    return rows[: matrix.rows], scales.transpose(0, 2, 1).reshape(-1, matrix.groups)[: matrix.rows]
+    rows = words.transpose(0, 3, 1, 2, 4).reshape(-1, matrix.length, GROUP)
+    return rows[: matrix.rows], scales.transpose(0, 2, 1).reshape(-1, matrix.length)[: matrix.rows]
 
 
 def unpack(matrix: WordMatrix) -> np.ndarray:

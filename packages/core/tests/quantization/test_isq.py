@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from candle_vllm.core import ConfigError, EngineConfig, InferenceEngine, SamplingParams, WeightsError
+from candle_vllm.core import ConfigError, EngineConfig, InferenceEngine, SamplingParams, WeightsError, threads
 from candle_vllm.core.assembly.isq import in_situ, quantised_in_situ
 from candle_vllm.core.assembly.model import load_model
 from candle_vllm.core.config import ISQ_NAMES
@@ -25,7 +25,6 @@ from candle_vllm.core.kernels.cpu_runtime.weight_memory import WeightMemory
 from candle_vllm.core.kernels.gguf_linear import GgufMatrix
 from candle_vllm.core.kernels.gguf_linear.reference import dequantise
 from candle_vllm.core.kernels.torch_numbers import NAMES
-from candle_vllm.core.kernels.weight_quant import rows
 from candle_vllm.core.kernels.weight_quant.rows import ISQ_TYPES, quantise
 from candle_vllm.core.kernels.weight_quant.searches import SIMPLE
 from candle_vllm.core.layers.parameters import MatrixParameter, Placement
@@ -194,7 +193,7 @@ def test_threads_and_dtypes_make_the_same_blocks(dtype: torch.dtype, monkeypatch
     x = torch.randn(700, 768).to(dtype)
     kind = GGMLQuantizationType.Q4_K
     wanted = quantise(x.float().view(torch.uint8).numpy(), "F32", 768, kind)
-    monkeypatch.setattr(rows, "loading_threads", lambda: 3)
+    monkeypatch.setattr(threads, "loading_threads", lambda: 3)
     assert np.array_equal(quantise(x.view(torch.uint8).numpy(), NAMES[dtype], 768, kind), wanted)
 
 

@@ -21,7 +21,7 @@ from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.fields import Fields
 from candle_vllm.core.quantization.finding import Found, StoredTensors, group_size, layers_with
 from candle_vllm.core.quantization.group_codes import GroupCodes, nibbles, zeros_or_middle
-from candle_vllm.core.quantization.stored import FLOATS, CodeSource, LayerTensors, QuantisedTensor, floats, numbers
+from candle_vllm.core.quantization.stored import FLOATS, LayerTensors, QuantisedTensor, WeightSource, floats, numbers
 from candle_vllm.core.quantization.tensors import StoredTensor
 
 METHODS = ("awq", "awq_marlin")
@@ -34,7 +34,7 @@ PER = 8
 
 
 @dataclass(eq=False)
-class AwqSource(CodeSource):
+class AwqSource(WeightSource[GroupCodes]):
     """Source of a layer's rows; see the module docstring."""
 
     qweight: StoredTensor

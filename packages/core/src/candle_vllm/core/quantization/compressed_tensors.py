@@ -30,7 +30,7 @@ from candle_vllm.core.quantization.fp4 import mxfp4_tensor, nvfp4_tensor
 from candle_vllm.core.quantization.fp8 import block_shape, fp8_tensor
 from candle_vllm.core.quantization.gptq import column_groups
 from candle_vllm.core.quantization.group_codes import GroupCodes, fields, zeros_or_middle
-from candle_vllm.core.quantization.stored import FLOATS, CodeSource, LayerTensors, QuantisedTensor, floats, numbers
+from candle_vllm.core.quantization.stored import FLOATS, LayerTensors, QuantisedTensor, WeightSource, floats, numbers
 from candle_vllm.core.quantization.tensors import StoredTensor
 
 METHODS = ("compressed-tensors",)
@@ -127,7 +127,7 @@ def _tensor(parts: LayerTensors, scheme: CtScheme) -> QuantisedTensor:
 
 
 @dataclass(eq=False)
-class CtIntSource(CodeSource):
+class CtIntSource(WeightSource[GroupCodes]):
     """Source of a layer's rows; see the module docstring.
 
     Attributes:
@@ -214,11 +214,7 @@ def _ints(parts: LayerTensors, stored: StoredTensor, shape: tuple[int, int], bit
         parts.check_shape(zeros, (-(-rows * bits // 32), groups), why)
     elif zeros is not None:
         check(zeros)
-    g_idx = parts.find(".weight_g_idx", "I32")
-    if g_idx is not None:
-        group_of = column_groups(parts, g_idx, columns, groups)
-    else:
-        group_of = np.arange(columns) // group if group > 0 and columns % group else None
+    group_of = column_groups(parts, parts.find(".weight_g_idx", "I32"), columns, groups, group)
     return parts.tensor(f"INT{bits}", shape, CtIntSource(stored, shape, bits, scales, zeros, group_of))
 
 

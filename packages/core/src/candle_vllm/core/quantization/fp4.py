@@ -23,11 +23,11 @@ import numpy as np
 from candle_vllm.core.errors import WeightsError
 from candle_vllm.core.fields import Fields
 from candle_vllm.core.quantization.finding import Found, StoredTensors, layers_with
-from candle_vllm.core.quantization.ggml_blocks import BlockParts, e4m3_codes, put_together
+from candle_vllm.core.quantization.ggml_blocks import BlockParts, e4m3_codes, put_together, take_apart
 from candle_vllm.core.quantization.ggml_types import CONTENTS, E2M1_VALUES, GGMLQuantizationType
 from candle_vllm.core.quantization.group_codes import Blocks, GroupCodes, nibbles
 from candle_vllm.core.quantization.scaled_codes import ScaledCodes
-from candle_vllm.core.quantization.stored import CodeSource, FloatSource, LayerTensors, QuantisedTensor, floats, numbers
+from candle_vllm.core.quantization.stored import LayerTensors, QuantisedTensor, WeightSource, floats, numbers
 from candle_vllm.core.quantization.tensors import StoredTensor
 
 METHODS = ("mxfp4",)
@@ -58,7 +58,7 @@ class Mxfp4Codes(GroupCodes):
 
 
 @dataclass(eq=False)
-class Mxfp4Source(CodeSource):
+class Mxfp4Source(WeightSource[GroupCodes]):
     """Source of rows in MXFP4: their bytes, with any outer dimensions, and an exponent for 32 weights of a row."""
 
     blocks: StoredTensor
@@ -74,7 +74,7 @@ class Mxfp4Source(CodeSource):
 
 
 @dataclass(eq=False)
-class Nvfp4Source(FloatSource):
+class Nvfp4Source(WeightSource[ScaledCodes]):
     """Source of rows in NVFP4.
 
     Attributes:
@@ -114,7 +114,7 @@ class Nvfp4Source(FloatSource):
 
 
 @dataclass(eq=False)
-class GgufNvfp4Source(FloatSource):
+class GgufNvfp4Source(WeightSource[ScaledCodes]):
     """Source of the rows of a GGUF tensor [..., N, K] in NVFP4 with one scale, or one for each outermost entry."""
 
     blocks: StoredTensor
@@ -125,10 +125,9 @@ class GgufNvfp4Source(FloatSource):
 
     def read(self, first: int, last: int) -> ScaledCodes:
         rows, whole = self.blocks.raw(), floats(self.whole).reshape(-1)
-        blocks = rows[first:last].reshape(last - first, -1, 36)
-        packed = blocks[..., 4:].reshape(last - first, -1, 8)  # the first 8 codes of a group are in the lower halves
-        codes = np.concatenate([packed & 15, packed >> 4], -1).reshape(last - first, -1)
-        groups = e4m3_codes(blocks[..., :4]).reshape(last - first, -1)
+        contents = CONTENTS[GGMLQuantizationType.NVFP4]
+        parts = take_apart(rows[first:last].reshape(last - first, -1, contents.block[1]), contents, np)
+        codes, groups = (part.reshape(last - first, -1) for part in (parts.codes, e4m3_codes(parts.scale)))
         scales = whole[np.arange(first, last) // (len(rows) // len(whole)), None]
         return ScaledCodes("e2m1", codes[:, ::2] | codes[:, 1::2] << 4, scales, codes.shape[1], groups)
 
@@ -170,9 +169,7 @@ def mxfp4_blocks(stored: StoredTensor) -> np.ndarray:
 def nvfp4_tensor(parts: LayerTensors, *, divided: bool) -> QuantisedTensor:
     """Return a matrix of NVFP4; errors as `mxfp4_tensor`.
 
-    Args:
-        parts: stored tensors of the layer.
-        divided: the parts have compressed-tensors' names; otherwise modelopt's.
+    divided: the parts have compressed-tensors' names; otherwise modelopt's.
     """
     packed = parts.get(".weight_packed" if divided else ".weight", "U8")
     scales = parts.get(".weight_scale", "F8_E4M3")

@@ -24,7 +24,7 @@ from candle_vllm.core.fields import Fields
 from candle_vllm.core.quantization.finding import Found, StoredTensors
 from candle_vllm.core.quantization.fp4 import mxfp4_tensor
 from candle_vllm.core.quantization.scaled_codes import ScaledCodes
-from candle_vllm.core.quantization.stored import FLOATS, FloatSource, LayerTensors, QuantisedTensor, floats
+from candle_vllm.core.quantization.stored import FLOATS, LayerTensors, QuantisedTensor, WeightSource, floats
 from candle_vllm.core.quantization.tensors import StoredTensor
 
 METHODS = ("fp8", "fbgemm_fp8")
@@ -35,7 +35,7 @@ _PARTED = (".qkv_proj", ".k_proj")  # the matrices of MiMo V2 in which blocks of
 _NAMES: Mapping[str, Literal["e4m3", "e5m2"]] = MappingProxyType({"F8_E4M3": "e4m3", "F8_E5M2": "e5m2"})
 
 
-class Fp8Source(FloatSource):
+class Fp8Source(WeightSource[ScaledCodes]):
     """Source of a layer's rows; see the module docstring.
 
     Args:
@@ -79,7 +79,6 @@ def fp8_tensor(parts: LayerTensors, block: tuple[int, int] | None) -> QuantisedT
     """Return the weight of a layer whose `weight` is FP8.
 
     Args:
-        parts: stored tensors of the layer.
         block: rows and columns that share a scale, by the config; None if the scale's shape determines it.
 
     Raises:

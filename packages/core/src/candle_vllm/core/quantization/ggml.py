@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import TypeAlias
 
 import numpy as np
 
@@ -32,8 +33,8 @@ PLAIN_TYPES = frozenset(kind for kind in GGMLQuantizationType if kind.name in EL
 """Types whose elements are stored one by one."""
 
 
-Decoder = Callable[[np.ndarray, np.ndarray], None]
-"""(blocks uint8 [N, bytes per block], out float32 [N, elements per block]) -> fills out."""
+Fill: TypeAlias = Callable[[np.ndarray, np.ndarray], None]
+"""Function that converts its first argument, data of N blocks, and fills its second with the result."""
 
 
 def dequantize(
@@ -101,15 +102,11 @@ def _q8_0(groups: np.ndarray) -> np.ndarray:
     return ggml_blocks.put_together(parts, CONTENTS[GGMLQuantizationType.Q8_0])
 
 
-Finish = Callable[[np.ndarray, np.ndarray], None]
-"""(floats [N, elements per block], part of the result [N, ...]) -> fills the part."""
-
-
-def _decode_all(raw: np.ndarray, ggml_type: GGMLQuantizationType, out: np.ndarray, finish: Finish | None) -> None:
+def _decode_all(raw: np.ndarray, ggml_type: GGMLQuantizationType, out: np.ndarray, finish: Fill | None) -> None:
     """Decode a tensor into `out` [blocks, ...], with several threads if it is large.
 
     Args:
-        finish: converts the floats; None if `out` stores the floats themselves.
+        finish: converts floats [N, elements per block] to [N, ...]; None if `out` stores the floats themselves.
     """
     decode = _decoder(ggml_type)
     size, width = ggml_type.block
@@ -138,7 +135,8 @@ def check_decodable(ggml_type: GGMLQuantizationType) -> None:
         _decoder(ggml_type)
 
 
-def _decoder(ggml_type: GGMLQuantizationType) -> Decoder:
+def _decoder(ggml_type: GGMLQuantizationType) -> Fill:
+    """Return the function that decodes blocks, uint8 [N, bytes per block], to float32 [N, elements per block]."""
     contents = CONTENTS.get(ggml_type)
     if contents is not None:
         return partial(_decode, contents)
@@ -164,7 +162,7 @@ def _decoder(ggml_type: GGMLQuantizationType) -> Decoder:
 
 
 def _decode(contents: BlockContents, blocks: np.ndarray, out: np.ndarray) -> None:
-    """Decode types whose block contents are described in `ggml_types.py`; see `Decoder`."""
+    """Decode types whose block contents are described in `ggml_types.py`; see `_decoder`."""
     parts = ggml_blocks.take_apart(blocks, contents, np)
     scale = ggml_blocks.scale_numbers(parts.scale, contents.float)
     codes = parts.codes.view(np.int8)

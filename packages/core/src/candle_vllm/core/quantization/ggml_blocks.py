@@ -176,12 +176,12 @@ def as_q5_0(raw: np.ndarray) -> np.ndarray | None:
         Blocks of Q5_0, uint8; None if a scale exceeds the range of float16.
     """
     contents = CONTENTS[GGMLQuantizationType.MXFP4]
-    blocks = raw.reshape(-1, contents.block[1])
-    exponents, codes = blocks[:, 0].astype(np.int32), blocks[:, 1:]
-    empty = ~np.any(codes & 0x77, axis=1)  # blocks of zeros may have any scale
+    found = take_apart(raw.reshape(-1, contents.block[1]), contents, np)
+    exponents = found.scale[:, 0].astype(np.int32)
+    fives = np.array(contents.values, np.int8).view(np.uint8)[found.codes]
+    empty = ~fives.any(axis=1)  # blocks of zeros may have any scale
     if not np.all(empty | (exponents >= _SMALLEST) & (exponents <= _LARGEST)):
         return None
-    fives = np.array(contents.values, np.int8).view(np.uint8)[np.concatenate([codes & 15, codes >> 4], axis=1)]
     scales = np.where(empty, 0.0, np.exp2(exponents.clip(_SMALLEST, _LARGEST) - 128.0)).astype(np.float16)
     parts = BlockParts(fives, scales[:, None].view(np.uint8))
     return put_together(parts, CONTENTS[GGMLQuantizationType.Q5_0]).reshape(-1)

@@ -26,7 +26,7 @@ from candle_vllm.core.fields import Fields
 from candle_vllm.core.quantization import marlin
 from candle_vllm.core.quantization.finding import Found, StoredTensors, group_size, layers_with
 from candle_vllm.core.quantization.group_codes import GroupCodes, fields, zeros_or_middle
-from candle_vllm.core.quantization.stored import FLOATS, CodeSource, LayerTensors, QuantisedTensor, floats, numbers
+from candle_vllm.core.quantization.stored import FLOATS, LayerTensors, QuantisedTensor, WeightSource, floats, numbers
 from candle_vllm.core.quantization.tensors import StoredTensor
 
 METHODS = ("gptq", "gptq_marlin")
@@ -49,7 +49,7 @@ class GptqScheme:
 
 
 @dataclass(eq=False)
-class GptqSource(CodeSource):
+class GptqSource(WeightSource[GroupCodes]):
     """Source of a layer's rows; see the module docstring."""
 
     scheme: GptqScheme
@@ -84,20 +84,23 @@ def _tensor(parts: LayerTensors, scheme: GptqScheme) -> QuantisedTensor:
     if rows % per:
         raise parts.shape_error(qweight, f"[inputs / {per}, a multiple of {per}]", why)
     parts.check_shape(qzeros, (groups, rows // per), why)
-    ragged = scheme.group > 0 and columns % scheme.group
-    group_of = np.arange(columns) // scheme.group if ragged else None
-    if g_idx is not None:
-        group_of = column_groups(parts, g_idx, columns, groups)
+    group_of = column_groups(parts, g_idx, columns, groups, scheme.group)
     source = GptqSource(scheme, qweight, qzeros, scales, group_of)
     return parts.tensor(f"GPTQ-{bits}", (rows, columns), source)
 
 
-def column_groups(parts: LayerTensors, g_idx: StoredTensor, columns: int, groups: int) -> np.ndarray | None:
-    """Return the stored group of each column, int64 [K]; None if groups are G equally long runs, in order.
+def column_groups(
+    parts: LayerTensors, g_idx: StoredTensor | None, columns: int, groups: int, group: int
+) -> np.ndarray | None:
+    """Return the group of each column, int64 [K]; None if groups are G equally long runs, in order.
+
+    Without stored groups, `g_idx`, they are runs of `group` columns, of which the last may be shorter.
 
     Raises:
         InvalidFileError: the number of entries is not K, or an entry is not a group.
     """
+    if g_idx is None:
+        return np.arange(columns) // group if group > 0 and columns % group else None
     parts.check_shape(g_idx, (columns,), "one group for each input")
     found = numbers(g_idx, np.int32).astype(np.int64)
     if columns and not (found.min() >= 0 and found.max() < groups):

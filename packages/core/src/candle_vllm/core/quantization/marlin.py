@@ -19,7 +19,7 @@ from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.fields import Fields
 from candle_vllm.core.quantization.finding import Found, StoredTensors, group_size, layers_with
 from candle_vllm.core.quantization.group_codes import GroupCodes, nibbles
-from candle_vllm.core.quantization.stored import FLOATS, CodeSource, LayerTensors, QuantisedTensor, floats, numbers
+from candle_vllm.core.quantization.stored import FLOATS, LayerTensors, QuantisedTensor, WeightSource, floats, numbers
 from candle_vllm.core.quantization.tensors import StoredTensor
 
 METHODS = ("marlin",)
@@ -51,7 +51,7 @@ def _scale_order(groups: int) -> np.ndarray:
 
 
 @dataclass(eq=False)
-class MarlinSource(CodeSource):
+class MarlinSource(WeightSource[GroupCodes]):
     """Source of a layer's rows; see the module docstring."""
 
     packed: StoredTensor

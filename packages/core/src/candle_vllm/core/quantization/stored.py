@@ -56,28 +56,15 @@ class WeightSource(ABC, Generic[Codes]):
         """Decode rows first to last - 1 to float32 [last - first, K]."""
         return self.read(first, last).dequantise()
 
-    @abstractmethod
     def pack_for(self, backend: Backend[Packed], tensor: QuantisedTensor) -> Packed:
-        """Pack a tensor, whose source is this one or some of its columns, for a backend."""
+        """Pack a tensor, whose source is this one or some of its columns, for a backend; a `span` means floats."""
+        if tensor.span is None:
+            return backend.codes(tensor, tensor.codes, tensor.blocks)
+        return backend.floats(tensor, tensor.span, tensor.codes)
 
     def column_step(self) -> int:
         """Return the number at whose multiples columns can be split; reads the first rows."""
         return self.read(0, self.align).column_step
-
-
-class CodeSource(WeightSource[GroupCodes]):
-    """Source of integer codes in groups."""
-
-    def pack_for(self, backend: Backend[Packed], tensor: QuantisedTensor) -> Packed:
-        return backend.codes(tensor, tensor.codes, tensor.blocks)
-
-
-class FloatSource(WeightSource[ScaledCodes]):
-    """Source of small floats with scales; `span` is not None."""
-
-    def pack_for(self, backend: Backend[Packed], tensor: QuantisedTensor) -> Packed:
-        assert tensor.span is not None
-        return backend.floats(tensor, tensor.span, tensor.codes)
 
 
 class _Columns(WeightSource[Codes]):
@@ -224,7 +211,6 @@ class LayerTensors:
     """Stored tensors of one quantised layer, taken by name with a check of their type.
 
     Args:
-        tensors: tensors of the checkpoint.
         layer: prefix of the names, such as "model.layers.0.mlp.down_proj".
         path: file that errors name for a missing tensor.
     """

@@ -30,21 +30,18 @@ SHIFTER_BITS = 0x4B400000  # bits of the float32 `SHIFTER`
 def fold(e: Emitter, vectors: list[Any], combine: Callable[[Any, Any], Any]) -> Any:
     """Combine the 16 lanes of each of one or four vectors; lane i of the <4> result is for vector i or the only one."""
 
-    def pick(x: Any, y: Any, order: list[int]) -> Any:
-        return e.b.shuffle_vector(x, y, ir.Constant(vector(I32, len(order)), order))
-
     def both(x: Any, y: Any, step: int) -> Any:
         """In each 4 lanes of x, and of y, combine lanes i and i + 2; with step 1 results of x and y alternate."""
         turns = (0, 16, 1, 17) if step == 1 else (0, 1, 16, 17)
         low = [4 * part + lane for part in range(4) for lane in turns]
-        return combine(pick(x, y, low), pick(x, y, [lane + 2 for lane in low]))
+        return combine(e.pick(low, x, y), e.pick([lane + 2 for lane in low], x, y))
 
     if len(vectors) == 1:
         vectors = vectors * 4
     x, y, z, w = vectors
     folded = both(both(x, y, 1), both(z, w, 1), 2)
-    folded = combine(pick(folded, folded, list(range(8))), pick(folded, folded, list(range(8, 16))))
-    return combine(pick(folded, folded, list(range(4))), pick(folded, folded, list(range(4, 8))))
+    folded = combine(e.pick(range(8), folded), e.pick(range(8, 16), folded))
+    return combine(e.pick(range(4), folded), e.pick(range(4, 8), folded))
 
 
 def emit_scales(e: Emitter, groups: list[list[Any]], most: float) -> tuple[Any, Any]:
@@ -56,23 +53,28 @@ def emit_scales(e: Emitter, groups: list[list[Any]], most: float) -> tuple[Any, 
     return s, b.select(some, b.fdiv(e.constant(F32, 1.0, 4), s), e.zeros(F32, 4))
 
 
+def emit_rounded(e: Emitter, halves: list[Any], factor: Any) -> list[Any]:
+    """Return a group's vectors times `factor`, rounded: integers plus `SHIFTER_BITS`, <16 x i32>."""
+    # Adding the shifter rounds to nearest even and leaves the integer in the low bits.
+    rounded = [e.b.fadd(e.b.fmul(half, factor), e.constant(F32, SHIFTER)) for half in halves]
+    return [e.b.bitcast(half, vector(I32)) for half in rounded]
+
+
 def emit_quantised(e: Emitter, groups: list[list[Any]]) -> tuple[list[list[Any]], Any, Any]:
     """Quantise one or four groups of two vectors each; return each group's bytes, and <4> scales and scaled sums."""
     b = e.b
     s, inverse = emit_scales(e, groups, 127.0)
     totals, numbers = [], []
     for index, halves in enumerate(groups):
-        factor = b.shuffle_vector(inverse, inverse, ir.Constant(vector(I32), [index] * LANES))
-        # Adding the shifter rounds to nearest even and leaves the integer in the low bits.
-        rounded = [b.fadd(b.fmul(half, factor), e.constant(F32, SHIFTER)) for half in halves]
-        whole = [b.bitcast(half, vector(I32)) for half in rounded]
+        whole = emit_rounded(e, halves, e.pick([index] * LANES, inverse))
         numbers.append([b.trunc(half, vector(I8)) for half in whole])
         totals.append(b.add(*whole))
     total = b.sub(fold(e, totals, b.add), e.constant(I32, GROUP * SHIFTER_BITS & 0xFFFFFFFF, 4))
     return numbers, s, b.fmul(s, b.sitofp(total, vector(F32, 4)))
 
 
-def _two(e: Emitter, base: Any, group: Any) -> list[Any]:
+def two_vectors(e: Emitter, base: Any, group: Any) -> list[Any]:
+    """Load a group of 32 floats of a row."""
     at = e.b.add(base, e.b.mul(group, e.int64(4 * GROUP)))
     return [e.load(at, vector(F32), 4 * LANES * part) for part in range(2)]
 
@@ -113,23 +115,21 @@ def prologue_halves(
         scale: for a norm, from `rms_scale` or `layer_scale`.
         mean, bias: for LAYER_NORM, from `row_mean`, and the address of the bias.
     """
-    b = e.b
+    b, two = e.b, partial(two_vectors, e)
     if prologue is Prologue.NONE:
-        return lambda group: _two(e, x, group)
+        return lambda group: two(x, group)
     if prologue is Prologue.NORM:
         factor = e.splat(scale)
-        return lambda group: [
-            b.fmul(b.fmul(value, factor), weight) for value, weight in zip(_two(e, x, group), _two(e, other, group))
-        ]
+        return lambda group: [b.fmul(b.fmul(v, factor), weight) for v, weight in zip(two(x, group), two(other, group))]
     if prologue is Prologue.LAYER_NORM:
         factor, centre = e.splat(scale), e.splat(mean)
         return lambda group: [
             e.fma(b.fmul(b.fsub(value, centre), factor), weight, shift)
-            for value, weight, shift in zip(*(_two(e, at, group) for at in (x, other, bias)))
+            for value, weight, shift in zip(*(two(at, group) for at in (x, other, bias)))
         ]
     if prologue.gated:
-        return lambda group: [emit_gated(e, prologue, g, up) for g, up in zip(_two(e, x, group), _two(e, other, group))]
-    return lambda group: [_ACTIVATIONS[prologue](e, value) for value in _two(e, x, group)]
+        return lambda group: [emit_gated(e, prologue, g, up) for g, up in zip(two(x, group), two(other, group))]
+    return lambda group: [_ACTIVATIONS[prologue](e, value) for value in two(x, group)]
 
 
 @emitted
@@ -192,7 +192,7 @@ def _row_sum(e: Emitter, x: Any, columns: Any, term: Callable[[Any, Any], Any], 
     end = e.splat(b.trunc(columns, I32)) if masked else None
 
     def body(group: Any, totals: list[Any]) -> list[Any]:
-        results = [term(value, total) for value, total in zip(_two(e, x, group), totals)]
+        results = [term(value, total) for value, total in zip(two_vectors(e, x, group), totals)]
         if end is None:
             return results
         first = b.trunc(b.mul(group, e.int64(GROUP)), I32)

@@ -17,6 +17,7 @@ from numba import njit
 from candle_vllm.core.kernels.activation_quant import GROUP, Prologue
 from candle_vllm.core.kernels.activation_quant.cpu import (
     SHIFTER_BITS,
+    emit_rounded,
     emit_scales,
     fold,
     layer_scale,
@@ -24,9 +25,10 @@ from candle_vllm.core.kernels.activation_quant.cpu import (
     rms_scale,
     row_mean,
     share,
+    two_vectors,
 )
 from candle_vllm.core.kernels.activation_rows import SEGMENT, WORD, RowForm, RowsArguments
-from candle_vllm.core.kernels.cpu_runtime.emit import F32, I8, I16, I32, SHIFTER, Emitter, Float, Int, emitted, vector
+from candle_vllm.core.kernels.cpu_runtime.emit import F32, I8, I16, I32, Emitter, Float, Int, emitted, vector
 from candle_vllm.core.kernels.cpu_runtime.emit_functions import emit_larger_size
 from candle_vllm.core.kernels.cpu_runtime.level import LANES
 from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at, int64_at, read, step_number
@@ -73,9 +75,7 @@ def _words(e: Emitter, halves: list[Any]) -> tuple[list[Any], Any]:
     """Quantise a group, two vectors of floats, to 16-bit integers; return them and the scale."""
     b = e.b
     scales, inverse = emit_scales(e, [halves], float(WORD))
-    factor = b.shuffle_vector(inverse, inverse, ir.Constant(vector(I32), [0] * LANES))
-    rounded = [b.fadd(b.fmul(half, factor), e.constant(F32, SHIFTER)) for half in halves]
-    numbers = [b.trunc(b.bitcast(half, vector(I32)), vector(I16)) for half in rounded]
+    numbers = [b.trunc(half, vector(I16)) for half in emit_rounded(e, halves, e.pick([0] * LANES, inverse))]
     return numbers, b.extract_element(scales, ir.Constant(I32, 0))
 
 
@@ -84,18 +84,14 @@ def _write_bytes(e: Emitter, y: Int, out: Int, groups: Int) -> None:
     """Write a row of float32 y, `groups` groups, in I8."""
     b = e.b
 
-    def halves(first: Any, group: Any) -> list[Any]:
-        at = b.add(y, b.mul(b.add(first, group), e.int64(4 * GROUP)))
-        return [e.load(at, vector(F32), 4 * LANES * part) for part in range(2)]
-
     def larger(first: Any, group: Any, most: list[Any]) -> list[Any]:
-        sizes = [e.call("llvm.fabs.v16f32", vector(F32), [half]) for half in halves(first, group)]
+        sizes = [e.call("llvm.fabs.v16f32", vector(F32), [half]) for half in two_vectors(e, y, b.add(first, group))]
         return [emit_larger_size(e, size, top) for size, top in zip(sizes, most)]
 
     def write(first: Any, factor: Any, group: Any, totals: list[Any]) -> list[Any]:
-        at = b.add(out, b.mul(b.add(first, group), e.int64(GROUP)))
-        for part, half in enumerate(halves(first, group)):
-            rounded = b.bitcast(b.fadd(b.fmul(half, factor), e.constant(F32, SHIFTER)), vector(I32))
+        number = b.add(first, group)
+        at = b.add(out, b.mul(number, e.int64(GROUP)))
+        for part, rounded in enumerate(emit_rounded(e, two_vectors(e, y, number), factor)):
             whole = b.sub(rounded, e.constant(I32, SHIFTER_BITS))
             totals = [b.add(totals[0], whole)]
             e.store(at, b.trunc(whole, vector(I8)), LANES * part)
@@ -108,8 +104,7 @@ def _write_bytes(e: Emitter, y: Int, out: Int, groups: Int) -> None:
         left = b.sub(groups, first)
         some = b.select(b.icmp_signed("<", left, e.int64(SEGMENT // GROUP)), left, e.int64(SEGMENT // GROUP))
         scales, inverse = emit_scales(e, [e.loop(some, [e.zeros(F32), e.zeros(F32)], partial(larger, first))], 127.0)
-        factor = b.shuffle_vector(inverse, inverse, ir.Constant(vector(I32), [0] * LANES))
-        (total,) = e.loop(some, [e.zeros(I32)], partial(write, first, factor))
+        (total,) = e.loop(some, [e.zeros(I32)], partial(write, first, e.pick([0] * LANES, inverse)))
         place, lane = b.add(tail, b.mul(number, e.int64(8))), ir.Constant(I32, 0)
         e.store(place, b.extract_element(scales, lane))
         e.store(place, b.mul(b.extract_element(fold(e, [total], b.add), lane), ir.Constant(I32, -128)), 4)

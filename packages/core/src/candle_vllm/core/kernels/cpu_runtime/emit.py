@@ -8,7 +8,7 @@ them, on parts of a vector if its registers are shorter. Integer results are equ
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial, wraps
 from typing import Annotated, Any, get_type_hints
@@ -125,12 +125,15 @@ class Emitter:
         first = self.b.insert_element(empty, value, ir.Constant(I32, 0))
         return self.b.shuffle_vector(first, empty, ir.Constant(vector(I32, lanes), [0] * lanes))
 
+    def pick(self, order: Sequence[int], x: Any, y: Any = None) -> Any:
+        """Return a vector of lanes by their indices in x, or in x followed by y."""
+        return self.b.shuffle_vector(x, x if y is None else y, ir.Constant(vector(I32, len(order)), list(order)))
+
     def parts(self, value: Any, count: int, element: ir.Type | None = None) -> list[Any]:
         """Split a vector into `count` equal parts, with the bits reinterpreted as `element`, if that is given."""
         each, found = value.type.count // count, []
         for start in range(0, value.type.count, each):
-            order = ir.Constant(vector(I32, each), [ir.Constant(I32, start + lane) for lane in range(each)])
-            part = value if count == 1 else self.b.shuffle_vector(value, value, order)
+            part = value if count == 1 else self.pick(range(start, start + each), value)
             if element is not None:
                 part = self.b.bitcast(part, vector(element, each * _bits(value.type.element) // _bits(element)))
             found.append(part)
@@ -139,14 +142,18 @@ class Emitter:
     def whole(self, parts: list[Any]) -> Any:
         """Concatenate equal vectors; their number is a power of two."""
         while len(parts) > 1:
-            order = ir.Constant(vector(I32, 2 * parts[0].type.count), list(range(2 * parts[0].type.count)))
-            parts = [self.b.shuffle_vector(*pair, order) for pair in zip(parts[::2], parts[1::2])]
+            parts = [self.pick(range(2 * parts[0].type.count), *pair) for pair in zip(parts[::2], parts[1::2])]
         return parts[0]
 
     def in_parts(self, name: str, count: int, total: Any, *given: tuple[Any, ir.Type]) -> Any:
         """Apply an LLVM intrinsic to each of `count` parts of `total` and of the `given` (vector, element type)."""
         columns = zip(self.parts(total, count), *(self.parts(value, count, element) for value, element in given))
         return self.whole([self.call(name, column[0].type, list(column)) for column in columns])
+
+    def shifted(self, words: Any, by: int) -> Any:
+        """Shift lanes of 32 bits to the left by `by` bits, or to the right if it is negative."""
+        shift = self.b.shl if by > 0 else self.b.lshr
+        return shift(words, self.constant(I32, abs(by), words.type.count)) if by else words
 
     # ---- arithmetic --------------------------------------------------------------------------------------------------
 
@@ -215,8 +222,7 @@ class Emitter:
             *(self.b.sext(self.b.bitcast(value, vector(I16, 2 * LANES)), vector(I32, 2 * LANES)) for value in (x, y))
         )
         for start in (0, 1):
-            picked = ir.Constant(vector(I32), [ir.Constant(I32, 2 * lane + start) for lane in range(LANES)])
-            total = self.b.add(total, self.b.shuffle_vector(products, products, picked))
+            total = self.b.add(total, self.pick(range(start, 2 * LANES, 2), products))
         return total
 
     def dot_bf16(self, total: Any, x: Any, y: Any, isa: Isa) -> Any:
@@ -247,13 +253,7 @@ class Emitter:
         lanes = LANES
         while lanes > 1:
             lanes //= 2
-            low, high = (
-                self.b.shuffle_vector(
-                    value, value, ir.Constant(vector(I32, lanes), [ir.Constant(I32, i + start) for i in range(lanes)])
-                )
-                for start in (0, lanes)
-            )
-            value = self.b.fadd(low, high)
+            value = self.b.fadd(*(self.pick(range(start, start + lanes), value) for start in (0, lanes)))
         return self.b.extract_element(value, ir.Constant(I32, 0))
 
     def choose(self, number: Any, cases: Mapping[int, Callable[[], None]]) -> None:

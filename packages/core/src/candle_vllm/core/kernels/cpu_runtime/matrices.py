@@ -176,7 +176,7 @@ def gate_products(
         other=address_of(other.data),
         tile_bytes=gate.tile_bytes,
         outputs=gate.rows,
-        length=gate.groups,
+        length=gate.length,
         **inputs.arguments,
         ahead=bytes_ahead(),
         q=address_of(q),

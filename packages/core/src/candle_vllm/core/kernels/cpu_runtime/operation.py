@@ -256,6 +256,10 @@ def float_bits(value: float) -> int:
 # ---- products of all weight formats ----------------------------------------------------------------------------------
 
 
+ROWS = 16
+"""Rows of a tile of weights: 32-bit lanes of a vector."""
+
+
 @dataclass(frozen=True, eq=False)
 class Matrix:
     """A matrix [N, K] whose rows are interleaved, 16 in a tile; each weight format has a subclass in its `layout.py`.

@@ -10,11 +10,11 @@ from numba import njit
 
 from candle_vllm.core.kernels.cpu_runtime.emit import F32, I8, I64, Emitter, Int, emitted, vector
 from candle_vllm.core.kernels.cpu_runtime.level import LANES
-from candle_vllm.core.kernels.cpu_runtime.operation import RUNS_BYTES
+from candle_vllm.core.kernels.cpu_runtime.operation import ROWS, RUNS_BYTES
 from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at, int64_at
 
-ROWS = LANES
-"""Rows of weights in a tile."""
+CACHED_BYTES = 384 << 10
+"""Bytes of weights, or of panels of activations, that a thread reads again; they stay in its second-level cache."""
 
 
 @emitted

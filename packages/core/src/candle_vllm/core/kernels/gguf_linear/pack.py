@@ -37,10 +37,7 @@ def pack(
 
     Args:
         raw: the tensor's bytes, uint8, contiguous; need not be aligned.
-        ggml_type: type of the blocks.
-        rows: N; the rows stay in their order.
-        columns: K.
-        device: device of the result.
+        rows, columns: N and K; the rows stay in their order.
 
     Raises:
         UnsupportedModelError: no kernel multiplies such a matrix.

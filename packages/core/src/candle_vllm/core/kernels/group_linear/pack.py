@@ -29,7 +29,6 @@ def pack(
         scales: float16 or bfloat16 [N, groups]; K / groups is a multiple of 32, or groups is 1.
         zeros: the code of weight 0, integers [N, groups] from 0 to 65,535, or None for the middle of the codes.
         bits: 4 or 8.
-        device: device of the result.
 
     Raises:
         ValueError: no kernel multiplies such a matrix, or the tensors do not fit each other.

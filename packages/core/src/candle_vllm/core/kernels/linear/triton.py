@@ -121,24 +121,8 @@ def linear_kernel(
     if SPLIT:
         first = tl.program_id(1) * split_steps
         last = tl.minimum(first + split_steps, steps)
-    total = PRODUCT(
-        x_at,
-        (low, high, scales, supers),
-        row64,
-        inside,
-        asked,
-        height,
-        K,
-        pitch,
-        first,
-        last,
-        split_steps,
-        FORM,
-        PADDED,
-        FOLD,
-        ROWS,
-        TOKENS,
-    )
+    tile = x_at, (low, high, scales, supers), row64, inside, asked, height, K, pitch
+    total = PRODUCT(tile, first, last, split_steps, FORM, PADDED, FOLD)
     if SPLIT:
         out += tl.program_id(1).to(tl.int64) * T * N
     elif BIAS:

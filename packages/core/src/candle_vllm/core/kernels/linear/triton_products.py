@@ -11,6 +11,17 @@ selects a program's rows and tokens, and one of three product functions, passed 
 
 A `Codec`, also a constant, extracts codes and scales from planes: each format and product is compiled separately.
 
+The argument `tile` of a product is a tuple of
+
+    x_at     pointers to the starts of rows of x, [1, T]
+    planes   planes of the matrix, see `Operand`
+    row      rows of the matrix, int64 [R], valid where `inside` is set
+    inside   mask [R]
+    asked    mask [T] of the valid rows of x
+    height   number of rows of the matrix, int64
+    K        columns
+    pitch    see `Operand`
+
 Letters: R rows and T tokens of a tile. K is divided into **steps** of `parts` times 32 weights (for a plain matrix, a
 step is one weight), and with FOLD into **stretches** of `split_steps` steps, whose sums are added to 0 in order.
 """
@@ -94,55 +105,27 @@ def plain_operand(weight: Any, rows: int, columns: int, pitch: int, at_a_time: i
 
 
 @triton.jit
-def plain(
-    x_at,  # pointers to the starts of rows of x, [1, T]
-    planes,  # planes of the matrix: one, [.., K], rows `pitch` apart
-    row,  # rows of the matrix, int64 [R], where `inside`
-    inside,
-    asked,  # [T], mask of the valid rows of x
-    _height,  # number of rows of the matrix, int64
-    K,
-    pitch,
-    first,
-    last,
-    split_steps,
-    FORM: tl.constexpr,
-    PADDED: tl.constexpr,
-    FOLD: tl.constexpr,
-    ROWS: tl.constexpr,
-    TOKENS: tl.constexpr,
-):
+def plain(tile, first, last, split_steps, FORM: tl.constexpr, PADDED: tl.constexpr, FOLD: tl.constexpr):
     """Return fp32 [R, T], the sum over the steps from `first` to `last`."""
+    x_at, planes, row, inside, asked, _height, K, pitch = tile
     column = tl.arange(0, FORM)
     weight_at = planes[0] + row[:, None] * pitch + column[None, :]
-    x_at += column[:, None]
+    operands = x_at + column[:, None], weight_at, inside, asked, K
     if FOLD:
-        total = tl.zeros((ROWS, TOKENS), tl.float32)
+        total = tl.zeros((inside.shape[0], asked.shape[0]), tl.float32)
         for start in tl.range(first, last, split_steps):
-            stop = tl.minimum(start + split_steps, last)
-            total += _chain(x_at, weight_at, inside, asked, K, start, stop, FORM, PADDED, ROWS, TOKENS)
+            total += _chain(operands, start, tl.minimum(start + split_steps, last), FORM, PADDED)
     else:
-        total = _chain(x_at, weight_at, inside, asked, K, first, last, FORM, PADDED, ROWS, TOKENS)
+        total = _chain(operands, first, last, FORM, PADDED)
     return total
 
 
 @triton.jit
-def _chain(
-    x_at,
-    weight_at,
-    inside,
-    asked,
-    K,
-    start,
-    stop,
-    COLUMNS: tl.constexpr,
-    PADDED: tl.constexpr,
-    ROWS: tl.constexpr,
-    TOKENS: tl.constexpr,
-):
+def _chain(operands, start, stop, COLUMNS: tl.constexpr, PADDED: tl.constexpr):
     """Return the sums of one stretch: a sequence of tensor instructions that begins at 0."""
+    x_at, weight_at, inside, asked, K = operands
     column = tl.arange(0, COLUMNS)
-    sums = tl.zeros((ROWS, TOKENS), tl.float32)
+    sums = tl.zeros((inside.shape[0], asked.shape[0]), tl.float32)
     for k in tl.range(start, stop, COLUMNS):
         left = inside[:, None]
         right = asked[None, :]
@@ -156,26 +139,12 @@ def _chain(
 
 
 @triton.jit
-def exact(
-    x_at,  # arguments as for `plain`
-    planes,
-    row,
-    inside,
-    asked,
-    height,
-    K,
-    pitch,
-    first,
-    last,
-    split_steps,
-    FORM: tl.constexpr,
-    PADDED: tl.constexpr,
-    FOLD: tl.constexpr,
-    ROWS: tl.constexpr,
-    TOKENS: tl.constexpr,
-):
+def exact(tile, first, last, split_steps, FORM: tl.constexpr, PADDED: tl.constexpr, FOLD: tl.constexpr):
     """Return fp32 [R, T], the sum over the steps from `first` to `last`. Products with a scale are explicit fused
     operations, so that all variants of a kernel round in the same way."""
+    x_at, planes, row, inside, asked, height, K, pitch = tile
+    ROWS: tl.constexpr = inside.shape[0]
+    TOKENS: tl.constexpr = asked.shape[0]
     WIDTH: tl.constexpr = FORM.width
     E: tl.constexpr = WIDTH // 2  # words at a time; a word has two codes of each part
     PARTS: tl.constexpr = FORM.parts
@@ -216,11 +185,11 @@ def exact(
                     numbers = tl.load(x_at + k, mask=right, other=0.0)
                     if not FLOATS:
                         sums = tl.dot(ones, numbers, sums)
-                    tile = FORM.tile(codes, words, 0, unit * UNIT + inner, FORM, dtype, ROWS)
-                    dots = tl.dot(tile, numbers, dots)
+                    weights = FORM.tile(codes, words, 0, unit * UNIT + inner, FORM, dtype, ROWS)
+                    dots = tl.dot(weights, numbers, dots)
                     if EIGHT and not FLOATS:  # the upper four bits
-                        tile = FORM.tile(codes, words, 4, unit * UNIT + inner, FORM, dtype, ROWS)
-                        upper = tl.dot(tile, numbers, upper)
+                        weights = FORM.tile(codes, words, 4, unit * UNIT + inner, FORM, dtype, ROWS)
+                        upper = tl.dot(weights, numbers, upper)
                 if not FLOATS:
                     if EIGHT:
                         dots += upper * 16.0
@@ -236,31 +205,16 @@ def exact(
 
 
 @triton.jit
-def rounded(
-    x_at,  # arguments as for `plain`
-    planes,
-    row,
-    inside,
-    asked,
-    height,
-    K,
-    pitch,
-    first,
-    last,
-    _split_steps,
-    FORM: tl.constexpr,
-    PADDED: tl.constexpr,
-    _FOLD: tl.constexpr,
-    ROWS: tl.constexpr,
-    TOKENS: tl.constexpr,
-):
+def rounded(tile, first, last, _split_steps, FORM: tl.constexpr, PADDED: tl.constexpr, _FOLD: tl.constexpr):
     """Return fp32 [R, T], the sum over the steps from `first` to `last`, in one stretch."""
+    x_at, planes, row, inside, asked, height, K, pitch = tile
+    ROWS: tl.constexpr = inside.shape[0]
     PARTS: tl.constexpr = FORM.parts
     dtype: tl.constexpr = x_at.dtype.element_ty
     element = tl.arange(0, 16)[None, :]
     column = tl.arange(0, 32)
     x_at += column[:, None]
-    total = tl.zeros((ROWS, TOKENS), tl.float32)
+    total = tl.zeros((ROWS, asked.shape[0]), tl.float32)
     for step in tl.range(first, last):
         words = FORM.words(planes, step, row, inside, height, pitch, FORM)
         codes = FORM.codes(planes, step, element, row, inside, height, FORM, False)

@@ -41,12 +41,10 @@ class HostExperts:
     """Mixture-of-experts layers with experts in main memory.
 
     Args:
-        stream: stream of the steps.
         layers: recording functions of the layers; all layers have the same size.
         size: E, elements of a hidden state.
         experts: X, number of experts.
         tokens: maximum number of tokens of a step.
-        dtype: type of x.
         threads, ranks: threads and ranks of the CPU's team, see `ThreadTeam`.
 
     Attributes:

@@ -108,9 +108,8 @@ def write_tile(
         row = expert * N + place
     inside = place < N
     height = tl.cast(N, tl.int64) * X * (2 if GATED else 1)
-    total = PRODUCT(
-        x_at, planes, row, inside, asked, height, K, pitch, 0, steps, steps, FORM, PADDED, False, ROWS, TOKENS
-    )
+    of_product = x_at, planes, row, inside, asked, height, K, pitch  # `tile` is a number here
+    total = PRODUCT(of_product, 0, steps, steps, FORM, PADDED, False)
     if bias is not None:
         total += tl.load(bias + row, mask=inside, other=0.0).to(tl.float32)[:, None]
     if GATED:

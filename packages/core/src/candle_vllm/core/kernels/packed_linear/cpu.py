@@ -26,7 +26,7 @@ from candle_vllm.core.kernels.cpu_runtime.emit_tables import look_up
 from candle_vllm.core.kernels.cpu_runtime.level import Isa
 from candle_vllm.core.kernels.cpu_runtime.operation import RUNS_BYTES, EmbeddingArguments, LinearArguments
 from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at, int64_at, read, step_number
-from candle_vllm.core.kernels.cpu_runtime.tiles import ask_lines, lines_each, stack_bytes, write_tile
+from candle_vllm.core.kernels.cpu_runtime.tiles import CACHED_BYTES, ask_lines, lines_each, stack_bytes, write_tile
 from candle_vllm.core.kernels.packed_linear import cpu_sums
 from candle_vllm.core.kernels.packed_linear.cpu_grids import GridGroup
 from candle_vllm.core.kernels.packed_linear.cpu_panel import (
@@ -54,9 +54,6 @@ UNPACKED = 4
 
 UNPACKED_BYTES = (8 + 4) * VECTOR_BYTES  # bytes of a group: its codes, and up to four vectors of scales and minima
 
-CACHED_BYTES = 384 << 10
-"""Bytes of weights that a thread reads again for the next panels; they fit into its L2 cache."""
-
 
 def scratch_bytes(isa: Isa, layout: AnyLayout) -> int:
     """Return the bytes of scratch memory for unpacked groups and for sums of a panel's rows (with AMX, of all rows)."""
@@ -74,11 +71,7 @@ def _words(e: Emitter, value: int, lanes: int) -> Any:
 
 def _field(e: Emitter, words: Any, start: int, target: int, bits: int, lanes: int) -> Any:
     """Extract `bits` bits, from bit `start` on, of each byte; move them to bit `target`. Other bits are 0."""
-    if start > target:
-        words = e.b.lshr(words, e.constant(I32, start - target, lanes))
-    elif start < target:
-        words = e.b.shl(words, e.constant(I32, target - start, lanes))
-    return e.b.and_(words, _words(e, ((1 << bits) - 1) << target, lanes))
+    return e.b.and_(e.shifted(words, target - start), _words(e, ((1 << bits) - 1) << target, lanes))
 
 
 def _quad(

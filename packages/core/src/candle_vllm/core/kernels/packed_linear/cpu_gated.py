@@ -19,8 +19,8 @@ from candle_vllm.core.kernels.cpu_runtime.emit import F32, I32, Emitter, Int, em
 from candle_vllm.core.kernels.cpu_runtime.emit_squares import end_squares
 from candle_vllm.core.kernels.cpu_runtime.level import Isa
 from candle_vllm.core.kernels.cpu_runtime.primitives import read, step_number
-from candle_vllm.core.kernels.cpu_runtime.tiles import stack_bytes
-from candle_vllm.core.kernels.packed_linear.cpu import CACHED_BYTES, multiply, scratch_bytes
+from candle_vllm.core.kernels.cpu_runtime.tiles import CACHED_BYTES, stack_bytes
+from candle_vllm.core.kernels.packed_linear.cpu import multiply, scratch_bytes
 from candle_vllm.core.kernels.packed_linear.cpu_panel import blocks, cut_rows, fill_row, most_panels, record_bytes
 from candle_vllm.core.kernels.packed_linear.cpu_sums import shape_sums, takes_squares
 from candle_vllm.core.kernels.packed_linear.layout import GROUP, LAYOUTS, ROWS, GatedArguments, PackedKind

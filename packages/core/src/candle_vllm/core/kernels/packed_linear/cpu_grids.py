@@ -33,7 +33,6 @@ class GridGroup:
     """A group of 16 rows: its scales, and its weights in quads.
 
     Args:
-        e, layout, isa: emitter, layout and instruction set of the code.
         block, group, codes: address of the block, index of the group, address of its codes; see `cpu.py`.
         named: a table of weights; `quad` returns each weight's index in it. With None, `quad` returns 128 + weight.
     """
@@ -72,7 +71,7 @@ class GridGroup:
         word, high = divmod(quad, 2)
         if word not in self._words:
             self._words[word] = self._signed(word) if self.layout.signs else self._of_index(word)
-        found = self._shifted(self._words[word], -4 * high)
+        found = self.e.shifted(self._words[word], -4 * high)
         return look_up(self.e, self._bytes_of_nibbles, self._and(found, 0x0F0F0F0F), self.isa)
 
     # ---- words of eight nibbles --------------------------------------------------------------------------------------
@@ -80,14 +79,14 @@ class GridGroup:
     def _signed(self, word: int) -> Any:
         """Return a word of eight nibbles: magnitudes, with the sign in the highest bit of each nibble."""
         shared = self.layout.span // 4  # words of nibbles that share a word of magnitudes, which have 2 bits in IQ2
-        sizes = self._shifted(self._pair(word // shared), -2 * (word % shared))
-        signs = self._shifted(self._signs, 3 - word)
+        sizes = self.e.shifted(self._pair(word // shared), -2 * (word % shared))
+        signs = self.e.shifted(self._signs, 3 - word)
         return self.e.b.or_(self._and(sizes, ~_SIGN), self._and(signs, _SIGN))
 
     def _of_index(self, index: int) -> Any:
         """Return the word of an index of IQ1: indices in `_sizes`, and the sign of the 1/8 that is added to each."""
         found = gather(self.e, self._table, self._index(index), self.isa)
-        moved = self._shifted(self._high, 16 if self.layout.name == "IQ1_S" else 28 - 4 * index)
+        moved = self.e.shifted(self._high, 16 if self.layout.name == "IQ1_S" else 28 - 4 * index)
         side = self._and(self.e.b.ashr(moved, self.e.constant(I32, 31)), 0x44444444)
         return self.e.b.or_(found, side)
 
@@ -106,8 +105,7 @@ class GridGroup:
         planes = look_up_bytes(e, self._planes, low, more)
         for side in (0, 1):
             order = [4 * lane + 2 * side + at % 2 + 64 * (at // 2) for lane in range(ROWS) for at in range(4)]
-            mixed = b.shuffle_vector(*planes, ir.Constant(vector(I32, 64), [ir.Constant(I32, at) for at in order]))
-            self._pairs[first + side] = b.bitcast(mixed, vector(I32))
+            self._pairs[first + side] = b.bitcast(e.pick(order, *planes), vector(I32))
         return self._pairs[pair]
 
     def _upper(self, first: int) -> list[Any]:
@@ -116,16 +114,13 @@ class GridGroup:
         if not bits:
             return []
         rows = self.e.load(self.codes, vector(I8), self.layout.place["high"])
-        spread = [ir.Constant(I32, at // 4) for at in range(64)]
-        rows = self.e.b.shuffle_vector(rows, rows, ir.Constant(vector(I32, 64), spread))
+        rows = self.e.pick([at // 4 for at in range(64)], rows)
         return [self._are_set(rows, [1 << bits * (first + at) + bit for at in range(4)]) for bit in range(bits)]
 
     @property
     def _ninth(self) -> Any:
         """Return the ninth bits of the indices 0 to 3, which are in bytes 2, 3, 2 and 3 of the signs."""
-        rows = self._bytes(self._stored_signs)
-        order = ir.Constant(vector(I32, 64), [ir.Constant(I32, at | 2) for at in range(64)])
-        rows = self.e.b.shuffle_vector(rows, rows, order)
+        rows = self.e.pick([at | 2 for at in range(64)], self._bytes(self._stored_signs))
         return self._are_set(rows, [1 << bit % 8 for bit in self.layout.left_out])
 
     def _are_set(self, rows: Any, bits: list[int]) -> Any:
@@ -134,13 +129,6 @@ class GridGroup:
         return self.e.b.icmp_unsigned("!=", self.e.b.and_(rows, wanted), self.e.zeros(I8, 64))
 
     # ---- parts -------------------------------------------------------------------------------------------------------
-
-    def _shifted(self, words: Any, by: int) -> Any:
-        """Shift words to the left, or to the right if `by` is negative."""
-        if by == 0:
-            return words
-        shift = self.e.b.shl if by > 0 else self.e.b.lshr
-        return shift(words, self.e.constant(I32, abs(by)))
 
     def _and(self, words: Any, mask: int) -> Any:
         return self.e.b.and_(words, self.e.constant(I32, mask))
@@ -156,7 +144,7 @@ class GridGroup:
     def _index(self, index: int) -> Any:
         low = self._low[index // 4]
         place = index % 4
-        found = self._shifted(low, -8 * place)
+        found = self.e.shifted(low, -8 * place)
         found = found if place == 3 else self._and(found, 255)
         bits = HIGH_BITS.get(self.layout.name, 0)
         if not bits:
@@ -165,20 +153,20 @@ class GridGroup:
         start = self.layout.left_out[index] if xs else bits * index
         source = self._stored_signs if xs else self._high
         mask = ((1 << min(bits, 3)) - 1) << 8
-        return self.e.b.or_(found, self._and(self._shifted(source, 8 - start), mask))
+        return self.e.b.or_(found, self._and(self.e.shifted(source, 8 - start), mask))
 
     def _small(self) -> list[Any]:
         e, b, layout = self.e, self.e.b, self.layout
         if layout.name == "IQ1_S":
-            return [self._and(self._shifted(self._high, -12), 7)]
+            return [self._and(self.e.shifted(self._high, -12), 7)]
         if layout.name == "IQ3_XXS":
-            return [self._shifted(self._stored_signs, -28)]
+            return [self.e.shifted(self._stored_signs, -28)]
         if layout.name == "IQ2_XXS":
-            odd, even = self._shifted(self._stored_signs, -28), self._shifted(self._stored_signs, -21)
+            odd, even = self.e.shifted(self._stored_signs, -28), self.e.shifted(self._stored_signs, -21)
             return [b.or_(self._and(odd, 0b1010), self._and(even, 0b0101))]
         if layout.scales:
             both = self._part("scales", 1)
-            return [self._and(both, 15), self._shifted(both, -4)]
+            return [self._and(both, 15), self.e.shifted(both, -4)]
         pair = b.lshr(self.group, e.int64(1))
         odd = b.trunc(b.and_(self.group, e.int64(1)), I32)
         size = 1 if layout.name == "IQ3_S" else 2
@@ -187,7 +175,7 @@ class GridGroup:
         if size == 1:
             return [self._and(b.lshr(words, e.splat(b.mul(odd, ir.Constant(I32, 4)))), 15)]
         words = b.lshr(words, e.splat(b.mul(odd, ir.Constant(I32, 6))))
-        return [self._and(self._shifted(words, -3 * half), 7) for half in (0, 1)]
+        return [self._and(self.e.shifted(words, -3 * half), 7) for half in (0, 1)]
 
     def _super(self) -> Any:
         e, b = self.e, self.e.b
@@ -222,7 +210,7 @@ class GridGroup:
         told = sum(1 << bit for bit in layout.left_out)
         words = parity = self._and(words, ~told)
         for by in (16, 8, 4) if layout.span == 4 else (16, 4, 1):  # the parity moves to the bits of every 8th weight
-            parity = b.xor(parity, self._shifted(parity, by))
+            parity = b.xor(parity, self.e.shifted(parity, by))
         return b.or_(words, self._and(parity, told))
 
     @cached_property
@@ -277,8 +265,7 @@ def _in_order(e: Emitter, layout: GridLayout, quads: list[Any]) -> list[Any]:
         parts = []
         for (source, by), mask in masks.items():
             part = e.b.and_(quads[source], e.constant(I32, mask))
-            shift = e.b.shl if by > 0 else e.b.lshr
-            parts.append(shift(part, e.constant(I32, abs(by))) if by else part)
+            parts.append(e.shifted(part, by))
         found.append(reduce(e.b.or_, parts))
     return found
 
@@ -290,8 +277,7 @@ def _vectors(e: Emitter, quads: list[Any], bits: int) -> list[Any]:
         words = quads[quad]
         if start or count < bits:
             words = e.b.and_(words, e.constant(I32, ((1 << count) - 1 << start) * 0x01010101))
-        by = target - start
-        return (e.b.shl if by > 0 else e.b.lshr)(words, e.constant(I32, abs(by))) if by else words
+        return e.shifted(words, target - start)
 
     if bits == 4:
         return [e.b.or_(field(quad, 0, 4, 0), field(quad + 4, 0, 4, 4)) for quad in range(4)]

@@ -69,8 +69,7 @@ def _sums(e: Emitter, x: Any, layout: AnyLayout, isa: Isa) -> list[Any]:
 
     In a paired kind the value is a pair of 16-bit sums. Otherwise the values are -`zero_of(layout)` * sum.
     """
-    wide = [ir.Constant(I32, i) for i in range(2 * GROUP)]
-    x = e.b.shuffle_vector(x, e.zeros(I8, GROUP), ir.Constant(vector(I32, 2 * GROUP), wide))
+    x = e.pick(range(2 * GROUP), x, e.zeros(I8, GROUP))
     centred = are_centred(isa, layout)
     if centred:
         words = e.b.bitcast(x, vector(I32))
@@ -79,8 +78,7 @@ def _sums(e: Emitter, x: Any, layout: AnyLayout, isa: Isa) -> list[Any]:
         total = emit_activation_sums(e, isa, x)
     kind = vector(I16, 2 * ROWS) if centred else vector(I32)
     for step in (1, 2) if layout.width == 16 else (1, 2, 4):
-        order = ir.Constant(vector(I32), [ir.Constant(I32, i ^ step) for i in range(ROWS)])
-        parts = [e.b.bitcast(part, kind) for part in (total, e.b.shuffle_vector(total, total, order))]
+        parts = [e.b.bitcast(part, kind) for part in (total, e.pick([i ^ step for i in range(ROWS)], total))]
         total = e.b.bitcast(e.b.add(*parts), vector(I32))
     if centred:
         total = e.b.mul(e.b.bitcast(total, kind), e.constant(I16, -zero_of(layout), 2 * ROWS))
@@ -106,7 +104,7 @@ def _emit_row(e: Emitter, layout: AnyLayout, isa: Isa, count: int, given: Any) -
         record, four = b.mul(group, e.int64(record_bytes(layout, count))), b.mul(group, e.int64(4))
         x = e.load(b.add(at_xq, b.mul(group, e.int64(GROUP))), vector(I8, GROUP))
         if isinstance(layout, GridLayout):
-            x = b.shuffle_vector(x, x, ir.Constant(vector(I32, GROUP), [ir.Constant(I32, at) for at in layout.order]))
+            x = e.pick(layout.order, x)
         for at, part in enumerate(e.parts(x, 4) if paired else [x]):
             e.store(b.add(of_row, record), part, 16 * at)
         floats = b.add(of_float, record)

@@ -112,13 +112,7 @@ def in_pairs(isa: Isa, block: int) -> bool:
 
 
 class Inputs:
-    """Record of a group in a panel of activations.
-
-    Args:
-        e, isa, layout: emitter, instruction set and layout of the code.
-        block: number of rows of the panel.
-        record: address of the record.
-    """
+    """Record of a group, at address `record`, in a panel of `block` rows of activations."""
 
     def __init__(self, e: Emitter, isa: Isa, layout: AnyLayout, block: int, record: Any) -> None:
         self.e, self.isa, self.layout, self.block, self.record = e, isa, layout, block, record
@@ -135,7 +129,7 @@ class Inputs:
             return e.splat(e.load(self.record, I32, GROUP * row + 4 * quad))
         # Four quads are loaded at once, because the instruction selects one of four elements.
         four = self._once(row, quad // 4, vector(I32, 4), GROUP * row + 16 * (quad // 4))
-        return e.b.shuffle_vector(four, four, ir.Constant(vector(I32), [ir.Constant(I32, quad % 4)] * LANES))
+        return e.pick([quad % 4] * LANES, four)
 
     def pair(self, pair: int, step: int) -> Any:
         """Load eight consecutive activations of each of two rows, <16 x i8>."""
@@ -294,15 +288,14 @@ def _by_matrices(
         for at in range(0, len(quads), 2):
             low, high = words[at][part], words[at + 1][part]
             for half in (0, 1):  # rows of weights 2 half and 2 half + 1, eight elements of each
-                order = [ir.Constant(I32, 2 * half + lane // 2 + 4 * (lane % 2)) for lane in range(4)]
-                two = e.b.bitcast(e.b.shuffle_vector(low, high, ir.Constant(vector(I32, 4), order)), vector(I8, 16))
+                order = [2 * half + lane // 2 + 4 * (lane % 2) for lane in range(4)]
+                two = e.b.bitcast(e.pick(order, low, high), vector(I8, 16))
                 for pair in pairs:
                     x = inputs.pair(pair, quads[at] // 2)
                     totals[pair, half] = e.call(name, vector(I32, 4), [totals[pair, half], two, x])
         for pair in pairs:
             for side in (0, 1):
-                order = ir.Constant(vector(I32, 4), [ir.Constant(I32, 2 * lane + side) for lane in range(4)])
-                found[2 * pair + side].append(e.b.shuffle_vector(totals[pair, 0], totals[pair, 1], order))
+                found[2 * pair + side].append(e.pick(range(side, 8, 2), totals[pair, 0], totals[pair, 1]))
     return [e.whole(parts) for parts in found.values()]
 
 

@@ -59,13 +59,10 @@ from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.kernels.activation_quant import Groups
 from candle_vllm.core.kernels.cpu_runtime.kernel_cache import has_compiler
 from candle_vllm.core.kernels.cpu_runtime.level import Isa, host_isa
-from candle_vllm.core.kernels.cpu_runtime.operation import Matrix
+from candle_vllm.core.kernels.cpu_runtime.operation import ROWS, Matrix
 from candle_vllm.core.kernels.packed_linear.grids import FORMATS, GridLayout
 from candle_vllm.core.quantization import ggml
 from candle_vllm.core.quantization.ggml_types import CONTENTS, Float, GGMLQuantizationType
-
-ROWS = 16
-"""Rows of a tile: 32-bit lanes of a vector."""
 
 GROUP = 32
 """Weights along K that share one scale of the activations."""
@@ -244,11 +241,9 @@ class PackedMatrix(Matrix):
     order: np.ndarray | None = None
 
     @property
-    def groups(self) -> int:
+    def length(self) -> int:
         """Groups of 32 weights in a row."""
         return self.columns // GROUP
-
-    length = groups
 
     @property
     def input_form(self) -> Groups:

@@ -54,9 +54,7 @@ def pack(
 
     Args:
         raw: the tensor's bytes, uint8, contiguous; need not be aligned.
-        ggml_type: type of the blocks.
-        rows: N; the order of rows is kept.
-        columns: K, at most 65,536.
+        rows, columns: N, and K, at most 65,536; the order of rows is kept.
         memory: allocator of the result, shared by a model's matrices; None allocates separately.
         kind: layout; None for the `host_kind` of the type.
 

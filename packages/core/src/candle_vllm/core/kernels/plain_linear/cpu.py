@@ -31,11 +31,13 @@ from candle_vllm.core.kernels.cpu_runtime.emit import F16, F32, I8, I16, I32, Em
 from candle_vllm.core.kernels.cpu_runtime.level import Isa
 from candle_vllm.core.kernels.cpu_runtime.operation import EmbeddingArguments, LinearArguments
 from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at, int64_at, read, step_number
-from candle_vllm.core.kernels.cpu_runtime.tiles import stack_bytes
+from candle_vllm.core.kernels.cpu_runtime.tiles import CACHED_BYTES, stack_bytes
 from candle_vllm.core.kernels.plain_linear import cpu_squares
 from candle_vllm.core.kernels.plain_linear.cpu_panel import (
+    SHAPES,
     add_segment,
     ask_tiles,
+    choose_shape,
     emit_sums,
     fill_panel,
     fill_panels,
@@ -47,22 +49,24 @@ from candle_vllm.core.kernels.plain_linear.cpu_panel import (
 )
 from candle_vllm.core.kernels.plain_linear.layout import ROWS, RUN, PlainKind
 
-_CACHED_BYTES = 384 << 10
-"""Bytes of a group's panels, which a thread reads again for each pair of tiles from its second-level cache."""
-
 _PART = 48
 """Runs of `RUN` steps in a part of K: 24 KiB of two tiles, 12 KiB of F16. Half as many if two tiles are multiplied
 without AVX-512: a panel then reads each tile twice, and both must stay in the first-level cache."""
+
+
+def _is_tall(kind: int, isa: Isa) -> bool:
+    """Whether three panels of 8 rows are multiplied by one tile at once."""
+    return bool(isa & Isa.AVX2) and not isa.wide and kind != PlainKind.BF16
 
 
 @emitted
 def _multiply(
     e: Emitter,
     kind: PlainKind,
-    block: int,
-    tiles: int,
     isa: Isa,
     more: int,
+    block: Int,
+    tiles: Int,
     weights: Int,
     tile_bytes: Int,
     panel: Int,
@@ -75,39 +79,42 @@ def _multiply(
     Sums of W8A8 are int32. A block of 24 rows is three panels of 8, `panel_bytes` apart, with sums 1024 bytes apart.
     """
     b = e.b
-    bases = [b.add(weights, b.mul(tile_bytes, e.int64(tile))) for tile in range(tiles)]
 
-    def place(tile: int, row: int) -> int:
-        return row // 8 * 1024 + (tile * min(block, 8) + row % 8) * 4 * ROWS
+    def multiply(block: int, tiles: int) -> None:
+        def place(tile: int, row: int) -> int:
+            return row // 8 * 1024 + (tile * min(block, 8) + row % 8) * 4 * ROWS
 
-    def begin(tile: int, row: int) -> Any:
-        return e.load(out, vector(sum_type(kind)), place(tile, row))
+        def begin(tile: int, row: int) -> Any:
+            return e.load(out, vector(sum_type(kind)), place(tile, row))
 
-    def write(tile: int, row: int, total: Any) -> None:
-        e.store(out, total, place(tile, row))
+        def write(tile: int, row: int, total: Any) -> None:
+            e.store(out, total, place(tile, row))
 
-    emit_sums(e, kind, isa, bases, block, panel, runs, write, begin if more else None, panel_bytes)
+        bases = [b.add(weights, b.mul(tile_bytes, e.int64(tile))) for tile in range(tiles)]
+        emit_sums(e, kind, isa, bases, block, panel, runs, write, begin if more else None, panel_bytes)
+
+    several = [(24, 1), (8, 1)] if _is_tall(kind, isa) else [(8, 2), (8, 1)]
+    choose_shape(e, block, tiles, multiply, several if more else SHAPES)
 
 
 # ---- the operations --------------------------------------------------------------------------------------------------
 
 
 def make_linear(KIND: int, ISA: int) -> Any:
-    PANEL_BYTES = _CACHED_BYTES  # maximum bytes of a group's panels; a group has at least one panel
+    PANEL_BYTES = CACHED_BYTES  # maximum bytes of a group's panels; a group has at least one panel
     isa = Isa(ISA)
     if isa & Isa.AMX and KIND == PlainKind.BF16:
         return cpu_squares.make_linear(KIND)
     INTEGERS, RUN_BYTES = int(KIND == PlainKind.W8A8), RUN * PlainKind(KIND).step_bytes
     SEGMENT_RUNS = SEGMENT // (RUN * PlainKind.W8A8.step_columns)
-    TALL = bool(isa & Isa.AVX2) and not isa.wide and KIND != PlainKind.BF16
+    TALL = _is_tall(KIND, isa)
     PART, PANELS = _PART if isa.wide or TALL else _PART // 2, 9 if TALL else 8  # maximum panels of a group
 
     def plain_linear(entry: Any, thread: int, threads: int) -> None:
         given = read(LinearArguments, entry)
         rows = step_number(entry, given.rows_from)
-        weights, tile_bytes, columns, runs = given.weights, given.tile_bytes, given.outputs, given.length
-        row_bytes, bias, accumulate, x_bytes = given.row_bytes, given.bias, given.accumulate, given.x_bytes
-        tiles = (columns + 15) >> 4
+        weights, tile_bytes, x_bytes, runs = given.weights, given.tile_bytes, given.x_bytes, given.length
+        tiles = (given.outputs + 15) >> 4
         first, last = tiles * thread // threads, tiles * (thread + 1) // threads
         if rows <= 0 or first == last:
             return
@@ -136,36 +143,28 @@ def make_linear(KIND: int, ISA: int) -> Any:
                 width = 2 if last - tile >= 2 and not TALL else 1
                 for index in range(256 * blocks):
                     values[index] = 0.0
-                ask_tiles(given.out + row * row_bytes, row_bytes, count, tile, width)
+                ask_tiles(given, row, count, tile, width)
                 for begin in range(0, runs, PART):
                     some, part = min(PART, runs - begin), at + begin * RUN_BYTES
                     block = 0
                     while block < blocks:
                         panel, to = panels + block * panel_bytes + begin * 32 * RUN, sums + 1024 * block
+                        height = 8
                         if INTEGERS == 1:
                             for first_run in range(0, some, SEGMENT_RUNS):
                                 own, x = part + first_run * RUN_BYTES, panel + first_run * 32 * RUN
                                 few, segment = min(SEGMENT_RUNS, some - first_run), (begin + first_run) // SEGMENT_RUNS
-                                if width == 2:
-                                    _multiply(KIND, 8, 2, ISA, 0, own, tile_bytes, x, scratch, few, 0)
-                                    add_segment(8, 2, scratch, tails + 64 * block, segment, to)
-                                else:
-                                    _multiply(KIND, 8, 1, ISA, 0, own, tile_bytes, x, scratch, few, 0)
-                                    add_segment(8, 1, scratch, tails + 64 * block, segment, to)
-                        elif TALL and blocks - block >= 3:
-                            _multiply(KIND, 24, 1, ISA, 1, part, tile_bytes, panel, to, some, panel_bytes)
-                            block += 2
-                        elif width == 2:
-                            _multiply(KIND, 8, 2, ISA, 1, part, tile_bytes, panel, to, some, 0)
+                                _multiply(KIND, ISA, 0, 8, width, own, tile_bytes, x, scratch, few, 0)
+                                add_segment(8, width, scratch, tails + 64 * block, segment, to)
                         else:
-                            _multiply(KIND, 8, 1, ISA, 1, part, tile_bytes, panel, to, some, 0)
-                        block += 1
+                            height = 24 if TALL and blocks - block >= 3 else 8
+                            _multiply(KIND, ISA, 1, height, width, part, tile_bytes, panel, to, some, panel_bytes)
+                        block += height >> 3
                 for block in range(blocks):
-                    target = given.out + (row + 8 * block) * row_bytes
                     some = min(8, count - 8 * block)
                     if INTEGERS == 1:
                         scale_sums(given, sums + 1024 * block, 8, some, tile, width)
-                    write_tiles(sums + 1024 * block, 8, some, tile, width, columns, target, row_bytes, bias, accumulate)
+                    write_tiles(given, sums + 1024 * block, 8, row + 8 * block, some, tile, width)
                 tile += width
             row += count
         count = rows - row
@@ -174,7 +173,7 @@ def make_linear(KIND: int, ISA: int) -> Any:
         block = 8 if count > 4 else 4 if count > 1 else 1
         find_rows(given, row, count, block, addresses, 0)
         fill_panel(block, panels, addresses, x_bytes >> 6)
-        target = given.out + row * row_bytes
+        x = at_address[0] if block == 1 else panels
         if INTEGERS == 1:
             find_tails(given, row, count, block, tails)
         tile = first
@@ -185,31 +184,14 @@ def make_linear(KIND: int, ISA: int) -> Any:
                 for index in range(16 * width * block):
                     values[index] = 0.0
                 for begin in range(0, runs, SEGMENT_RUNS):
-                    own, x = at + begin * RUN_BYTES, panels + begin * 4 * RUN * block
+                    own, part = at + begin * RUN_BYTES, x + begin * 4 * RUN * block
                     some, segment = min(SEGMENT_RUNS, runs - begin), begin // SEGMENT_RUNS
-                    if width == 2:
-                        _multiply(KIND, 8, 2, ISA, 0, own, tile_bytes, x, scratch, some, 0)
-                        add_segment(8, 2, scratch, tails, segment, sums)
-                    elif block == 8:
-                        _multiply(KIND, 8, 1, ISA, 0, own, tile_bytes, x, scratch, some, 0)
-                        add_segment(8, 1, scratch, tails, segment, sums)
-                    elif block == 4:
-                        _multiply(KIND, 4, 1, ISA, 0, own, tile_bytes, x, scratch, some, 0)
-                        add_segment(4, 1, scratch, tails, segment, sums)
-                    else:
-                        x = at_address[0] + begin * 4 * RUN
-                        _multiply(KIND, 1, 1, ISA, 0, own, tile_bytes, x, scratch, some, 0)
-                        add_segment(1, 1, scratch, tails, segment, sums)
+                    _multiply(KIND, ISA, 0, block, width, own, tile_bytes, part, scratch, some, 0)
+                    add_segment(block, width, scratch, tails, segment, sums)
                 scale_sums(given, sums, block, count, tile, width)
-            elif width == 2:
-                _multiply(KIND, 8, 2, ISA, 0, at, tile_bytes, panels, sums, runs, 0)
-            elif block == 8:
-                _multiply(KIND, 8, 1, ISA, 0, at, tile_bytes, panels, sums, runs, 0)
-            elif block == 4:
-                _multiply(KIND, 4, 1, ISA, 0, at, tile_bytes, panels, sums, runs, 0)
             else:
-                _multiply(KIND, 1, 1, ISA, 0, at, tile_bytes, at_address[0], sums, runs, 0)
-            write_tiles(sums, block, count, tile, width, columns, target, row_bytes, bias, accumulate)
+                _multiply(KIND, ISA, 0, block, width, at, tile_bytes, x, sums, runs, 0)
+            write_tiles(given, sums, block, row, count, tile, width)
             tile += width
 
     if not isa & Isa.AMX or KIND != PlainKind.W8A8:

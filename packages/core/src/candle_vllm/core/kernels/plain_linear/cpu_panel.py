@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from llvmlite import ir
 from numba import njit
 
 from candle_vllm.core.kernels.activation_rows import SEGMENT
@@ -38,8 +37,7 @@ def _interleaved(e: Emitter, vectors: list[Any]) -> list[Any]:
     zipped: list[Any] = []
     for even, odd in zip(_interleaved(e, vectors[0::2]), _interleaved(e, vectors[1::2])):
         for start in (0, LANES // 2):
-            order = [ir.Constant(I32, start + lane // 2 + lane % 2 * LANES) for lane in range(LANES)]
-            zipped.append(e.b.shuffle_vector(even, odd, ir.Constant(vector(I32), order)))
+            zipped.append(e.pick([start + lane // 2 + lane % 2 * LANES for lane in range(LANES)], even, odd))
     return zipped
 
 
@@ -82,6 +80,16 @@ def fill_panels(given: Any, row: int, count: int, addresses: int, panels: int) -
 
 # ---- tiles times a panel ---------------------------------------------------------------------------------------------
 
+SHAPES = ((8, 2), (8, 1), (4, 1), (1, 1))
+"""Numbers of rows and of adjacent tiles that operations multiply at once."""
+
+
+def choose_shape(
+    e: Emitter, rows: Any, tiles: Any, emit: Callable[[int, int], None], shapes: Sequence[tuple[int, int]] = SHAPES
+) -> None:
+    """Emit the code for each of the shapes; the code for `rows` and `tiles` runs."""
+    e.choose(e.b.add(e.b.shl(rows, e.int64(1)), tiles), {2 * n + m: partial(emit, n, m) for n, m in shapes})
+
 
 def _weights(e: Emitter, kind: PlainKind, address: Any, offset: int) -> Any:
     """Load a step's weights of 16 output rows."""
@@ -117,7 +125,6 @@ def emit_sums(
     """Multiply tiles by a panel of `height` rows; each sum always adds its products in the order of the steps.
 
     Args:
-        e, kind, isa: builder of the code, kind of the weights, instructions that the code may use.
         tiles: addresses of the tiles' weights.
         height: rows of the panel; more than 8 are several panels of 8 (a multiple of 24 without AVX-512).
         panel: address of the panel, or of the first one.
@@ -179,19 +186,23 @@ def _block_sums(
 
 
 @emitted
-def add_segment(e: Emitter, block: int, tiles: int, sums: Int, tails: Int, segment: Int, totals: Int) -> None:
+def add_segment(e: Emitter, block: Int, tiles: Int, sums: Int, tails: Int, segment: Int, totals: Int) -> None:
     """Add a segment of W8A8 to the floats at `totals`: its sums times the activation rows' scales.
 
     sums: address of int32 [tiles, block, 16]; each row's correction for the weights' offset of 128 is added first.
     tails: address of int64 [block], the addresses of each row's scales and corrections of segments, see `RowForm`.
     """
     b = e.b
-    for row in range(block):
-        tail = b.add(e.load(tails, I64, 8 * row), b.mul(segment, e.int64(8)))
-        scale, start = e.splat(e.load(tail, F32)), e.splat(e.load(tail, I32, 4))
-        for place in range(row * VECTOR_BYTES, tiles * block * VECTOR_BYTES, block * VECTOR_BYTES):
-            part = b.sitofp(b.add(e.load(sums, vector(I32), place), start), vector(F32))
-            e.store(totals, e.fma(part, scale, e.load(totals, vector(F32), place)), place)
+
+    def add(block: int, tiles: int) -> None:
+        for row in range(block):
+            tail = b.add(e.load(tails, I64, 8 * row), b.mul(segment, e.int64(8)))
+            scale, start = e.splat(e.load(tail, F32)), e.splat(e.load(tail, I32, 4))
+            for place in range(row * VECTOR_BYTES, tiles * block * VECTOR_BYTES, block * VECTOR_BYTES):
+                part = b.sitofp(b.add(e.load(sums, vector(I32), place), start), vector(F32))
+                e.store(totals, e.fma(part, scale, e.load(totals, vector(F32), place)), place)
+
+    choose_shape(e, block, tiles, add, [(16, 2), (16, 1), *SHAPES])
 
 
 @emitted
@@ -216,30 +227,22 @@ def find_tails(given: Any, row: int, count: int, rows: int, tails: int) -> None:
 
 
 @njit
-def ask_tiles(out: int, row_bytes: int, rows: int, tile: int, count: int) -> None:
+def ask_tiles(given: Any, row: int, rows: int, tile: int, count: int) -> None:
     """Prefetch the cache lines that `write_tiles` will write: with many output columns, stores would wait for them."""
-    for row in range(rows):
+    for at in range(row, row + rows):
         for index in range(tile, tile + count):
-            ask_line(out + row * row_bytes + index * 64)
+            ask_line(given.out + at * given.row_bytes + index * 64)
 
 
 @njit
-def write_tiles(
-    sums: int,
-    block: int,
-    rows: int,
-    tile: int,
-    count: int,
-    columns: int,
-    out: int,
-    row_bytes: int,
-    bias: int,
-    accumulate: int,
-) -> None:
-    """Write the first `rows` rows of sums, float32 [count, block, 16], of tiles from `tile` on to the result's rows."""
+def write_tiles(given: Any, sums: int, block: int, row: int, rows: int, tile: int, count: int) -> None:
+    """Write the first `rows` rows of sums, float32 [count, block, 16], of tiles from `tile` on; the first is row `row`.
+
+    given: the operation's `LinearArguments`.
+    """
     for index in range(tile, tile + count):
-        lanes = min(columns - index * 16, 16)
-        at_bias = bias + index * 64 if bias else 0
-        write_tile(
-            sums + (index - tile) * block * 4 * ROWS, rows, lanes, out + index * 64, row_bytes, at_bias, accumulate
-        )
+        lanes = min(given.outputs - index * 16, 16)
+        at_bias = given.bias + index * 64 if given.bias else 0
+        target = given.out + row * given.row_bytes + index * 64
+        at_sums = sums + (index - tile) * block * 4 * ROWS
+        write_tile(at_sums, rows, lanes, target, given.row_bytes, at_bias, given.accumulate)

@@ -34,6 +34,7 @@ from candle_vllm.core.kernels.plain_linear.cpu_panel import (
     VECTOR_BYTES,
     add_segment,
     ask_tiles,
+    choose_shape,
     find_rows,
     find_tails,
     scale_sums,
@@ -43,7 +44,7 @@ from candle_vllm.core.kernels.plain_linear.layout import ROWS, RUN, PlainKind
 
 SQUARE_BYTES = ROWS * VECTOR_BYTES
 
-CACHED_BYTES = 1 << 20
+CACHED_PANELS = 1 << 20
 """Bytes of the panels that a thread reads again for each pair of tiles from its second-level cache."""
 
 _PART = 12
@@ -72,12 +73,12 @@ def _fill_panel(e: Emitter, panel: Int, addresses: Int, squares: Int) -> None:
 
 
 @emitted
-def _multiply(
+def multiply_squares(
     e: Emitter,
     kind: PlainKind,
     anew: int,
-    blocks: int,
-    tiles: int,
+    blocks: Int,
+    tiles: Int,
     weights: Int,
     tile_bytes: Int,
     inputs: Int,
@@ -87,34 +88,35 @@ def _multiply(
     sums: Int,
     squares: Int,
 ) -> None:
-    """Multiply adjacent tiles by blocks of rows, and add to float32 [blocks, tiles, 16, 16] at `sums` unless `anew`.
+    """Multiply one or two adjacent tiles by one or two blocks of rows; add the products to the sums unless `anew`.
 
-    The sums of W8A8 are int32. Blocks are `block_bytes` apart, their squares `square_bytes`, and the rows of a square
-    `stride`.
+    Sums are float32 [blocks, tiles, 16, 16], of W8A8 int32. Blocks are `block_bytes` apart, their squares
+    `square_bytes`, and the rows of a square `stride`.
     """
     b = e.b
-    integers = kind is PlainKind.W8A8
-    product = "tdpbsud" if integers else "tdpbf16ps"
-    places = [(block, tile) for block in range(blocks) for tile in range(tiles)]
+    product = "tdpbsud" if kind is PlainKind.W8A8 else "tdpbf16ps"
 
-    def body(index: Any, state: list[Any]) -> list[Any]:
-        x, w = b.add(inputs, b.mul(index, square_bytes)), b.add(weights, b.mul(index, e.int64(SQUARE_BYTES)))
-        for block in range(blocks):
-            load_square(e, _INPUTS + block, b.add(x, b.mul(block_bytes, e.int64(block))), stride)
-        for tile in range(tiles):
-            load_square(e, _WEIGHTS + tile, b.add(w, b.mul(tile_bytes, e.int64(tile))), e.int64(VECTOR_BYTES))
+    def multiply(blocks: int, tiles: int) -> None:
+        def body(index: Any, state: list[Any]) -> list[Any]:
+            x, w = b.add(inputs, b.mul(index, square_bytes)), b.add(weights, b.mul(index, e.int64(SQUARE_BYTES)))
             for block in range(blocks):
-                square_call(e, product, _SUMS + block * tiles + tile, _INPUTS + block, _WEIGHTS + tile)
-        return state
+                load_square(e, _INPUTS + block, b.add(x, b.mul(block_bytes, e.int64(block))), stride)
+            for tile in range(tiles):
+                load_square(e, _WEIGHTS + tile, b.add(w, b.mul(tile_bytes, e.int64(tile))), e.int64(VECTOR_BYTES))
+                for block in range(blocks):
+                    square_call(e, product, _SUMS + block * tiles + tile, _INPUTS + block, _WEIGHTS + tile)
+            return state
 
-    for at in range(len(places)):
-        if anew:
-            square_call(e, "tilezero", _SUMS + at)
-        else:
-            load_square(e, _SUMS + at, b.add(sums, e.int64(at * SQUARE_BYTES)), e.int64(VECTOR_BYTES))
-    e.loop(squares, [], body)
-    for at in range(len(places)):
-        store_square(e, _SUMS + at, b.add(sums, e.int64(at * SQUARE_BYTES)), VECTOR_BYTES)
+        for at in range(blocks * tiles):
+            if anew:
+                square_call(e, "tilezero", _SUMS + at)
+            else:
+                load_square(e, _SUMS + at, b.add(sums, e.int64(at * SQUARE_BYTES)), e.int64(VECTOR_BYTES))
+        e.loop(squares, [], body)
+        for at in range(blocks * tiles):
+            store_square(e, _SUMS + at, b.add(sums, e.int64(at * SQUARE_BYTES)), VECTOR_BYTES)
+
+    choose_shape(e, blocks, tiles, multiply, [(2, 2), (2, 1), (1, 2), (1, 1)])
 
 
 @njit
@@ -125,52 +127,15 @@ def fill_panels(given: Any, row: int, count: int, addresses: int, panels: int, s
         _fill_panel(panels + block * squares * SQUARE_BYTES, addresses, squares)
 
 
-@njit(inline="always")
-def multiply_blocks(
-    KIND: int,
-    ANEW: int,
-    left: int,
-    width: int,
-    weights: int,
-    tile_bytes: int,
-    inputs: int,
-    block_bytes: int,
-    square_bytes: int,
-    stride: int,
-    sums: int,
-    squares: int,
-) -> None:
-    """Call `_multiply` for two blocks, or for one if only one is left."""
-    if left >= 2 and width == 2:
-        _multiply(KIND, ANEW, 2, 2, weights, tile_bytes, inputs, block_bytes, square_bytes, stride, sums, squares)
-    elif left >= 2:
-        _multiply(KIND, ANEW, 2, 1, weights, tile_bytes, inputs, block_bytes, square_bytes, stride, sums, squares)
-    elif width == 2:
-        _multiply(KIND, ANEW, 1, 2, weights, tile_bytes, inputs, block_bytes, square_bytes, stride, sums, squares)
-    else:
-        _multiply(KIND, ANEW, 1, 1, weights, tile_bytes, inputs, block_bytes, square_bytes, stride, sums, squares)
-
-
-@njit(inline="always")
-def _add_segments(left: int, width: int, sums: int, tails: int, segment: int, totals: int) -> None:
-    """Call `add_segment` for two blocks, or for one if only one is left."""
-    for block in range(min(left, 2)):
-        offset = block * width * SQUARE_BYTES
-        if width == 2:
-            add_segment(16, 2, sums + offset, tails + 128 * block, segment, totals + offset)
-        else:
-            add_segment(16, 1, sums + offset, tails + 128 * block, segment, totals + offset)
-
-
 def make_linear(KIND: int) -> Any:
-    CACHED, SQUARE, WIDE, INTEGERS = CACHED_BYTES, SQUARE_BYTES, ROWS // RUN, int(KIND == PlainKind.W8A8)
+    CACHED, SQUARE, WIDE, INTEGERS = CACHED_PANELS, SQUARE_BYTES, ROWS // RUN, int(KIND == PlainKind.W8A8)
     PART, EACH = _PART, SEGMENT // 64 if INTEGERS else _PART  # squares of a segment
 
     def plain_linear(entry: Any, thread: int, threads: int) -> None:
         given = read(LinearArguments, entry)
         rows = step_number(entry, given.rows_from)
-        tile_bytes, columns, squares = given.tile_bytes, given.outputs, given.length // WIDE
-        tiles = (columns + 15) >> 4
+        tile_bytes, squares = given.tile_bytes, given.length // WIDE
+        tiles = (given.outputs + 15) >> 4
         first, last = tiles * thread // threads, tiles * (thread + 1) // threads
         if rows <= 0 or first == last:
             return
@@ -201,33 +166,32 @@ def make_linear(KIND: int) -> Any:
                 width = 2 if last - tile >= 2 else 1
                 for index in range(256 * width * blocks):
                     values[index] = 0.0
-                ask_tiles(given.out + row * given.row_bytes, given.row_bytes, count, tile, width)
+                ask_tiles(given, row, count, tile, width)
                 for begin in range(0, squares, PART):
                     part, some = at + begin * SQUARE, min(PART, squares - begin)
                     for block in range(0, blocks, 2):
                         inputs, to = x + block * panel_bytes + begin * step, sums + block * width * SQUARE
-                        left = blocks - block
+                        few = min(blocks - block, 2)
                         if INTEGERS == 1:
                             for first_square in range(0, some, EACH):
                                 own, own_x = part + first_square * SQUARE, inputs + first_square * step
-                                few, segment = min(EACH, some - first_square), (begin + first_square) // EACH
-                                multiply_blocks(
-                                    KIND, 1, left, width, own, tile_bytes, own_x, panel_bytes, step, stride, scratch,
-                                    few,
+                                length, segment = min(EACH, some - first_square), (begin + first_square) // EACH
+                                multiply_squares(
+                                    KIND, 1, few, width, own, tile_bytes, own_x, panel_bytes, step, stride, scratch,
+                                    length,
                                 )  # fmt: skip
-                                _add_segments(left, width, scratch, tails + 128 * block, segment, to)
+                                for index in range(few):
+                                    at_sums, at_tails = index * width * SQUARE, tails + 128 * (block + index)
+                                    add_segment(16, width, scratch + at_sums, at_tails, segment, to + at_sums)
                         else:
-                            multiply_blocks(
-                                KIND, 0, left, width, part, tile_bytes, inputs, panel_bytes, step, stride, to, some
+                            multiply_squares(
+                                KIND, 0, few, width, part, tile_bytes, inputs, panel_bytes, step, stride, to, some
                             )
                 for block in range(blocks):
                     some, to = min(16, count - 16 * block), sums + block * width * SQUARE
                     if INTEGERS == 1:
                         scale_sums(given, to, 16, some, tile, width)
-                    write_tiles(
-                        to, 16, some, tile, width, columns,
-                        given.out + (row + 16 * block) * given.row_bytes, given.row_bytes, given.bias, given.accumulate,
-                    )  # fmt: skip
+                    write_tiles(given, to, 16, row + 16 * block, some, tile, width)
                 tile += width
             row += count
         end_squares()

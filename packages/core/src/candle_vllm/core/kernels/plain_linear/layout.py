@@ -22,11 +22,8 @@ import enum
 from dataclasses import dataclass
 
 from candle_vllm.core.kernels.activation_rows import RowForm
-from candle_vllm.core.kernels.cpu_runtime.operation import Matrix
+from candle_vllm.core.kernels.cpu_runtime.operation import ROWS, Matrix
 from candle_vllm.core.quantization.plain import ELEMENTS
-
-ROWS = 16
-"""Rows of a tile: 32-bit lanes of a vector."""
 
 RUN = 4
 """Number of steps in an iteration of the kernels' loops without AMX."""

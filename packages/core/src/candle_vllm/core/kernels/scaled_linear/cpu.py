@@ -15,6 +15,7 @@ AMX, for any number of rows. Weights are prefetched, because some CPUs load them
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from numba import njit
@@ -24,20 +25,24 @@ from candle_vllm.core.kernels.cpu_runtime.emit_squares import end_squares
 from candle_vllm.core.kernels.cpu_runtime.level import LANES, Isa
 from candle_vllm.core.kernels.cpu_runtime.operation import LinearArguments
 from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at, int64_at, read, step_number
-from candle_vllm.core.kernels.cpu_runtime.tiles import stack_bytes
-from candle_vllm.core.kernels.plain_linear.cpu_panel import ask_tiles, emit_sums, fill_panel, find_rows, write_tiles
+from candle_vllm.core.kernels.cpu_runtime.tiles import CACHED_BYTES, stack_bytes
+from candle_vllm.core.kernels.plain_linear.cpu_panel import (
+    ask_tiles,
+    choose_shape,
+    emit_sums,
+    fill_panel,
+    find_rows,
+    write_tiles,
+)
 from candle_vllm.core.kernels.plain_linear.cpu_squares import (
-    CACHED_BYTES,
+    CACHED_PANELS,
     SQUARE_BYTES,
     begin_squares,
     fill_panels,
-    multiply_blocks,
+    multiply_squares,
 )
 from candle_vllm.core.kernels.plain_linear.layout import RUN, PlainKind
 from candle_vllm.core.kernels.scaled_linear.layout import HEAD_BYTES, ROWS, ScaledKind
-
-_CACHED_BYTES = 384 << 10
-"""Bytes of converted weights that a thread reads for every block of rows; they stay in its second-level cache."""
 
 _MOST_BYTES = 1 << 20
 """If two converted tiles have more bytes, a thread converts one tile at a time, because they are on the stack."""
@@ -232,9 +237,9 @@ def _multiply_rows(
 @emitted
 def _add_span(
     e: Emitter,
-    block: int,
-    tiles: int,
     isa: Isa,
+    block: Int,
+    tiles: Int,
     weights: Int,
     tile_bytes: Int,
     panel: Int,
@@ -248,62 +253,68 @@ def _add_span(
     Tiles are `tile_bytes` apart. The first tile's scales are at `head`; scales of tiles are `head_step` bytes apart.
     """
     b = e.b
-    bases = [b.add(weights, b.mul(tile_bytes, e.int64(tile))) for tile in range(tiles)]
-    heads = [b.add(head, b.mul(head_step, e.int64(tile))) for tile in range(tiles)]
 
-    def write(tile: int, row: int, part: Any) -> None:
-        place = (tile * block + row) * 4 * ROWS
-        total = e.load(sums, vector(F32), place)
-        e.store(sums, e.fma(part, e.load(heads[tile], vector(F32)), total), place)
+    def add(block: int, tiles: int) -> None:
+        bases = [b.add(weights, b.mul(tile_bytes, e.int64(tile))) for tile in range(tiles)]
+        heads = [b.add(head, b.mul(head_step, e.int64(tile))) for tile in range(tiles)]
 
-    emit_sums(e, PlainKind.BF16, isa, bases, block, panel, runs, write)
+        def write(tile: int, row: int, part: Any) -> None:
+            place = (tile * block + row) * 4 * ROWS
+            total = e.load(sums, vector(F32), place)
+            e.store(sums, e.fma(part, e.load(heads[tile], vector(F32)), total), place)
 
+        emit_sums(e, PlainKind.BF16, isa, bases, block, panel, runs, write)
 
-@njit
-def _head(span: int, paired: int, span_bytes: int) -> int:
-    """Return the offset of a span's scales in its tile, whose first `paired` spans form pairs."""
-    return span * span_bytes if span >= paired else (span & -2) * span_bytes + (span & 1) * HEAD_BYTES
+    choose_shape(e, block, tiles, add)
 
 
 @njit
-def _place(span: int, paired: int, span_bytes: int, turn_bytes: int) -> tuple[int, int]:
-    """Return the offset of a span's turns in its tile, and the bytes from one turn to the next."""
+def _place(span: int, paired: int, span_bytes: int, turn_bytes: int) -> tuple[int, int, int]:
+    """Return the offsets of a span's scales and turns in its tile, and the bytes from one turn to the next.
+
+    The first `paired` spans of the tile form pairs.
+    """
     if span >= paired:
-        return span * span_bytes + HEAD_BYTES, turn_bytes
-    return (span & -2) * span_bytes + 2 * HEAD_BYTES + (span & 1) * turn_bytes, 2 * turn_bytes
+        return span * span_bytes, span * span_bytes + HEAD_BYTES, turn_bytes
+    pair, second = (span & -2) * span_bytes, span & 1
+    return pair + second * HEAD_BYTES, pair + 2 * HEAD_BYTES + second * turn_bytes, 2 * turn_bytes
 
 
 # ---- AMX -------------------------------------------------------------------------------------------------------------
 
 
 @emitted
-def _add_scaled(e: Emitter, tiles: int, sums: Int, head: Int, head_step: Int, rows: Int, totals: Int) -> None:
+def _add_scaled(e: Emitter, tiles: Int, sums: Int, head: Int, head_step: Int, rows: Int, totals: Int) -> None:
     """Add the sums of a span, float32 [tiles, 16, 16], times the scales of the tiles' rows to `rows` rows of totals.
 
     The scales of tiles are `head_step` bytes apart.
     """
     b = e.b
-    scales = [e.load(b.add(head, b.mul(head_step, e.int64(tile))), vector(F32)) for tile in range(tiles)]
-    with e.each(rows) as row:
-        offset = b.mul(row, e.int64(4 * LANES))
-        part, total = b.add(sums, offset), b.add(totals, offset)
-        for tile, scale in enumerate(scales):
-            at = tile * SQUARE_BYTES
-            added = e.fma(e.load(part, vector(F32), at), scale, e.load(total, vector(F32), at))
-            e.store(total, added, at)
+
+    def add(tiles: int) -> None:
+        scales = [e.load(b.add(head, b.mul(head_step, e.int64(tile))), vector(F32)) for tile in range(tiles)]
+        with e.each(rows) as row:
+            offset = b.mul(row, e.int64(4 * LANES))
+            part, total = b.add(sums, offset), b.add(totals, offset)
+            for tile, scale in enumerate(scales):
+                at = tile * SQUARE_BYTES
+                added = e.fma(e.load(part, vector(F32), at), scale, e.load(total, vector(F32), at))
+                e.store(total, added, at)
+
+    e.choose(tiles, {count: partial(add, count) for count in (2, 1)})
 
 
 def _make_squares(KIND: int, ISA: int) -> Any:
     """Make the operation for AMX; spans must be whole squares of 32 columns. Terms: `plain_linear/cpu_squares.py`."""
-    CACHED, SQUARE, BF16 = CACHED_BYTES, SQUARE_BYTES, int(PlainKind.BF16)
+    CACHED, SQUARE, BF16 = CACHED_PANELS, SQUARE_BYTES, int(PlainKind.BF16)
     TURN_BYTES, COLUMNS = ScaledKind(KIND).turn_bytes, ScaledKind(KIND).turn_columns
     EACH = 32 // COLUMNS  # turns of a square
 
     def scaled_linear(entry: Any, thread: int, threads: int) -> None:
         given = read(LinearArguments, entry)
         rows = step_number(entry, given.rows_from)
-        tile_bytes, columns, turns, span_turns = given.tile_bytes, given.outputs, given.length, given.span
-        tiles = (columns + 15) >> 4
+        tile_bytes, turns, span_turns = given.tile_bytes, given.length, given.span
+        tiles = (given.outputs + 15) >> 4
         first, last = tiles * thread // threads, tiles * (thread + 1) // threads
         if rows <= 0 or first == last:
             return
@@ -316,7 +327,7 @@ def _make_squares(KIND: int, ISA: int) -> Any:
             for tile in range(first, last):
                 at_tile = given.weights + tile * tile_bytes
                 _multiply_rows(KIND, 1, ISA, at_tile, turns, span_turns, sums + 64, sums, given.ahead)
-                write_tiles(sums, 1, 1, tile, 1, columns, given.out, given.row_bytes, given.bias, given.accumulate)
+                write_tiles(given, sums, 1, 0, 1, tile, 1)
             return
         squares, most = (turns + EACH - 1) // EACH, 1
         panel_bytes = squares * SQUARE
@@ -339,11 +350,11 @@ def _make_squares(KIND: int, ISA: int) -> Any:
                 width = 2 if last - tile >= 2 else 1
                 for index in range(256 * width * blocks):
                     totals[index] = 0.0
-                ask_tiles(given.out + row * given.row_bytes, given.row_bytes, count, tile, width)
+                ask_tiles(given, row, count, tile, width)
                 for span in range(spans):
                     length = min(span_turns, turns - span * span_turns)
                     some = (length + EACH - 1) // EACH
-                    offset, apart = _place(span, paired, span_bytes, TURN_BYTES)
+                    head, offset, apart = _place(span, paired, span_bytes, TURN_BYTES)
                     at_tile = given.weights + tile * tile_bytes
                     for at in range(width):
                         target = wide + at * wide_bytes
@@ -351,27 +362,19 @@ def _make_squares(KIND: int, ISA: int) -> Any:
                         rest = float32_at(target)
                         for index in range(length * COLUMNS * 8, some * 256):
                             rest[index] = 0.0
-                    head = at_tile + _head(span, paired, span_bytes)
                     for block in range(0, blocks, 2):
-                        left = blocks - block
+                        few = min(blocks - block, 2)
                         inputs = panels + block * panel_bytes + span * (span_turns // EACH) * SQUARE
-                        multiply_blocks(
-                            BF16, 1, left, width, wide, wide_bytes, inputs, panel_bytes, SQUARE, 64, scratch, some
+                        multiply_squares(
+                            BF16, 1, few, width, wide, wide_bytes, inputs, panel_bytes, SQUARE, 64, scratch, some
                         )
-                        for index in range(min(left, 2)):
-                            few, own = min(16, count - 16 * (block + index)), index * width * SQUARE
+                        for index in range(few):
+                            own, own_rows = index * width * SQUARE, min(16, count - 16 * (block + index))
                             to = sums + block * width * SQUARE + own
-                            if width == 2:
-                                _add_scaled(2, scratch + own, head, tile_bytes, few, to)
-                            else:
-                                _add_scaled(1, scratch + own, head, tile_bytes, few, to)
+                            _add_scaled(width, scratch + own, at_tile + head, tile_bytes, own_rows, to)
                 for block in range(blocks):
                     some = min(16, count - 16 * block)
-                    target = given.out + (row + 16 * block) * given.row_bytes
-                    write_tiles(
-                        sums + block * width * SQUARE, 16, some, tile, width, columns, target,
-                        given.row_bytes, given.bias, given.accumulate,
-                    )  # fmt: skip
+                    write_tiles(given, sums + block * width * SQUARE, 16, row + 16 * block, some, tile, width)
                 tile += width
             row += count
         end_squares()
@@ -385,17 +388,16 @@ def _make_squares(KIND: int, ISA: int) -> Any:
 def make_linear(KIND: int, ISA: int) -> Any:
     if Isa(ISA) & Isa.AMX:
         return _make_either(KIND, ISA)
-    TILE_BLOCK, MOST = _CACHED_BYTES, _MOST_BYTES
+    TILE_BLOCK, MOST = CACHED_BYTES, _MOST_BYTES
     TURN_BYTES, COLUMNS = ScaledKind(KIND).turn_bytes, ScaledKind(KIND).turn_columns
     X_BYTES, FEW = _x_bytes(Isa(ISA)), _FEW
 
     def scaled_linear(entry: Any, thread: int, threads: int) -> None:
         given = read(LinearArguments, entry)
         rows = step_number(entry, given.rows_from)
-        weights, tile_bytes, columns, turns = given.weights, given.tile_bytes, given.outputs, given.length
-        row_bytes, bias, accumulate = given.row_bytes, given.bias, given.accumulate
-        x_bytes, span_turns, ahead = given.x_bytes, given.span, given.ahead
-        tiles = (columns + 15) >> 4
+        weights, tile_bytes, turns, span_turns = given.weights, given.tile_bytes, given.length, given.span
+        x_bytes, ahead = given.x_bytes, given.ahead
+        tiles = (given.outputs + 15) >> 4
         first, last = tiles * thread // threads, tiles * (thread + 1) // threads
         if rows <= 0 or first == last:
             return
@@ -423,8 +425,7 @@ def make_linear(KIND: int, ISA: int) -> Any:
                         _multiply_rows(KIND, 4, ISA, at_tile, turns, span_turns, panel, sums, ahead)
                     else:
                         _multiply_rows(KIND, 1, ISA, at_tile, turns, span_turns, panel, sums, ahead)
-                    target = given.out + begin * row_bytes
-                    write_tiles(sums, height, count, tile, 1, columns, target, row_bytes, bias, accumulate)
+                    write_tiles(given, sums, height, begin, count, tile, 1)
             return
         span_bytes, spans = HEAD_BYTES + span_turns * TURN_BYTES, (turns + span_turns - 1) // span_turns
         paired = turns // (2 * span_turns) * 2
@@ -437,7 +438,7 @@ def make_linear(KIND: int, ISA: int) -> Any:
             end = min(begin + step, last)
             for tile in range(begin, end):
                 for span in range(spans):
-                    codes, apart = _place(span, paired, span_bytes, TURN_BYTES)
+                    _, codes, apart = _place(span, paired, span_bytes, TURN_BYTES)
                     target = scratch + (tile - begin) * wide_tile + span * wide_span
                     length = min(span_turns, turns - span * span_turns)
                     _widen(KIND, weights + tile * tile_bytes + codes, apart, target, length, ahead)
@@ -456,19 +457,11 @@ def make_linear(KIND: int, ISA: int) -> Any:
                         values[index] = 0.0
                     for span in range(spans):
                         wide = scratch + (tile - begin) * wide_tile + span * wide_span
-                        head = weights + tile * tile_bytes + _head(span, paired, span_bytes)
+                        head = weights + tile * tile_bytes + _place(span, paired, span_bytes, TURN_BYTES)[0]
                         at = places + span * span_turns * 2 * COLUMNS * block
                         runs = min(span_turns, turns - span * span_turns) * (COLUMNS // (2 * RUN))
-                        if width == 2:
-                            _add_span(8, 2, ISA, wide, wide_tile, at, runs, head, tile_bytes, sums)
-                        elif block == 8:
-                            _add_span(8, 1, ISA, wide, wide_tile, at, runs, head, tile_bytes, sums)
-                        elif block == 4:
-                            _add_span(4, 1, ISA, wide, wide_tile, at, runs, head, tile_bytes, sums)
-                        else:
-                            _add_span(1, 1, ISA, wide, wide_tile, at, runs, head, tile_bytes, sums)
-                    target = given.out + row * row_bytes
-                    write_tiles(sums, block, count, tile, width, columns, target, row_bytes, bias, accumulate)
+                        _add_span(ISA, block, width, wide, wide_tile, at, runs, head, tile_bytes, sums)
+                    write_tiles(given, sums, block, row, count, tile, width)
                     tile += width
                 row += count
 

@@ -24,10 +24,7 @@ import enum
 from dataclasses import dataclass
 
 from candle_vllm.core.kernels.activation_rows import RowForm
-from candle_vllm.core.kernels.cpu_runtime.operation import Matrix
-
-ROWS = 16
-"""Rows of a tile: one for each 32-bit lane of a vector."""
+from candle_vllm.core.kernels.cpu_runtime.operation import ROWS, Matrix
 
 HEAD_BYTES = 4 * ROWS
 """Bytes of a span's scales."""

@@ -7,8 +7,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from types import MappingProxyType
 
 import numpy as np
@@ -18,7 +17,7 @@ from candle_vllm.core.kernels import weight_quant
 from candle_vllm.core.kernels.weight_quant.searches import LARGEST
 from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType
 from candle_vllm.core.quantization.plain import read_plain
-from candle_vllm.core.threads import loading_threads
+from candle_vllm.core.threads import in_chunks
 
 CHUNK = 1 << 18
 """Weights that a thread quantises at a time (at least one row), so that the data stays in the cache."""
@@ -68,15 +67,17 @@ def quantise(
     out = np.empty((rows, columns // size * width), np.uint8)
     each = rows if importance is None else rows // len(importance)
     step = max(1, min(CHUNK // columns, each))
+    chunks = -(-each // step)  # of the rows that have the same importance
 
-    def job(first: int) -> bool:
-        last = min(first + step, (first // each + 1) * each)
+    def job(number: int, _: int) -> None:
+        entry, chunk = divmod(number, chunks)
+        first = entry * each + chunk * step
+        last = min(first + step, (entry + 1) * each)
         values = read_plain(np.ascontiguousarray(raw[first:last]), stored, (last - first, columns), "F32")
-        given = None if importance is None else importance[first // each]
-        return run(values.reshape(-1, size), out[first:last].reshape(-1, width), given)
+        given = None if importance is None else importance[entry]
+        _check(run(values.reshape(-1, size), out[first:last].reshape(-1, width), given))
 
-    starts = [first for entry in range(0, rows, each) for first in range(entry, entry + each, step)] if rows else []
-    _run(job, starts)
+    in_chunks(job, rows // max(1, each) * chunks, 1)
     return out
 
 
@@ -88,8 +89,7 @@ def quantise_rows(raw: np.ndarray, stored: str, columns: int) -> np.ndarray:
     rows, blocks = len(raw), columns // 32
     out = np.empty((rows, blocks, 34), np.uint8)
 
-    def job(first: int) -> bool:
-        last = min(first + step, rows)
+    def job(first: int, last: int) -> None:
         values = read_plain(np.ascontiguousarray(raw[first:last]), stored, (last - first, columns), "F32")
         largest = np.abs(values).max(1, keepdims=True)
         with np.errstate(invalid="ignore", over="ignore"):  # it holds for one thread
@@ -99,16 +99,12 @@ def quantise_rows(raw: np.ndarray, stored: str, columns: int) -> np.ndarray:
             codes = codes.astype(np.int8).view(np.uint8)
         out[first:last, :, :2] = halves.view(np.uint8)[:, None]
         out[first:last, :, 2:] = codes.reshape(last - first, blocks, 32)
-        return bool((largest <= LARGEST).all())
+        _check(bool((largest <= LARGEST).all()))
 
-    step = max(1, CHUNK // columns)
-    _run(job, list(range(0, rows, step)))
+    in_chunks(job, rows, max(1, CHUNK // columns))
     return out.reshape(rows, -1)
 
 
-def _run(job: Callable[[int], bool], starts: Sequence[int]) -> None:
-    """Run a job for each chunk of rows; raise ValueError if one returns False."""
-    with ThreadPoolExecutor(max(1, min(loading_threads(), len(starts)))) as pool:
-        good = all(list(pool.map(job, starts)))
+def _check(good: bool) -> None:
     if not good:
         raise ValueError(f"an element is not finite, or beyond {LARGEST:,.0f}")

@@ -42,11 +42,9 @@ class WordMatrix(Matrix):
     linear = "word_linear.cpu:make_linear"
 
     @property
-    def groups(self) -> int:
+    def length(self) -> int:
         """Groups of a tile."""
         return -(-self.columns // GROUP)
-
-    length = groups
 
     @property
     def input_form(self) -> RowForm:
