@@ -84,7 +84,7 @@ def _plain(KIND: int, BLOCK: int, TILES: int, ISA: int) -> Any:
     multiply = plain._multiply
 
     def kernel(weights: int, tile_bytes: int, panel: int, out: int, runs: int) -> None:
-        multiply(KIND, BLOCK, TILES, ISA, 0, weights, tile_bytes, panel, out, runs, 0)
+        multiply(KIND, ISA, 0, BLOCK, TILES, weights, tile_bytes, panel, out, runs, 0)
 
     return kernel
 
