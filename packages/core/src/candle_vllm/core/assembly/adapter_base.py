@@ -22,7 +22,6 @@ from candle_vllm.core.loading.config import EncoderConfig, ModelConfig
 from candle_vllm.core.loading.source import ModelFiles
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.weights import WeightName, expand, parameters_of
-from candle_vllm.core.models.family import Decoder, Encoder, EncoderFamily, Family
 from candle_vllm.core.quantization import ggml
 from candle_vllm.core.quantization.plain import read_plain
 from candle_vllm.core.quantization.tensors import StoredTensor
@@ -38,7 +37,6 @@ class AdapterBase:
     """A base model that adapters are fitted to.
 
     Attributes:
-        name: the model's name, for messages.
         places: maps tensors of adapters to sites of the model.
         shapes: shapes of all parameters by target, including the head even if it is tied to the embedding table.
         architectures: values of `general.architecture` that a GGUF adapter may have.
@@ -58,61 +56,41 @@ class AdapterBase:
 def adapter_base(files: ModelFiles, config: EngineConfig) -> AdapterBase:
     """Describe a base model, decoder or encoder, by the headers of its files; errors as `load_model`."""
     opened = open_model(files, CPU)
+    model: ModelConfig | EncoderConfig
     with opened.checkpoint as checkpoint:
-        encoder = describe_encoder(files, opened)
-        if encoder is not None:
-            return _encoder_base(files, *encoder, checkpoint)
-        family, model = describe_family(files, checkpoint, opened.metadata, config.model_impl)
-        prepared = family.prepared or (lambda stored: stored)
-        shapes = _shapes(family.build(model, SHAPES, checkpoint), family.weights, model, checkpoint.format)
-
-    @contextmanager
-    def weights() -> Iterator[Weights]:
-        with open_model(files, CPU).checkpoint as checkpoint:
-            yield stored_parts(family.weights, model, as_loaded(config, family, model, prepared(checkpoint)))
-
-    rows = family.as_gguf.items()  # a config from GGUF has the architecture's name
-    pairs = any(row.reordered for name, row in rows if model.model_type in (name, row.name))
-    return AdapterBase(
-        name=files.name,
-        config=model,
-        places=AdapterPlaces(family.weights, model, shapes, pairs=pairs),
-        shapes=shapes,
-        architectures=_architectures(family, model),
-        weights=weights,
-    )
-
-
-def _encoder_base(
-    files: ModelFiles, family: EncoderFamily, model: EncoderConfig, checkpoint: Checkpoint
-) -> AdapterBase:
-    table = family.weights(model, checkpoint.tensors)
-    shapes = _shapes(family.build(model, SHAPES), table, model, checkpoint.format)
-
-    @contextmanager
-    def weights() -> Iterator[Weights]:
-        with open_model(files, CPU).checkpoint as checkpoint:
-            yield stored_parts(table, model, checkpoint)
-
-    return AdapterBase(
-        name=files.name,
-        config=model,
-        places=AdapterPlaces(table, model, shapes),
-        shapes=shapes,
-        architectures=family.gguf,
-        weights=weights,
-        unused=family.ignored(model),
-    )
-
-
-def _shapes(
-    built: Decoder | Encoder, table: Sequence[WeightName], model: ModelConfig | EncoderConfig, format: str
-) -> dict[str, tuple[int, ...]]:
-    parts = parameters_of(built, table, model, format)
-    found = {target: tuple(each.shape) for target, each in parts.items()}
+        if (encoder := describe_encoder(files, opened)) is not None:
+            encoder_family, model = encoder
+            table, architectures = encoder_family.weights(model, checkpoint.tensors), encoder_family.gguf
+            built, unused, pairs = encoder_family.build(model, SHAPES), encoder_family.ignored(model), False
+            served: Callable[[Checkpoint], Checkpoint] = lambda stored: stored  # noqa: E731
+        else:
+            family, model = describe_family(files, checkpoint, opened.metadata, config.model_impl)
+            table, built, unused = family.weights, family.build(model, SHAPES, checkpoint), ()
+            known = (model.model_type,) if model.model_type in family.gguf else family.gguf
+            architectures = known or ("llama",)  # Mixtral's files have Llama's name
+            rows = family.as_gguf.items()  # a config from GGUF has the architecture's name
+            pairs = any(row.reordered for name, row in rows if model.model_type in (name, row.name))
+            prepared = family.prepared or (lambda stored: stored)
+            served = lambda stored: as_loaded(config, family, model, prepared(stored))  # noqa: E731
+        parts = parameters_of(built, table, model, checkpoint.format)
+    shapes = {target: tuple(each.shape) for target, each in parts.items()}
     aliases = {target: stored_target(target, model) for target in ("head:weight", "head:bias") if model.has_head}
-    found |= {target: found[other] for target, other in aliases.items() if other in found}
-    return found
+    shapes |= {target: shapes[other] for target, other in aliases.items() if other in shapes}
+
+    @contextmanager
+    def weights() -> Iterator[Weights]:
+        with open_model(files, CPU).checkpoint as checkpoint:
+            yield stored_parts(table, model, served(checkpoint))
+
+    return AdapterBase(
+        name=files.name,
+        config=model,
+        places=AdapterPlaces(table, model, shapes, pairs=pairs),
+        shapes=shapes,
+        architectures=architectures,
+        weights=weights,
+        unused=unused,
+    )
 
 
 def stored_target(target: str, model: ModelConfig | EncoderConfig) -> str:
@@ -120,13 +98,6 @@ def stored_target(target: str, model: ModelConfig | EncoderConfig) -> str:
     if target == "head:weight" and model.tie_embeddings:
         return "embed:weight"
     return "scorer:bias" if target == "head:bias" else target
-
-
-def _architectures(family: Family, model: ModelConfig) -> tuple[str, ...]:
-    """Return the config's model_type if GGUF files have such an architecture; otherwise all of the family."""
-    if model.model_type in family.gguf:
-        return (model.model_type,)
-    return family.gguf or ("llama",)  # Mixtral's files have Llama's name
 
 
 def stored_parts(table: Sequence[WeightName], model: ModelConfig | EncoderConfig, stored: Checkpoint) -> Weights:

@@ -52,22 +52,17 @@ def fit_adapter(stored: StoredAdapter, base: AdapterBase, *, merging: bool = Fal
         return _Fit(stored, base, opened, merging).run()
 
 
-@dataclasses.dataclass
-class _Change:
-    """A `Delta` whose `column_scale` is computed last, from DoRA's `magnitude` [N]."""
-
-    delta: Delta
-    magnitude: NDArray[np.float32] | None = None
-
-
 class _Fit:
-    """One fitting; its methods are in the order in which an adapter's tensors are processed."""
+    """One fitting; its methods are in the order in which an adapter's tensors are processed.
+
+    The `column_scale` of a change is DoRA's magnitude [N] until all tensors are processed.
+    """
 
     def __init__(self, stored: StoredAdapter, base: AdapterBase, opened: ExitStack, merging: bool) -> None:
         self._stored, self._base, self._opened, self._merging = stored, base, opened, merging
         self._merge = _PEFT if merging or isinstance(base.config, EncoderConfig) else _MERGE
         self._format: Format = "safetensors" if stored.format == "peft" else "gguf"
-        self._changes: defaultdict[str, dict[str, _Change]] = defaultdict(dict)
+        self._changes: defaultdict[str, dict[str, Delta]] = defaultdict(dict)
         self._weights: Weights | None = None
         self._notes = list[str]()
         self._wrapped = Counter[str]()  # number of adapted parameters by module
@@ -91,12 +86,12 @@ class _Fit:
         for module, parts in modules.items():
             self._module(module, parts)
         self._tie()
-        for path, changes in self._changes.items():
-            for prefix, change in changes.items():
-                if change.magnitude is not None:
-                    scale = self._column_scale(path, prefix, change.delta, change.magnitude)
-                    change.delta = dataclasses.replace(change.delta, column_scale=scale)
-        deltas = {path: {part: change.delta for part, change in each.items()} for path, each in self._changes.items()}
+        deltas = dict(self._changes)
+        for path, changes in deltas.items():
+            for prefix, delta in changes.items():
+                if delta.column_scale is not None:
+                    scale = self._column_scale(path, prefix, delta, delta.column_scale)
+                    changes[prefix] = dataclasses.replace(delta, column_scale=scale)
         if not deltas:
             raise AdapterError(f"{self._stored.path}: none of its tensors changes the model")
         return FittedAdapter(
@@ -181,9 +176,9 @@ class _Fit:
             if pair is not None:
                 self._check_columns(pair[0], spot)
                 a = self._base.places.columns(spot, pair[0], self._format)
-                delta = Delta(a=a, b=picked(pair[1], rows), scale=scale, bias=bias)
-            magnitude = vectors["magnitude"][rows] if "magnitude" in vectors else None
-            self._put(next(iter(parts.values())), spot, _Change(delta, magnitude))
+                magnitude = vectors["magnitude"][rows] if "magnitude" in vectors else None
+                delta = Delta(a=a, b=picked(pair[1], rows), scale=scale, bias=bias, column_scale=magnitude)
+            self._put(next(iter(parts.values())), spot, delta)
 
     def _pair(self, module: str, parts: Parts, first: str, second: str) -> tuple[StoredTensor, StoredTensor]:
         """Return A [r, ..] and B [.., r], after checking their ranks against each other, the config and the limits."""
@@ -260,7 +255,7 @@ class _Fit:
             if (a.shape[1], b.shape[0]) != spot.shape:
                 self._refuse(a.name, f"its table is {[a.shape[1], b.shape[0]]}, the base's {list(spot.shape)}")
             scale = self._scale(module, a, a.shape[0])
-            self._put(a, spot, _Change(Delta(a=turned(b), b=turned(a), scale=scale)))
+            self._put(a, spot, Delta(a=turned(b), b=turned(a), scale=scale))
 
     def _full(self, tensor: StoredTensor, spots: Sequence[Spot]) -> None:
         """Fit a tensor that replaces the base's: a head or a table; when merging, any parameter."""
@@ -284,7 +279,7 @@ class _Fit:
                 )
             if tensor.shape != spot.shape:
                 self._refuse(tensor.name, f"its shape is {list(tensor.shape)}, the base's {list(spot.shape)}")
-            self._put(tensor, spot, _Change(Delta(full=tensor)))
+            self._put(tensor, spot, Delta(full=tensor))
 
     def _replace(self, tensor: StoredTensor, spot: Spot) -> None:
         """Fit any parameter that replaces the base's, in the layout of the base's (merging only)."""
@@ -294,7 +289,7 @@ class _Fit:
             self._refuse(tensor.name, str(error))
         if seen.shape != spot.shape:
             self._refuse(tensor.name, f"its shape is {list(tensor.shape)}; the base has {list(spot.shape)}")
-        self._put(tensor, spot, _Change(Delta(full=seen)))
+        self._put(tensor, spot, Delta(full=seen))
 
     def _check_copy(self, tensor: StoredTensor, spots: Sequence[Spot]) -> None:
         """Refuse a copy of the base's own weight, which PEFT may save, if sampled rows differ; it is unused."""
@@ -327,21 +322,21 @@ class _Fit:
             if ids.max() >= spot.shape[0]:
                 self._refuse(tensor.name, f"token {ids.max()} is beyond the base's vocabulary of {spot.shape[0]}")
             rows = self._vector(tensor, tensor.numel).reshape(tensor.shape)
-            self._put(tensor, spot, _Change(Delta(rows=(ids, rows))))
+            self._put(tensor, spot, Delta(rows=(ids, rows)))
 
     def _tie(self) -> None:
         """Apply trained rows of a tied embedding table to the head too; with `ensure_weight_tying`, all its changes."""
         table, head = (self._changes.get(path, {}).get("") for path in _TABLES)
         if table is None or not self._base.config.tie_embeddings or not self._base.config.has_head:
             return
-        rows = table.delta.rows
         if head is not None:
-            if head.delta.full is None and head.delta.rows is None:
-                head.delta = dataclasses.replace(head.delta, rows=rows)
-        elif self._stored.config.tied or (table.delta.a is None and table.delta.full is None):
-            self._changes["head"][""] = _Change(table.delta)
-        elif rows is not None:
-            self._changes["head"][""] = _Change(Delta(rows=rows))
+            if head.full is None and head.rows is None:
+                self._changes["head"][""] = dataclasses.replace(head, rows=table.rows)
+        elif self._stored.config.tied or (table.a is None and table.full is None):
+            plain = table if table.column_scale is None else dataclasses.replace(table, column_scale=None)
+            self._changes["head"][""] = plain  # the same object, so that a merged head stays tied
+        elif table.rows is not None:
+            self._changes["head"][""] = Delta(rows=table.rows)
 
     # ---- experts -----------------------------------------------------------------------------------------------------
 
@@ -364,9 +359,7 @@ class _Fit:
         name = names[len(names) - 1 - depth]  # the first name is wrapped first, so it is innermost
         spots = self._base.places.find(name, "safetensors")
         pattern = plain + name.removeprefix(known)
-        self._stacked(pattern, *self._both(module, parts, "a", "b"), spots)
-
-    def _stacked(self, name: str, a: StoredTensor, b: StoredTensor, spots: Sequence[Spot]) -> None:
+        a, b = self._both(module, parts, "a", "b")
         count = self._base.config.num_experts
         if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1] or a.shape[0] % count:
             self._refuse(
@@ -377,17 +370,12 @@ class _Fit:
         of_b = parts_of_experts(b, count)
         if a.shape[1] != columns and b.shape[0] == columns:  # older PEFT exchanged the rows and columns of experts
             of_a, of_b = [turned(part) for part in of_b], [turned(part) for part in of_a]
-        self._each_expert(name, a, rank, of_a, of_b, spots)
+        self._each_expert(pattern, a, of_a, of_b, spots)
 
     def _each_expert(
-        self,
-        name: str,
-        tensor: StoredTensor,
-        rank: int,
-        of_a: Sequence[StoredTensor],
-        of_b: Sequence[StoredTensor],
-        spots: Sequence[Spot],
+        self, name: str, tensor: StoredTensor, of_a: list[StoredTensor], of_b: list[StoredTensor], spots: Sequence[Spot]
     ) -> None:
+        rank = of_a[0].shape[0]
         self._check_rank(name, tensor, rank)
         scale = self._scale(name, tensor, rank)
         by_expert: dict[int, list[Spot]] = {}
@@ -398,7 +386,7 @@ class _Fit:
             orders = self._orders(tensor, each, of_b[expert].shape[0])
             for spot, rows in zip(each, orders, strict=True):
                 self._check_columns(of_a[expert], spot)
-                self._put(tensor, spot, _Change(Delta(a=of_a[expert], b=picked(of_b[expert], rows), scale=scale)))
+                self._put(tensor, spot, Delta(a=of_a[expert], b=picked(of_b[expert], rows), scale=scale))
 
     # ---- GGUF --------------------------------------------------------------------------------------------------------
 
@@ -421,7 +409,7 @@ class _Fit:
             if a.shape[1] != b.shape[2]:
                 self._refuse(a.name, f"its shape {list(a.shape)} does not fit {list(b.shape)} of {b.name!r:.200}")
             of_a, of_b = ([entry(side, expert) for expert in range(count)] for side in (a, b))
-            self._each_expert(name, a, a.shape[1], of_a, of_b, spots)
+            self._each_expert(name, a, of_a, of_b, spots)
 
     # ---- the model's own weights -------------------------------------------------------------------------------------
 
@@ -453,21 +441,17 @@ class _Fit:
 
     # ---- ends --------------------------------------------------------------------------------------------------------
 
-    def _put(self, tensor: StoredTensor, spot: Spot, change: _Change) -> None:
+    def _put(self, tensor: StoredTensor, spot: Spot, change: Delta) -> None:
         """Add a change to a site; each field of a `Delta` may be set only once."""
-        there = self._changes[spot.path].get(spot.prefix)
-        if there is None:
-            self._changes[spot.path][spot.prefix] = change
-            return
+        there = self._changes[spot.path].get(spot.prefix, Delta())
         merged = dict[str, Any]()
-        for field in ("a", "b", "bias", "full", "rows"):
-            mine, new = getattr(there.delta, field), getattr(change.delta, field)
+        for field in ("a", "b", "bias", "column_scale", "full", "rows"):
+            mine, new = getattr(there, field), getattr(change, field)
             if mine is not None and new is not None:
                 self._refuse(tensor.name, f"another tensor of the adapter is for {spot.path} too")
             merged[field] = new if mine is None else mine
-        scale = there.delta.scale if there.delta.a is not None else change.delta.scale
-        magnitude = there.magnitude if there.magnitude is not None else change.magnitude
-        self._changes[spot.path][spot.prefix] = _Change(Delta(scale=scale, **merged), magnitude)
+        scale = there.scale if there.a is not None else change.scale
+        self._changes[spot.path][spot.prefix] = Delta(scale=scale, **merged)
 
     def _refuse(self, name: str, why: str) -> NoReturn:
         refuse(self._stored, name, why)

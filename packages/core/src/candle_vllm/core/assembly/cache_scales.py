@@ -13,16 +13,13 @@ import logging
 import math
 import re
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
 
 from candle_vllm.core.errors import InvalidFileError
 from candle_vllm.core.layers.attention import PagedAttention
+from candle_vllm.core.layers.parameters import Placement
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.weights import Counted, layer_at
 from candle_vllm.core.quantization.tensors import StoredTensor
-
-if TYPE_CHECKING:
-    from candle_vllm.core.layers.parameters import Placement
 
 logger = logging.getLogger(__name__)
 

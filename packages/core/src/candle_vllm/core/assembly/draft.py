@@ -45,6 +45,11 @@ from candle_vllm.core.text.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from candle_vllm.core.models.eagle3 import Eagle3, Eagle3Config
 
+_OF_THE_TARGET = (
+    "tokenizer", "chat_template", "mmproj", "mm_processor_kwargs", "isq", "imatrix", "yarn_scaling_factor",
+    "max_model_len", "speculative_config",
+)  # fmt: skip
+"""Settings that do not apply to the draft model's files."""
 MOST_UNSHARED = 128
 """Maximum number of tokens that only one of two vocabularies has: added or unused tokens differ within a family."""
 
@@ -54,22 +59,9 @@ def draft_config(config: EngineConfig) -> EngineConfig | None:
     drafts = draft_settings(config.speculative_config)
     if drafts is None or drafts.model is None:
         return None
-    return dataclasses.replace(
-        config,
-        model=drafts.model,
-        revision=drafts.revision,
-        weight_file=drafts.weight_file,
-        tokenizer=None,
-        chat_template=None,
-        mmproj=None,
-        max_images=0,
-        mm_processor_kwargs=None,
-        isq=None,
-        imatrix=None,
-        yarn_scaling_factor=None,
-        max_model_len=None,
-        speculative_config=None,
-    )
+    unset: dict[str, Any] = dict.fromkeys(_OF_THE_TARGET)
+    own = {"model": drafts.model, "revision": drafts.revision, "weight_file": drafts.weight_file}
+    return dataclasses.replace(config, max_images=0, **own, **unset)
 
 
 def find_draft(config: EngineConfig) -> None:
@@ -246,6 +238,15 @@ def _whole_tables(config: EngineConfig, target: LoadedModel, found: DescribedHea
     return whole
 
 
+def _checked(
+    opened: Opened, build: Callable[[Placement, Any], DraftHead], whole: object = None, **facts: Any
+) -> DescribedHead:
+    """Describe a head after its weights are checked; `whole` is the target's decoder, if `build` needs it."""
+    found = DescribedHead(name=opened.files.name, placement=SHAPES, build=build, **facts)
+    check_weights(lambda: build(SHAPES, whole), found.weights, found.stored, found.config, ignored=found.ignored)
+    return found
+
+
 def _describe_eagle3(target: Described | LoadedModel, opened: Opened) -> DescribedHead:
     from candle_vllm.core.models import eagle3
 
@@ -262,22 +263,12 @@ def _describe_eagle3(target: Described | LoadedModel, opened: Opened) -> Describ
         config = dataclasses.replace(config, vocab_size=model.vocab_size)
 
     build = cast("Callable[[Placement, Any], eagle3.Eagle3]", partial(eagle3.Eagle3, config, stored))
-    shapes = build(SHAPES, None)
-    _check_fit(target, files.name, config, shapes)
-    check_weights(lambda: shapes, eagle3.WEIGHTS, stored, config, ignored=eagle3.IGNORED)
+    _check_fit(target, files.name, config, build(SHAPES, None))
+    facts = {"vocab_size": config.draft_vocab_size, "weights": eagle3.WEIGHTS, "ignored": eagle3.IGNORED}
+    found = _checked(opened, build, config=config, stored=stored, **facts)
     if (words := _tokenizer_of(opened)) is not None:
         _check_vocabulary(target, files.name, words, "a head that was trained for this model")
-    return DescribedHead(
-        name=files.name,
-        placement=SHAPES,
-        config=config,
-        vocab_size=config.draft_vocab_size,
-        meant=eagle3.draft_token_ids(config, stored, model.vocab_size),
-        stored=stored,
-        weights=eagle3.WEIGHTS,
-        ignored=eagle3.IGNORED,
-        build=build,
-    )
+    return dataclasses.replace(found, meant=eagle3.draft_token_ids(config, stored, model.vocab_size))
 
 
 def _check_fit(target: Described | LoadedModel, name: str, config: Eagle3Config, head: Eagle3) -> None:
@@ -313,10 +304,8 @@ def _describe_assistant(target: Described | LoadedModel, opened: Opened) -> Desc
     read = family.config_from_gguf if files.format == "gguf" else family.config_from_hf
     config = read(Fields(opened.metadata or read_json(config_file(files)), config_file(files)), stored, model)
     build = cast("Callable[[Placement, Any], DraftHead]", partial(family.Assistant, config, stored))
-    check_weights(lambda: build(SHAPES, None), family.WEIGHTS, stored, config, ignored=family.IGNORED)
-    said: dict[str, Any] = {"name": files.name, "config": config, "vocab_size": config.vocab_size, "meant": None}
-    said |= {"weights": family.WEIGHTS, "ignored": family.IGNORED, "build": build}
-    return DescribedHead(**said, placement=SHAPES, stored=stored)
+    facts = {"vocab_size": config.vocab_size, "weights": family.WEIGHTS, "ignored": family.IGNORED}
+    return _checked(opened, build, config=config, stored=stored, **facts)
 
 
 def _describe_next_tokens(target: Described | LoadedModel, opened: Opened) -> DescribedHead:
@@ -329,20 +318,8 @@ def _describe_next_tokens(target: Described | LoadedModel, opened: Opened) -> De
     config, names = mtp.head_config(model, layout, stored), mtp.weight_names(layout, family.weights)
 
     build = cast("Callable[[Placement, Any], DraftHead]", partial(mtp.NextTokens, config, layout, stored))
-    ignored = family.ignored(config)
-    whole = family.build(model, SHAPES, checkpoint)
-    check_weights(lambda: build(SHAPES, whole), names, stored, config, ignored=ignored)
-    return DescribedHead(
-        name=opened.files.name,
-        placement=SHAPES,
-        config=config,
-        vocab_size=model.vocab_size,
-        meant=None,
-        stored=stored,
-        weights=names,
-        ignored=ignored,
-        build=build,
-    )
+    facts = {"vocab_size": model.vocab_size, "weights": names, "ignored": family.ignored(config)}
+    return _checked(opened, build, family.build(model, SHAPES, checkpoint), config=config, stored=stored, **facts)
 
 
 def _check_vocabulary(target: Described | LoadedModel, name: str, words: Tokenizer, instead: str) -> None:

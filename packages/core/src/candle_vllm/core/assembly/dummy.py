@@ -120,6 +120,5 @@ def _shapes(path: Path, impl: ModelImpl) -> Iterator[tuple[str, tuple[int, ...]]
     uses = Counter(line.first for line in lines)
     find = finder(model)
     for line in lines:
-        place = find(line.target)
-        if place is not None:
+        if (place := find(line.target)) is not None:
             yield line.first if uses[line.first] == 1 else line.target, place.shape

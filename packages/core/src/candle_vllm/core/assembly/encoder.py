@@ -76,7 +76,14 @@ def load_any_model(
                 loaded = dataclasses.replace(loaded, draft=load_draft(config, loaded, device, progress))
         else:
             with opened.checkpoint:
-                _check_settings(config, files, ranks)
+                refuse_settings(
+                    ("isq", config.isq is not None,
+                     f"isq {config.isq} is for models that generate text. Leave it out; --dtype bf16 halves the memory "
+                     "of an fp32 encoder, and `candle-vllm quantize` writes one as a GGUF file"),
+                    ("tensor_parallel_size", ranks is not None,
+                     f"{files.name} is an encoder, which cannot be divided among ranks: leave tensor_parallel_size and "
+                     "pipeline_parallel_size out"),
+                )  # fmt: skip
                 loaded = _load_encoder(config, device, progress, opened, *found)
     return dataclasses.replace(loaded, memories=tuple(memories))
 
@@ -160,17 +167,6 @@ def _load_encoder(
         weight_bytes=weight_bytes,
         files=paths,
     )
-
-
-def _check_settings(config: EngineConfig, files: ModelFiles, ranks: Collective | None) -> None:
-    refuse_settings(
-        ("isq", config.isq is not None,
-         f"isq {config.isq} is for models that generate text. Leave it out; --dtype bf16 halves the memory of an fp32 "
-         "encoder, and `candle-vllm quantize` writes one as a GGUF file"),
-        ("tensor_parallel_size", ranks is not None,
-         f"{files.name} is an encoder, which cannot be divided among ranks: leave tensor_parallel_size and "
-         "pipeline_parallel_size out"),
-    )  # fmt: skip
 
 
 def _longest(config: EngineConfig, files: ModelFiles, model: EncoderConfig) -> int:

@@ -96,7 +96,6 @@ def quantised_in_situ(
 
     Args:
         name: one of `ISQ_TYPES`.
-        table, config: the family's table of weight names, and the model's config.
         checkpoint: the unquantised weights; closing either checkpoint closes both.
         has_place: returns whether the model has a target: see `loading.weights.places`.
 

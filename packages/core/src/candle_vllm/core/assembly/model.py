@@ -25,13 +25,7 @@ from candle_vllm.core.assembly.shards import Shard, shard_of
 from candle_vllm.core.assembly.tower import LoadedTower, load_tower
 from candle_vllm.core.config import CACHE_TYPES, All2AllBackend, EngineConfig, ModelImpl, draft_error, draft_settings
 from candle_vllm.core.devices import Device
-from candle_vllm.core.errors import (
-    ConfigError,
-    InvalidFileError,
-    InvalidParameterError,
-    ModelNotFoundError,
-    refuse_settings,
-)
+from candle_vllm.core.errors import InvalidFileError, InvalidParameterError, ModelNotFoundError, refuse_settings
 from candle_vllm.core.fields import Fields, read_json
 from candle_vllm.core.kernels.collectives import Collective
 from candle_vllm.core.kernels.compressed_attention import LEAST_BLOCK
@@ -121,7 +115,6 @@ class HeadFacts:
     """A draft head: layers that predict draft tokens from a model's hidden states.
 
     Attributes:
-        placement: device and types of its weights.
         config: its config, as if the head were a model of its own.
         vocab_size: size of its output vocabulary.
         meant: the target model's token id for each id of that vocabulary; None if the ids are the same.
@@ -131,7 +124,7 @@ class HeadFacts:
     placement: Placement
     config: ModelConfig
     vocab_size: int
-    meant: NDArray[np.int64] | None
+    meant: NDArray[np.int64] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -202,7 +195,6 @@ def load_model(
     """Resolve `config.model` as a decoder, download it if needed, and load it.
 
     Args:
-        config, device: the engine's settings, and the device to load it to.
         progress: called with the loaded bytes and the total.
         opened: the model from `open_model`, if that was called already; it is closed.
         ranks: the ranks among which the model is divided; None for a whole model.
@@ -218,11 +210,12 @@ def load_model(
         model = describe_model(config, device, opened)
         placement, stored, split = model.placement, model.stored, model.split
         family, full = model.family, model.config
-        shard = None
+        shard, cut, part = None, None, list[object]()
         if ranks is not None:
             apart, exchanges = config.enable_expert_parallel, _exchanges(config, placement)
             shard = shard_of(files.name, family, full, stored, ranks, apart=apart, exchanges=exchanges)
-        stored = stored if shard is None else shard.stored(stored)
+            stored, cut = shard.stored(stored), shard.cut
+            part = [ranks.rank, ranks.size, shard.layers.start, shard.layers.stop, apart]
         elsewhere, size = (frozenset[str](), 0) if split is None else (split.names, split.host_bytes)
         room = room_for_weights(files.name, placement, stored, elsewhere, size)
         with naming(config_file(files), checkpoint.path), room:
@@ -230,12 +223,8 @@ def load_model(
             if split is not None:
                 logger.info(split.message)
                 split.place(decoder)
-            cut = None if shard is None else shard.cut
             if shard is not None and shard.stage is not None:
                 shard.stage.keep(decoder, placement)
-            part = list[object]()
-            if ranks is not None and shard is not None:
-                part = [ranks.rank, ranks.size, shard.layers.start, shard.layers.stop, config.enable_expert_parallel]
             on_cpu = placement.recorded or (split is not None and split.host is not None)
             with packed_weights(config, files_read(config, files) if on_cpu else (), stored, family.build, *part):
                 ignored = family.ignored(full)
@@ -263,12 +252,11 @@ def load_model(
 def _exchanges(config: EngineConfig, placement: Placement) -> All2AllBackend:
     """Return how tokens are sent to whole experts; "auto" sums outputs if `invariant`, and on the CPU."""
     asked = config.all2all_backend
-    if asked == "all_to_all" and placement.invariant:
-        raise ConfigError(
-            "all2all_backend='all_to_all' divides steps with prompts but not captured steps, so the order of sums "
-            "differs between them: leave it out, or leave 'deterministic' out",
-            "all2all_backend",
-        )
+    refuse_settings(
+        ("all2all_backend", asked == "all_to_all" and placement.invariant,
+         "all2all_backend='all_to_all' divides steps with prompts but not captured steps, so the order of sums differs "
+         "between them: leave it out, or leave 'deterministic' out"),
+    )  # fmt: skip
     if asked == "auto" and (placement.invariant or placement.device.type == "cpu"):
         return "allgather_reducescatter"
     return asked
@@ -315,7 +303,7 @@ def describe_model(config: EngineConfig, device: Device, opened: Opened) -> Desc
         )
     limit = min(model_config.max_position, config.max_model_len or model_config.max_position)
     model_config = dataclasses.replace(model_config, max_position=limit)
-    generation = _generation_config(files, metadata)
+    generation = generation_config(files, metadata)
     default_sampling = sampling_defaults(generation)
     tokenizer = open_tokenizer(config, files, metadata, model_config.vocab_size)
     banned = generation.token_ids("suppress_tokens") or Fields(metadata, described).token_ids(SUPPRESSED)
@@ -427,7 +415,7 @@ def read_template(config: EngineConfig, tokenizer: Tokenizer, described: Path) -
         return ChatTemplate(source, tokenizer.special_tokens) if source else None
 
 
-def _generation_config(files: ModelFiles, metadata: Mapping[str, Any]) -> Fields:
+def generation_config(files: ModelFiles, metadata: Mapping[str, Any]) -> Fields:
     """Return generation_config.json, with the sampling defaults of GGUF metadata for keys that it lacks."""
     path = files.generation_config
     stored = {key: metadata.get(name) for key, name in GGUF_SAMPLING.items()}

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from candle_vllm.core.assembly.placement import matrix_obstacle, memory_of, on_cpu
 from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.devices import Device, gpu_memory
-from candle_vllm.core.errors import ConfigError
+from candle_vllm.core.errors import ConfigError, refuse_settings
 from candle_vllm.core.layers.adapters import linears_in
 from candle_vllm.core.layers.linear import Linear
 from candle_vllm.core.layers.moe import mixtures_of
@@ -100,18 +100,15 @@ def plan_split(
                 )
         return None
     found = _layers(family, model, stored)
-    if config.cpu_experts and not found.experts:
-        raise ConfigError(
-            f"cpu_experts={config.cpu_experts} is for models with experts, and this model is dense: leave it out, or "
-            "set cpu_offload_gb",
-            "cpu_experts",
-        )
-    if getattr(model, "hash_layers", ()):  # the CPU's steps of experts have no token ids
-        if config.cpu_experts:
-            raise ConfigError(
-                "experts that are chosen by token id stay on the GPU: leave cpu_experts out, and set cpu_offload_gb",
-                "cpu_experts",
-            )
+    by_id = getattr(model, "hash_layers", ())  # the CPU's steps of experts have no token ids
+    refuse_settings(
+        ("cpu_experts", config.cpu_experts and not found.experts,
+         f"cpu_experts={config.cpu_experts} is for models with experts, and this model is dense: leave it out, or set "
+         "cpu_offload_gb"),
+        ("cpu_experts", config.cpu_experts and by_id,
+         "experts that are chosen by token id stay on the GPU: leave cpu_experts out, and set cpu_offload_gb"),
+    )  # fmt: skip
+    if by_id:
         config = dataclasses.replace(config, cpu_experts=0)
     experts, layers, why = _how_many(config, device, placement, model, stored, found)
     gone = {name for number, each in found.experts.items() if number < experts for name in each}

@@ -67,7 +67,6 @@ class Shard:
     Attributes:
         config: config of the rank's own model.
         cuts: the rank's parts of divided parameters, by target.
-        collective: collective operations of the ranks.
         full: config of the whole model.
         stage: the rank's pipeline stage; None for all layers.
         absent: targets of parameters that only other ranks have, such as experts.
@@ -196,8 +195,7 @@ def shard_of(
     """Return a rank's part of a model.
 
     Args:
-        name, family, config, checkpoint: name, family, config and tensors of the whole model.
-        collective: collective operations of the ranks.
+        name, family, config, checkpoint: they describe the whole model.
         apart: whether each rank has whole experts (expert parallelism), instead of a part of every expert.
         exchanges: how tokens are sent to whole experts; with "all_to_all", each rank has the whole shared expert.
 
@@ -227,14 +225,11 @@ def shard_of(
     configs = [units.narrowed(config, rank, size) for rank in range(size)]
     whole = _shapes(family, config, checkpoint)
     parts = [_shapes(family, each, checkpoint) for each in configs]
-    cuts, absent, mine = dict[str, _Cut](), set[str](), parts[collective.rank]
-    for target, shape in whole.items():
-        if not all(target in part for part in parts):  # for example an expert
-            if target not in mine:
-                absent.add(target)
-            continue
-        cut = _cut(target, shape, [part[target] for part in parts], collective.rank)
-        if cut is not None:
+    mine, common = parts[collective.rank], [target for target in whole if all(target in part for part in parts)]
+    absent = frozenset(target for target in whole if target not in mine)  # for example experts
+    cuts = dict[str, _Cut]()
+    for target in common:
+        if (cut := _cut(target, whole[target], [part[target] for part in parts], collective.rank)) is not None:
             cuts[target] = cut
     stage = None if collective.stages is None else stage_of(name, family, config, checkpoint, collective.stages)
     stored = {
@@ -243,7 +238,7 @@ def shard_of(
         if line.target in mine and (stage is None or stage.has(line.target.partition(":")[0]))
     }
     how: All2AllBackend = exchanges if apart else "allgather_reducescatter"
-    return Shard(configs[collective.rank], cuts, collective, config, stage, frozenset(absent), how, frozenset(stored))
+    return Shard(configs[collective.rank], cuts, collective, config, stage, absent, how, frozenset(stored))
 
 
 def _shapes(family: Family, config: ModelConfig, checkpoint: Checkpoint) -> dict[str, _Shape]:
@@ -331,6 +326,24 @@ class _Units(NamedTuple):
             return self.heads
         return math.lcm(self.heads, config.num_heads // config.num_kv_heads)
 
+    def _divided(self, config: ModelConfig, size: int) -> dict[str, tuple[str, int, int]]:
+        """Return, for each field of the config and its mixture that is divided, what it counts, its total and unit."""
+        found = {
+            "num_heads": ("heads", config.num_heads, self._heads(config, size)),
+            "intermediate_size": ("inner elements of feed-forward layers", config.intermediate_size, self.inner),
+            "vocab_size": ("tokens of the vocabulary", config.vocab_size, -(-config.vocab_size // size)),
+        }
+        if channels := getattr(config, "channels", 0):
+            found["channels"] = "channels of convolutions", channels, self.channels
+        mixture: Any = getattr(config, "mixture", None)
+        if mixture is not None and self.apart:
+            found["held"] = "experts", mixture.experts, 1
+        elif mixture is not None:
+            found["inner_size"] = "inner elements of experts", mixture.inner_size, self.experts
+        if mixture is not None and mixture.shared_size and not self.exchanged:
+            found["shared_size"] = "inner elements of the shared expert", mixture.shared_size, self.shared
+        return found
+
     def obstacle(self, config: ModelConfig, size: int) -> str | None:
         """Return why the model cannot be divided among `size` ranks; None if it can."""
         heads, kv = config.num_heads, config.num_kv_heads
@@ -340,50 +353,26 @@ class _Units(NamedTuple):
             return "one of its norms or thresholds needs all heads, or the whole feed-forward layer"
         if config.latent is None and size > kv and (size % kv or heads % size or heads // size % self.heads):
             return f"{kv} key-value heads and {heads} heads cannot be divided evenly"
-        mixture: Any = getattr(config, "mixture", None)
-        parts = [
-            ("heads", heads, self._heads(config, size)),
-            ("inner elements of feed-forward layers", config.intermediate_size, self.inner),
-            ("tokens of the vocabulary", config.vocab_size, -(-config.vocab_size // size)),
-        ]
-        if channels := getattr(config, "channels", 0):
-            parts.append(("channels of convolutions", channels, self.channels))
-        if mixture is not None:
-            whole = ("experts", mixture.experts, 1)
-            parts.append(whole if self.apart else ("inner elements of experts", mixture.inner_size, self.experts))
-            if mixture.shared_size and not self.exchanged:
-                parts.append(("inner elements of the shared expert", mixture.shared_size, self.shared))
-        for what, total, unit in parts:
+        for what, total, unit in self._divided(config, size).values():
             if -(-total // unit) < size:
                 return f"its {total} {what} can only be divided in units of {unit}, which are too few"
         return None
 
     def narrowed(self, config: ModelConfig, rank: int, size: int) -> ModelConfig:
         """Return the config of a rank's model."""
-        shares = [_share(config.num_heads, self._heads(config, size), each, size) for each in range(rank + 1)]
-        first, heads = sum(shares[:-1]), shares[-1]
-        mixture: Any = getattr(config, "mixture", None)
-        kv = heads if config.latent is not None else max(1, heads * config.num_kv_heads // config.num_heads)
-        sizes: dict[str, Any] = {
-            "num_heads": heads,
-            "num_kv_heads": kv,
-            "intermediate_size": _share(config.intermediate_size, self.inner, rank, size),
-            "vocab_size": _share(config.vocab_size, -(-config.vocab_size // size), rank, size),
-        }
+        sizes, before = dict[str, Any](), dict[str, int]()
+        for name, (_, total, unit) in self._divided(config, size).items():
+            *others, sizes[name] = (_share(total, unit, each, size) for each in range(rank + 1))
+            before[name] = sum(others)
+        heads, kv, first = sizes["num_heads"], config.num_kv_heads, before["num_heads"]
+        sizes["num_kv_heads"] = heads if config.latent is not None else max(1, heads * kv // config.num_heads)
         if hasattr(config, "first_heads"):
-            sizes["first_heads"] = first, first * config.num_kv_heads // config.num_heads
+            sizes["first_heads"] = first, first * kv // config.num_heads
+        mixture: Any = getattr(config, "mixture", None)
         if mixture is not None:
-            shared = mixture.shared_size
-            if shared and not self.exchanged:
-                shared = _share(shared, self.shared, rank, size)
-            if self.apart:
-                counts = [_share(mixture.experts, 1, each, size) for each in range(rank + 1)]
-                part = {"first": sum(counts[:-1]), "held": counts[-1]}
-            else:
-                part = {"inner_size": _share(mixture.inner_size, self.experts, rank, size)}
-            sizes["mixture"] = dataclasses.replace(mixture, shared_size=shared, **part)
-        if channels := getattr(config, "channels", 0):
-            sizes["channels"] = _share(channels, self.channels, rank, size)
+            part = {name: sizes.pop(name) for name in ("held", "inner_size", "shared_size") if name in sizes}
+            part |= {"first": before["held"]} if self.apart else {}
+            sizes["mixture"] = dataclasses.replace(mixture, **part)
         return dataclasses.replace(config, **sizes)
 
 

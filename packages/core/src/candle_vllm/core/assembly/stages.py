@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from candle_vllm.core.errors import ConfigError
@@ -57,10 +58,7 @@ class StagePart(NamedTuple):
             if not self.has(name):
                 setattr(stack, name, None)
 
-        def empty(*shape: int) -> Any:
-            return placement.empty(*shape, dtype=placement.dtype)
-
-        deep = 1 + max(decoder.deep or (-1,))
+        empty, deep = partial(placement.empty, dtype=placement.dtype), 1 + max(decoder.deep or (-1,))
         stack.stage = Stage(self.line, self.layers, decoder.config.hidden_size, empty, deep)
 
 

@@ -56,7 +56,6 @@ def load_tower(
     """Load the vision tower of a model; return None for a text-only model. Errors: see `_opened`.
 
     Args:
-        config, opened, tokenizer: the engine's settings, the model's files and its tokenizer.
         text_size: hidden size of its text model.
         text: placement of the text model; the tower runs recorded steps only if that does, and shares its threads.
     """
@@ -213,14 +212,8 @@ def vision_input_of(parts: VisionDescription, tokenizer: Tokenizer, config: Engi
 
 
 def _breaks(tokenizer: Tokenizer) -> dict[int, int]:
-    found: dict[int, int] = {}
-    for count in range(1, _MOST_BREAKS + 1):
-        ids = tokenizer.encode("\n" * count, add_special_tokens=False)
-        if len(ids) != 1 and count == 1:
-            return {}
-        if len(ids) == 1:
-            found[ids[0]] = count
-    return found
+    breaks = {count: tokenizer.encode("\n" * count, add_special_tokens=False) for count in range(1, _MOST_BREAKS + 1)}
+    return {ids[0]: count for count, ids in breaks.items() if len(ids) == 1} if len(breaks[1]) == 1 else {}
 
 
 def _processor(folder: Path, usual: Mapping[str, Any] | None) -> Fields:

@@ -6,8 +6,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,11 +22,11 @@ from candle_vllm.core.loading.adapters import AdapterLimits, read_adapter
 from candle_vllm.core.loading.config import ModelConfig
 from candle_vllm.core.loading.source import ModelFiles
 from candle_vllm.core.loading.tensors import Checkpoint
-from candle_vllm.core.loading.views import rows_of_bytes
+from candle_vllm.core.loading.views import computed_by
 from candle_vllm.core.loading.weights import stored_lines
 from candle_vllm.core.models.family import Family
-from candle_vllm.core.quantization.plain import ELEMENTS, read_plain
-from candle_vllm.core.quantization.tensors import StoredTensor, Viewed
+from candle_vllm.core.quantization.plain import read_plain
+from candle_vllm.core.quantization.tensors import StoredTensor
 
 AdapterFactors: TypeAlias = Sequence[tuple[Path, float]]
 """Adapters, each with its factor."""
@@ -77,8 +78,7 @@ def merge(
         own = weights(target)
         assert own is not None
         name = "F32" if exact or own.dtype is None else own.dtype
-        nbytes = own.numel * ELEMENTS[name].itemsize
-        made = _Merged(own.name, own.shape, name, nbytes, own, deltas) if deltas else own
+        made = computed_by(own, own.shape, name, partial(_merged, own, deltas, name)) if deltas else own
         merged[stored_target(target, model)] = made
     return model, checkpoint.with_tensors(_unchanged(family, model, checkpoint, merged) | merged)
 
@@ -105,26 +105,16 @@ def _unchanged(
     return {name: tensor for name, tensor in checkpoint.tensors.items() if name not in gone - kept}
 
 
-@dataclasses.dataclass(frozen=True, slots=True, eq=False)
-class _Merged(Viewed):
-    changes: _Changes
-
-    def raw(self) -> np.ndarray:
-        values = merged_weight(self.source, self.changes)
-        if self.type_name != "F32":
-            values = read_plain(values.view(np.uint8), "F32", values.shape, self.type_name)
-        return rows_of_bytes(values, self.shape)
-
-
-def merged_weight(own: StoredTensor, changes: Sequence[tuple[Delta, float]]) -> NDArray[np.float32]:
+def _merged(own: StoredTensor, changes: _Changes, type_name: str) -> NDArray[Any]:
     """Apply the changes of adapters, with a factor t each, to a parameter: W + the sum of t (W' - W), in float32."""
     values = own.load("F32")
     if len(changes) == 1 and changes[0][1] == 1:
-        return _changed(values, changes[0][0])
-    out = values.copy()
-    for delta, scale in changes:
-        out += np.float32(scale) * (_changed(values, delta) - values)
-    return out
+        out = _changed(values, changes[0][0])
+    else:
+        out = values.copy()
+        for delta, scale in changes:
+            out += np.float32(scale) * (_changed(values, delta) - values)
+    return out if type_name == "F32" else read_plain(out.view(np.uint8), "F32", out.shape, type_name)
 
 
 def _changed(values: NDArray[np.float32], delta: Delta) -> NDArray[np.float32]:

@@ -20,12 +20,13 @@ from candle_vllm.core.assembly.adapter_base import adapter_base
 from candle_vllm.core.assembly.adapters import fit_adapter
 from candle_vllm.core.assembly.model import describe_family
 from candle_vllm.core.assembly.opening import config_file, naming, open_model
+from candle_vllm.core.assembly.placement import DTYPES
 from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.conversion.adapters import ANY_SIZE
 from candle_vllm.core.conversion.gguf_file import PlannedTensor, Progress
 from candle_vllm.core.conversion.gguf_metadata import architecture
 from candle_vllm.core.conversion.gguf_tensors import joined, preferring
-from candle_vllm.core.conversion.write import PLAIN_KINDS, WrittenFile, check_target, write_plans
+from candle_vllm.core.conversion.write import WrittenFile, check_target, write_plans
 from candle_vllm.core.devices import CPU
 from candle_vllm.core.errors import AdapterError, ConfigError
 from candle_vllm.core.kernels.lora import Delta, FittedAdapter
@@ -102,11 +103,13 @@ def write_gguf_adapter(
                     rows, columns = base.shapes[target]
                     a, b = (constant(target, np.zeros(shape), stored.path) for shape in ((0, columns), (rows, 0)))
                     found[line.first].append((line, Delta(a=a, b=b)))
-            alpha = _alpha(fitted)
+            scales = (delta.scale * delta.rank for each in fitted.deltas.values() for delta in each.values())
+            alpha = Counter(float(np.float32(scale)) for scale in scales).most_common(1)[0][0]  # most need no scaling
+            asked = DTYPES.get(config.dtype)
             plans = [
-                PlannedTensor(f"{tensor}.{half}", values, _kind(config, values))
+                PlannedTensor(f"{tensor}.{half}", values, GGMLQuantizationType[asked or values.dtype or "F32"])
                 for tensor, pieces in found.items()
-                for half, values in _halves(stored, tensor, pieces, alpha, laid_out)
+                for half, values in zip(("lora_a", "lora_b"), _halves(stored, tensor, pieces, alpha, laid_out))
             ]
         metadata = _metadata(name, files.name, Path(adapter).name, alpha, fitted)
         return write_plans(plans, metadata, out, progress)
@@ -130,46 +133,27 @@ def _is_absent(line: Line, present: list[Line]) -> bool:
     return line.expert is None and line not in present and line.target.partition(":")[0] in layers
 
 
-def _alpha(fitted: FittedAdapter) -> float:
-    """Return the alpha with which most tensors need no scaling, in float32."""
-    counts = Counter(
-        float(np.float32(delta.scale * delta.rank)) for each in fitted.deltas.values() for delta in each.values()
-    )
-    return counts.most_common(1)[0][0]
-
-
 def _halves(
     stored: StoredAdapter, name: str, pieces: list[_Piece], alpha: float, config: Any
-) -> Iterator[tuple[str, StoredTensor]]:
-    """Yield `lora_a` and `lora_b` of a tensor; for the embedding table, A and B are exchanged."""
-    first = pieces[0][1]
+) -> tuple[StoredTensor, StoredTensor]:
+    """Return `lora_a` and `lora_b` of a tensor; for the embedding table, A and B are exchanged."""
     a = [delta.a for _, delta in pieces if delta.a is not None]
+    b = [(line, _times(delta.b, delta.scale * delta.rank / alpha)) for line, delta in pieces if delta.b is not None]
     if pieces[0][0].expert is not None:
         if len(a) != config.num_experts or len({(delta.rank, delta.scale) for _, delta in pieces}) > 1:
             raise AdapterError(
                 f"{stored.path}: GGUF has one rank for all {config.num_experts} experts of {name}: {_MERGE}"
             )
-        b = [(line, _times(delta.b, delta.scale * delta.rank / alpha)) for line, delta in pieces if delta.b is not None]
-        yield "lora_a", constant(name, np.stack([part.load("F32") for part in a]), stored.path)
-        yield "lora_b", joined(name, b, config)
-        return
+        return constant(name, np.stack([part.load("F32") for part in a]), stored.path), joined(name, b, config)
     if len({id(part) for part in a}) > 1:
         both, b = _side_by_side(pieces, alpha, stored.path)
-        yield "lora_a", both
-        yield "lora_b", joined(name, b, config)
-        return
-    b = [(line, _times(delta.b, first.scale * first.rank / alpha)) for line, delta in pieces if delta.b is not None]
-    if name == "token_embd.weight":
-        yield "lora_a", joined(name, b, config)  # [V, r]
-        yield "lora_b", computed(a[0], a[0].shape[::-1], lambda values: values.T, a[0].dtype or "F32")
-        return
+        return both, joined(name, b, config)
+    if name == "token_embd.weight":  # A is [V, r]
+        return joined(name, b, config), computed(a[0], a[0].shape[::-1], lambda values: values.T, a[0].dtype or "F32")
     view = pieces[0][0].names[0][1]
     if isinstance(view, ColumnOrder):  # the columns of this view are the columns of A
-        yield "lora_a", view.undone(a[0], config)
-        yield "lora_b", b[0][1]
-        return
-    yield "lora_a", a[0]
-    yield "lora_b", joined(name, b, config)
+        return view.undone(a[0], config), b[0][1]
+    return a[0], joined(name, b, config)
 
 
 def _side_by_side(
@@ -192,10 +176,6 @@ def _times(stored: StoredTensor, factor: float) -> StoredTensor:
     if abs(factor - 1) < 1e-7:
         return stored
     return computed(stored, stored.shape, lambda values: values * np.float32(factor), "F32")
-
-
-def _kind(config: EngineConfig, values: StoredTensor) -> GGMLQuantizationType:
-    return GGMLQuantizationType[PLAIN_KINDS.get(config.dtype, values.dtype or "F32")]
 
 
 def _metadata(name: str, base: str, adapter: str, alpha: float, fitted: FittedAdapter) -> Mapping[str, Any]:

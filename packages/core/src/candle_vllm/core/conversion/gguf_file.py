@@ -33,7 +33,6 @@ class PlannedTensor:
 
     Attributes:
         stored: plain elements, blocks of the type `kind`, or MXFP4 as it is stored in safetensors files.
-        kind: type in the file.
         importance: importance of the columns, see `weight_quant.rows.quantise`.
     """
 

@@ -17,16 +17,17 @@ import numpy as np
 
 from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
 from candle_vllm.core.fields import Fields, read_json
-from candle_vllm.core.loading.config import ModelConfig
+from candle_vllm.core.loading.config import EncoderConfig, ModelConfig
 from candle_vllm.core.loading.pooling import read_pooling
 from candle_vllm.core.loading.rope import ROPE_KINDS, RopeConfig, attention_scale, inverse_frequencies, yarn_scale
 from candle_vllm.core.loading.source import ModelFiles
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.models.family import DIVISORS, Architecture, Family
-from candle_vllm.core.models.registry import HF_FAMILIES, family_from_gguf
+from candle_vllm.core.models.registry import HF_FAMILIES, encoder_from_gguf, family_from_gguf
 from candle_vllm.core.pooling import POOLING_METHODS, PoolingKind
 
 Keys = dict[str, Any]
+_Config = ModelConfig | EncoderConfig
 
 logger = logging.getLogger(__name__)
 
@@ -49,12 +50,7 @@ def architecture(family: Family, config: ModelConfig, path: Path) -> Architectur
 def describe(config: ModelConfig, row: Architecture) -> Keys:
     """Return `general.architecture`, and the model's keys with this name as prefix; xIELU's keys have no prefix."""
     keys: Keys = {
-        "vocab_size": config.vocab_size,
-        "context_length": config.max_position,
-        "embedding_length": config.hidden_size,
-        "block_count": config.num_layers,
-        "feed_forward_length": config.intermediate_size,
-        "attention.head_count": config.num_heads,
+        **sizes(config),
         "attention.head_count_kv": config.num_kv_heads,
         "attention.key_length": config.head_dim,
         "attention.value_length": config.head_dim,
@@ -64,6 +60,18 @@ def describe(config: ModelConfig, row: Architecture) -> Keys:
     }
     prefixed = {key if key.startswith("xielu.") else f"{row.name}.{key}": value for key, value in keys.items()}
     return {"general.architecture": row.name} | prefixed
+
+
+def sizes(config: _Config) -> Keys:
+    """Return the sizes that decoders and encoders have; the keys have no prefix."""
+    return {
+        "vocab_size": config.vocab_size,
+        "context_length": config.max_position,
+        "embedding_length": config.hidden_size,
+        "block_count": config.num_layers,
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count": config.num_heads,
+    }
 
 
 def _rope(rope: RopeConfig, log_multiplier: float | None) -> Keys:
@@ -136,14 +144,14 @@ _ELSEWHERE = ("model_type", "eos_token_ids", "folded")  # described by other key
 _ROUGH = ("embedding_scale", "input_scale")  # some models round these to their own type; readers of GGUF do not
 
 
-def check_description(config: ModelConfig, written: Checkpoint) -> None:
-    """Raise UnsupportedModelError if planned metadata and tensors do not give `config`, from `Architecture.stored`."""
+def check_description(config: _Config, written: Checkpoint) -> None:
+    """Raise UnsupportedModelError if planned metadata and tensors do not give `config`, as GGUF describes it."""
     name = written.metadata["general.architecture"]
     try:
-        _, found = family_from_gguf(written.metadata, written)
+        found = (encoder_from_gguf(written.metadata, written) or family_from_gguf(written.metadata, written))[1]
     except InvalidFileError as error:  # a required key has no value
         raise UnsupportedModelError(f"GGUF's {name} cannot express this model: {error}") from error
-    divisors = computed_tensors(config).get(DIVISORS)
+    divisors = computed_tensors(config).get(DIVISORS) if isinstance(config, ModelConfig) else None
     different = [
         field.name
         for field in dataclasses.fields(config)
@@ -153,31 +161,31 @@ def check_description(config: ModelConfig, written: Checkpoint) -> None:
         raise UnsupportedModelError(f"GGUF's {name} cannot express this model's {', '.join(different)}")
 
 
-def _same(config: ModelConfig, found: ModelConfig, name: str, divisors: np.ndarray | None) -> bool:
+def _same(config: _Config, found: _Config, name: str, divisors: np.ndarray | None) -> bool:
     ours, theirs = getattr(config, name), getattr(found, name, getattr(type(config), name, None))
     if isinstance(ours, RopeConfig) and isinstance(theirs, RopeConfig):
         read = _frequencies(theirs, found)
         read = read / divisors[: len(read)] if divisors is not None and name == "rope" else read
         scales = all(math.isclose(a, b, rel_tol=1e-5) for a, b in zip(_scales(config, ours), _scales(found, theirs)))
         return scales and np.allclose(_frequencies(ours, config), read, rtol=1e-5)
-    return alike(ours, theirs, 1e-2 if name in _ROUGH else 1e-6)
+    return _alike(ours, theirs, 1e-2 if name in _ROUGH else 1e-6)
 
 
-def _scales(config: ModelConfig, rope: RopeConfig) -> tuple[float, ...]:
+def _scales(config: _Config, rope: RopeConfig) -> tuple[float, ...]:
     """Return the scales of cos and sin and of scores, and how queries grow beyond the original context."""
     growth = (rope.query_scale, float(rope.original_max_position)) if rope.query_scale else (0.0, 0.0)
     return attention_scale(rope), getattr(config, "score_scale", 1.0), *growth
 
 
-def alike(ours: Any, theirs: Any, tolerance: float) -> bool:
+def _alike(ours: Any, theirs: Any, tolerance: float) -> bool:
     """Whether two values are equal; floats may differ by the relative `tolerance`."""
     if dataclasses.is_dataclass(ours) and type(ours) is type(theirs):
         names = [field.name for field in dataclasses.fields(ours)]
-        return all(alike(getattr(ours, name), getattr(theirs, name), tolerance) for name in names)
+        return all(_alike(getattr(ours, name), getattr(theirs, name), tolerance) for name in names)
     if isinstance(ours, float) and isinstance(theirs, float):
         return math.isclose(ours, theirs, rel_tol=tolerance)
     return ours == theirs
 
 
-def _frequencies(rope: RopeConfig, config: ModelConfig) -> np.ndarray:
+def _frequencies(rope: RopeConfig, config: _Config) -> np.ndarray:
     return inverse_frequencies(rope, config.max_position)

@@ -97,10 +97,8 @@ def _of_pieces(tokenizer: Tokenizer, data: Mapping[str, Any], rows: int) -> dict
         found |= {"eos_token_id": behind[-1], "seperator_token_id": behind[-1]}
     if before:
         found["cls_token_id"] = before[0]
-    names = {"padding": ("pad_token", "[PAD]"), "mask": ("mask_token", "[MASK]")}
-    for key, (name, usual) in names.items():
-        text = tokenizer.special_tokens.get(name, usual)
-        if text in texts:
+    for key, name, usual in (("padding", "pad_token", "[PAD]"), ("mask", "mask_token", "[MASK]")):
+        if (text := tokenizer.special_tokens.get(name, usual)) in texts:
             found[f"{key}_token_id"] = texts.index(text)
     found |= _frame(tokenizer, found)
     metadata = {PREFIX + key: value for key, value in found.items()}
@@ -150,11 +148,8 @@ def _space_prefix(data: Mapping[str, Any]) -> str:
 def _special(tokenizer: Tokenizer, tokens: Sequence[str], ends: Sequence[int]) -> dict[str, Any]:
     """Return the ids of special tokens, and which of them are added around a text."""
     ids = {text: index for index, text in enumerate(tokens)}
-    found: dict[str, Any] = {}
-    for key, name in TEMPLATE_NAMES.items():
-        text = tokenizer.special_tokens.get(name)
-        if text is not None and text in ids:
-            found[f"{key}_token_id"] = ids[text]
+    named = {key: tokenizer.special_tokens.get(name) for key, name in TEMPLATE_NAMES.items()}
+    found: dict[str, Any] = {f"{key}_token_id": ids[text] for key, text in named.items() if text in ids}
     ends = [index for index in dict.fromkeys((*ends, *tokenizer.eos_token_ids)) if index < len(tokens)]
     if ends:
         found.setdefault("eos_token_id", ends[0])

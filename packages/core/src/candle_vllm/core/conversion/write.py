@@ -7,6 +7,7 @@ import dataclasses
 import logging
 import os
 import shutil
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,24 +17,25 @@ from typing import Any
 from gguf import LlamaFileType
 
 from candle_vllm.core.assembly.isq import check_plain, check_used, chosen_type, in_situ, stays_plain
-from candle_vllm.core.assembly.model import GGUF_SAMPLING, sampling_defaults
+from candle_vllm.core.assembly.model import GGUF_SAMPLING, generation_config, sampling_defaults
 from candle_vllm.core.assembly.opening import config_file, naming, open_model, open_tokenizer
+from candle_vllm.core.assembly.placement import DTYPES
 from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.conversion.adapters import AdapterFactors, merge
 from candle_vllm.core.conversion.gguf_file import PlannedTensor, Progress, write_file
 from candle_vllm.core.conversion.gguf_metadata import (
-    alike,
     architecture,
     check_description,
     computed_tensors,
     describe,
     pooling_keys,
+    sizes,
 )
 from candle_vllm.core.conversion.gguf_tensors import gguf_tensors
 from candle_vllm.core.conversion.gguf_tokenizer import phi3_name, tokenizer_metadata
 from candle_vllm.core.devices import CPU
 from candle_vllm.core.errors import AdapterError, ConfigError, ModelLoadError, UnsupportedModelError, refuse_settings
-from candle_vllm.core.fields import Fields, read_json
+from candle_vllm.core.fields import read_json
 from candle_vllm.core.kernels.weight_quant.rows import BY_ROW, ISQ_TYPES
 from candle_vllm.core.kernels.weight_quant.searches import SIMPLE, TYPES
 from candle_vllm.core.layers.parameters import SHAPES
@@ -55,7 +57,6 @@ from candle_vllm.core.text.chat_template import ChatTemplate
 
 logger = logging.getLogger(__name__)
 
-PLAIN_KINDS = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
 _SPLIT = ("attend.keys:weight", "attend.values:weight")  # stay plain, as in llama.cpp's own files of quantised models
 _FULL = ("_norm.weight", "ssm_conv1d.weight", "position_embd.weight", "token_types.weight")
 _TABLES = ("token_embd.", "output.", "per_layer_token_embd.")
@@ -90,8 +91,6 @@ def write_gguf(
             model's. Tensors of a GGUF file that already have the type are copied, and so is its metadata.
         out: the path of the file, which ends in .gguf.
         adapters: adapters that are merged into the model in float32 before its matrices are converted.
-        overwrite: an existing file may be replaced.
-        progress: called with the written bytes and all bytes.
 
     Raises:
         ConfigError: the file cannot be written at this path; the weights are random, or safetensors not plain or
@@ -127,8 +126,7 @@ def write_gguf(
             plans, metadata = _plan(config, files, checkpoint, adapters, opened)
         if config.isq == BY_ROW:
             plans = [_by_row(plan) for plan in plans]
-        total = sum(plan.nbytes for plan in plans)
-        _check_room(out, total)
+        _check_room(out, sum(plan.nbytes for plan in plans))
         return write_plans(plans, metadata, out, progress, types)
 
 
@@ -184,11 +182,10 @@ def _plan(
         model, checkpoint = merge(config, files, family, model, checkpoint, adapters, opened)
     model = stretched(model, config.yarn_scaling_factor, checkpoint)
     row, ignored = architecture(family, model, files.config), family.ignored(model)
-    table = family.weights
-    check_weights(lambda: family.build(model, SHAPES, checkpoint), table, checkpoint, model, ignored=ignored)
+    check_weights(lambda: family.build(model, SHAPES, checkpoint), family.weights, checkpoint, model, ignored=ignored)
     has_place = places(family.build(model, SHAPES, checkpoint))
     other = row.stored(model)
-    found = list(gguf_tensors(table, checkpoint, model, other, has_place, row.names(model)))
+    found = list(gguf_tensors(family.weights, checkpoint, model, other, has_place, row.names(model)))
     if model.tie_embeddings and not other.tie_embeddings:
         found += [("output.weight", "head:weight", stored) for _, target, stored in found if target == "embed:weight"]
     for name, divisors in computed_tensors(model).items():
@@ -252,7 +249,7 @@ def _requantised(config: EngineConfig, name: str, target: str | None, stored: St
     if config.isq is not None:
         kind = chosen_type(ISQ_TYPES[config.isq], target, plain) or own
     else:
-        kind = GGMLQuantizationType[PLAIN_KINDS.get(config.dtype, own.name)]
+        kind = GGMLQuantizationType[DTYPES.get(config.dtype, own.name)]
     same = kind == own and (config.isq != BY_ROW or name.startswith(_TABLES))
     return PlannedTensor(name, stored if same else plain, kind)
 
@@ -282,8 +279,7 @@ def _by_importance(plans: list[PlannedTensor], path: Path | None) -> list[Planne
 def _words(config: EngineConfig, files: ModelFiles, model: ModelConfig) -> dict[str, Any]:
     """Return the keys of tokenizer, chat template and sampling defaults."""
     tokenizer = open_tokenizer(config, files, {}, model.vocab_size)
-    generation = files.generation_config
-    ending = Fields(read_json(generation) if generation else {}, generation or files.folder)
+    ending = generation_config(files, {})
     ends = end_tokens(model, ending, tokenizer, files.config or files.folder)
     metadata = tokenizer_metadata(tokenizer, model.vocab_size, ends)
     if banned := ending.token_ids("suppress_tokens"):
@@ -307,7 +303,7 @@ def _kind(config: EngineConfig, name: str, target: str, stored: StoredTensor) ->
     if chosen is not None:
         return chosen
     wanted = "auto" if config.isq is not None else config.dtype
-    return GGMLQuantizationType[PLAIN_KINDS.get(wanted, stored.dtype if stored.dtype in ("F16", "BF16") else "F32")]
+    return GGMLQuantizationType[DTYPES.get(wanted, stored.dtype if stored.dtype in ("F16", "BF16") else "F32")]
 
 
 def _general(config: EngineConfig, files: ModelFiles, plans: list[PlannedTensor]) -> dict[str, Any]:
@@ -338,10 +334,7 @@ def write_plans(
         raise ModelLoadError(f"{out} cannot be written: {error}") from error
     finally:
         partial.unlink(missing_ok=True)
-    counts: dict[str, int] = {}
-    for plan in plans:
-        counts[plan.kind.name] = counts.get(plan.kind.name, 0) + 1
-    return WrittenFile(out, out.stat().st_size, counts)
+    return WrittenFile(out, out.stat().st_size, dict(Counter(plan.kind.name for plan in plans)))
 
 
 # ---- encoders --------------------------------------------------------------------------------------------------------
@@ -378,12 +371,7 @@ def _plan_of_encoder(
         plans.append(PlannedTensor(name, stored, _kind(config, name, target, stored)))
     plans = _by_importance(plans, config.imatrix)
     keys = {
-        "vocab_size": model.vocab_size,
-        "context_length": model.max_position,
-        "embedding_length": model.hidden_size,
-        "block_count": model.num_layers,
-        "feed_forward_length": model.intermediate_size,
-        "attention.head_count": model.num_heads,
+        **sizes(model),
         "attention.layer_norm_epsilon": float(model.norm_eps),
         "attention.causal": False,
         **pooling_keys(files, model.hidden_size, "mean"),
@@ -392,10 +380,5 @@ def _plan_of_encoder(
     metadata |= {f"{_BERT}.{key}": value for key, value in keys.items()} | _general(config, files, plans)
     metadata |= tokenizer_metadata(open_tokenizer(config, files, {}, model.vocab_size), model.vocab_size, ())
     written = Checkpoint(source, "gguf", (), {plan.name: plan.stored for plan in plans}, metadata)
-    again = encoder_from_gguf(metadata, written)
-    assert again is not None
-    names = [field.name for field in dataclasses.fields(model)]
-    different = [name for name in names if not alike(getattr(described, name), getattr(again[1], name), 1e-6)]
-    if different:
-        raise UnsupportedModelError(f"GGUF's {_BERT} cannot express this model's {', '.join(different)}")
+    check_description(described, written)
     return plans, metadata

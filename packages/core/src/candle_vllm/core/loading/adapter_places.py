@@ -9,6 +9,7 @@ reorders the columns of A. Adapters may have the names of safetensors or GGUF fi
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
@@ -53,8 +54,6 @@ class AdapterPlaces:
     """Adapter sites of a model, by the names of tensors.
 
     Args:
-        table: the family's table of weight names.
-        config: configuration of the loaded model.
         shapes: shapes of all parameters of the model, by target.
         pairs: query and key rows have interleaved rotary order in GGUF files, and half-split order in safetensors.
     """
@@ -146,20 +145,12 @@ class AdapterPlaces:
         """Return the row order of a view; None for a view that does not select rows."""
         if spot.view is None or isinstance(spot.view, ColumnOrder):  # A's columns are reordered instead
             return np.arange(total)
-        upright, turned = np.arange(2 * total).reshape(total, 2), np.arange(2 * total).reshape(2, total)
-        seen = _seen(spot.view, spot.path, upright, config)
-        if seen is not None and seen.ndim == 2 and seen.shape[1] == 2 and (seen == seen[:, :1] + [0, 1]).all():
-            return seen[:, 0] // 2
-        seen = _seen(spot.view, spot.path, turned, config)
-        if seen is not None and seen.ndim == 2 and seen.shape[1] == 2 and (seen == seen[:, :1] + [0, total]).all():
-            return seen[:, 0]
-        return None
-
-
-def _seen(view: View, name: str, numbers: np.ndarray, config: Any) -> np.ndarray | None:
-    try:  # a view may read the layer's number in the tensor's name
-        return view(constant(name, numbers, Path()), config).load("F32").astype(np.int64)
-    except WeightsError:
+        for shape, step, each in (((total, 2), 1, 2), ((2, total), total, 1)):  # rows, or columns that are transposed
+            numbers = constant(spot.path, np.arange(2 * total).reshape(shape), Path())  # a view may read the name
+            with contextlib.suppress(WeightsError):
+                seen = spot.view(numbers, config).load("F32").astype(np.int64)
+                if seen.ndim == 2 and seen.shape[1] == 2 and (seen == seen[:, :1] + [0, step]).all():
+                    return seen[:, 0] // each
         return None
 
 

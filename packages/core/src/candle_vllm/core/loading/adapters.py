@@ -14,7 +14,7 @@ import functools
 import hashlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -56,7 +56,7 @@ class AdapterLimits:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class StoredAdapter:
+class StoredAdapter(AbstractContextManager["StoredAdapter"]):
     """Adapter as stored in its files.
 
     Attributes:
@@ -90,9 +90,6 @@ class StoredAdapter:
     def close(self) -> None:
         """Release the file's memory; tensors that were read stay valid."""
         self.file.close()
-
-    def __enter__(self) -> StoredAdapter:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -135,19 +132,18 @@ def _read_peft(path: Path, limits: AdapterLimits) -> StoredAdapter:
     data = _config_bytes(config_path)
     config = parse_config(data, config_path, limits.max_rank)
     if not weights.is_file():
-        pickles = [name for name in _PICKLES if (folder / name).exists()]
-        if pickles:
+        if pickles := [name for name in _PICKLES if (folder / name).exists()]:
             raise AdapterError(
                 f"{folder / pickles[0]} is a pickle, which can run code when it is read, and is never opened: save the "
                 f"adapter as {WEIGHTS_FILE} (PEFT's save_pretrained with safe_serialization=True)"
             )
         raise ModelNotFoundError(f"{weights} is missing: an adapter's folder needs it beside {CONFIG_FILE}")
     _check_size(weights, limits)
-    with _as_adapter_error():
+    with _as_adapter_error(weights):
         file = MappedFile(weights, copied=limits.copied)
 
     def header() -> Mapping[str, StoredTensor]:
-        with _as_adapter_error():
+        with _as_adapter_error(weights):
             checkpoint = read_safetensors(file, MAX_HEADER_BYTES)
             _check_tensors(checkpoint, weights)
             tensors: dict[str, StoredTensor] = {}
@@ -186,10 +182,8 @@ def _folder_of(path: Path) -> Path:
     """Return the folder or its only adapter folder: PEFT writes adapters that are not named "default" to subfolders."""
     if (path / CONFIG_FILE).is_file():
         return path
-    try:
+    with _as_adapter_error(path):
         entries = list(itertools.islice(path.iterdir(), _MOST_FOLDERS))
-    except OSError as error:
-        raise AdapterError(f"{path} cannot be read: {error}") from error
     found = sorted(entry for entry in entries if (entry / CONFIG_FILE).is_file())
     if len(found) == 1:
         return found[0]
@@ -200,12 +194,9 @@ def _folder_of(path: Path) -> Path:
 
 
 def _config_bytes(path: Path) -> bytes:
-    try:
-        with path.open("rb") as stream:
-            data = stream.read(MAX_CONFIG_BYTES + 1) if path.stat().st_size <= MAX_CONFIG_BYTES else None
-    except OSError as error:
-        raise AdapterError(f"{path} cannot be read: {error}") from error
-    if data is None or len(data) > MAX_CONFIG_BYTES:
+    with _as_adapter_error(path), path.open("rb") as stream:
+        data = stream.read(MAX_CONFIG_BYTES + 1)
+    if len(data) > MAX_CONFIG_BYTES:
         raise AdapterError(f"{path} has more than the {MAX_CONFIG_BYTES} bytes that are allowed")
     return data
 
@@ -219,9 +210,9 @@ def _read_gguf(path: Path, limits: AdapterLimits) -> StoredAdapter:
         raise AdapterError(
             f"{path} is one part of a split file; an adapter must be one file: merge the parts with gguf-split"
         )
-    with _as_adapter_error():
+    with _as_adapter_error(path):
         checkpoint = open_gguf(path, copied=limits.copied, max_header=MAX_HEADER_BYTES)
-    with closed_on_error([checkpoint]), _as_adapter_error():
+    with closed_on_error([checkpoint]), _as_adapter_error(path):
         _check_tensors(checkpoint, path)
         first = next(iter(checkpoint.tensors.values()))
         assert isinstance(first, FileTensor)
@@ -256,10 +247,8 @@ def _read_gguf(path: Path, limits: AdapterLimits) -> StoredAdapter:
 
 
 def _check_size(path: Path, limits: AdapterLimits) -> None:
-    try:
+    with _as_adapter_error(path):
         size = path.stat().st_size
-    except OSError as error:
-        raise AdapterError(f"{path} cannot be read: {error}") from error
     if size > limits.max_bytes:
         raise AdapterError(f"{path} has {size} bytes; at most {limits.max_bytes} are allowed: raise lora_memory")
 
@@ -281,10 +270,12 @@ def _check_tensors(checkpoint: Checkpoint, path: Path) -> None:
 
 
 @contextmanager
-def _as_adapter_error() -> Iterator[None]:
+def _as_adapter_error(path: Path) -> Iterator[None]:
     try:
         yield
     except AdapterError:
         raise
     except ModelLoadError as error:
         raise AdapterError(str(error)) from error
+    except OSError as error:
+        raise AdapterError(f"{path} cannot be read: {error}") from error

@@ -265,7 +265,6 @@ class EncoderConfig:
         max_position: maximum length of a text, in tokens.
         first_position: row of the position table for a text's first token (RoBERTa's is after the padding token's row).
         token_types: rows of the table that distinguishes the texts of a pair; 1 for a model without a distinction.
-        activation: activation of the feed-forward layer.
         labels: names of the outputs of the model's classification head for a text or pair: one for a cross-encoder,
             several for a classifier, no names without a head.
         likelihood: activation that maps these outputs to 0..1: a sigmoid of each, a softmax over all, or no activation.

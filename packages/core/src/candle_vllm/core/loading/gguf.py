@@ -185,7 +185,6 @@ class GgufFile:
         metadata: strings, numbers, booleans and lists; long arrays of numbers are read-only numpy arrays.
         types: by metadata key, the code of the value's type and, for arrays, of the element type (otherwise 0).
         tensors: tensors by name, in the order of the file's table.
-        file: the mapped file of the tensors.
 
     Raises:
         ModelNotFoundError: the file does not exist.
@@ -199,9 +198,7 @@ class GgufFile:
         self.file = MappedFile(self.path, copied=copied)
         with closed_on_error([self.file]):
             header = _Header(self.file, max_header)
-            _check_version(header)
-            num_tensors = header.count("tensors", _SMALLEST_TENSOR, MAX_TENSORS)
-            num_pairs = header.count("metadata entries", _SMALLEST_PAIR, MAX_PAIRS)
+            num_tensors, num_pairs = _read_beginning(header)
             self.metadata = _read_metadata(header, num_pairs)
             self.types = header.types
             self.tensors = _read_tensors(header, num_tensors, _alignment(header, self.metadata))
@@ -211,7 +208,8 @@ class GgufFile:
         self.file.close()
 
 
-def _check_version(header: _Header) -> None:
+def _read_beginning(header: _Header) -> tuple[int, int]:
+    """Check the magic and the version; return the numbers of tensors and of metadata entries."""
     path, magic = header.file.path, header.take(4, "the magic")
     if magic != MAGIC:
         raise InvalidFileError(f"{path} is not a GGUF file: it begins with {magic!r}, not {MAGIC!r}")
@@ -222,6 +220,8 @@ def _check_version(header: _Header) -> None:
         raise UnsupportedModelError(
             f"{path} is GGUF version {version}; versions 2 and 3 are supported: convert the model with a current tool"
         )
+    tensors = header.count("tensors", _SMALLEST_TENSOR, MAX_TENSORS)
+    return tensors, header.count("metadata entries", _SMALLEST_PAIR, MAX_PAIRS)
 
 
 def _read_metadata(header: _Header, count: int, until: str = "") -> dict[str, MetadataValue]:
@@ -247,10 +247,8 @@ def file_kind(path: Path) -> str:
     """
     with closing(MappedFile(path)) as file:
         header = _Header(file)
-        _check_version(header)
-        header.count("tensors", _SMALLEST_TENSOR, MAX_TENSORS)
-        pairs = header.count("metadata entries", _SMALLEST_PAIR, MAX_PAIRS)
-        return kind_of(_read_metadata(header, pairs, until="tokenizer."))
+        _, num_pairs = _read_beginning(header)
+        return kind_of(_read_metadata(header, num_pairs, until="tokenizer."))
 
 
 def kind_of(metadata: Mapping[str, object]) -> str:

@@ -57,9 +57,7 @@ def read_pooling(
         return ModelPooling(size, _gguf_pooling(files, metadata) or default)
     matryoshka, dimensions = (False, ()) if config is None else _matryoshka(config, size)
     modules = files.folder / "modules.json"
-    pooling, normalize = default, True
-    if modules.is_file():
-        pooling, normalize = _folder_pooling(modules)
+    pooling, normalize = _folder_pooling(modules) if modules.is_file() else (default, True)
     prompts = _prompts(files.folder / "config_sentence_transformers.json")
     return ModelPooling(size, pooling, normalize, matryoshka, dimensions, prompts=prompts)
 
@@ -113,7 +111,7 @@ def _folder_pooling(path: Path) -> tuple[PoolingKind, bool]:
     A Transformer with Dense layers and no Pooling embeds each token (ColBERT). SPLADE's embedding has the size of the
     vocabulary.
     """
-    parts = [_part(entry, path) for entry in _read_list(path)]
+    parts = _modules(path)
     kinds = [kind for kind, _ in parts]
     if kinds in (["Transformer", "SpladePooling"], ["MLMTransformer", "SpladePooling"]):
         fields = Fields(read_json(file := path.parent / parts[1][1] / "config.json"), file)
@@ -145,7 +143,7 @@ def dense_layers(files: ModelFiles, checkpoint: Checkpoint) -> tuple[Dense, ...]
         found = (checkpoint.tensors.get(f"dense_{number}.weight") for number in range(2, 2 + MAX_MODULES))
         return tuple(Dense(weight=_matrix(tensor)) for tensor in found if tensor is not None)
     path = files.folder / "modules.json"
-    parts = [_part(entry, path) for entry in _read_list(path)] if path.is_file() else []
+    parts = _modules(path) if path.is_file() else []
     return tuple(_dense(path.parent / folder) for kind, folder in parts if kind == "Dense")
 
 
@@ -179,13 +177,18 @@ def _matrix(stored: StoredTensor) -> NDArray[np.float32]:
     return np.array(stored.load("F32"))
 
 
-def _part(entry: object, path: Path) -> tuple[str, str]:
-    """Return class name and folder of one module."""
-    kind, folder = (entry.get("type"), entry.get("path")) if isinstance(entry, dict) else (None, None)
-    if not isinstance(kind, str) or not isinstance(folder, str) or (folder and not _PART_FOLDER.fullmatch(folder)):
-        said = "each entry must have a type, and a path that is empty or a folder beside this file"
-        raise InvalidFileError(f"{path}: {said}, not {entry!r:.80}")
-    return kind.rpartition(".")[2], folder
+def _modules(path: Path) -> list[tuple[str, str]]:
+    """Return class name and folder of each module."""
+    value, found = read_any_json(path), list[tuple[str, str]]()
+    if not isinstance(value, list) or len(value) > MAX_MODULES:
+        raise InvalidFileError(f"{path}: must hold a list of at most {MAX_MODULES} modules")
+    for entry in value:
+        kind, folder = (entry.get("type"), entry.get("path")) if isinstance(entry, dict) else (None, None)
+        if not isinstance(kind, str) or not isinstance(folder, str) or (folder and not _PART_FOLDER.fullmatch(folder)):
+            said = "each entry must have a type, and a path that is empty or a folder beside this file"
+            raise InvalidFileError(f"{path}: {said}, not {entry!r:.80}")
+        found.append((kind.rpartition(".")[2], folder))
+    return found
 
 
 def _pooling_config(path: Path) -> PoolingKind:
@@ -202,10 +205,3 @@ def _pooling_config(path: Path) -> PoolingKind:
             f"{path}: the pooling is {' and '.join(modes) or 'not named'}; implemented: one of {', '.join(_MODES)}"
         )
     return _MODES[modes[0]]
-
-
-def _read_list(path: Path) -> list[object]:
-    value = read_any_json(path)
-    if not isinstance(value, list) or len(value) > MAX_MODULES:
-        raise InvalidFileError(f"{path}: must hold a list of at most {MAX_MODULES} modules")
-    return value

@@ -78,11 +78,20 @@ def read_quantised(checkpoint: Checkpoint, config: Mapping[str, Any], path: Path
     if not logical:
         logger.warning("%s names the method %s, but no weight is quantised", path, method)
     rest = {name: tensor for name, tensor in checkpoint.tensors.items() if name not in taken}
-    _check_plain(rest)
+    for name, tensor in rest.items():  # codes without a scale would be loaded as unquantised weights of an unusual type
+        if name.endswith(".weight") and tensor.type_name in _CODES:
+            raise InvalidFileError(
+                f"{tensor.path}: tensor {name} is {tensor.type_name}, and the checkpoint has no scales for it: the "
+                "file is incomplete, or its format is not implemented"
+            )
     scales = {name for name in rest if ACTIVATION_SCALES.fullmatch(name)}
     if scales:
         logger.info("%s: %d scales of activations or of a quantised cache are not used", path, len(scales))
-    idle = {name for name in rest if _is_idle(checkpoint, name)} if method == "compressed-tensors" else set[str]()
+    idle = set[str]()
+    if method == "compressed-tensors":
+        ends = ("weight_scale", "weight_zero_point", "weight_g_idx")
+        layers = ((name, *name.rpartition(".")[::2]) for name in rest)
+        idle = {name for name, layer, end in layers if end in ends and is_dense(checkpoint, layer)}
     if idle:
         logger.info("%s: %d scales, zero points or group indices of unquantised weights are unused", path, len(idle))
     kept = {name: tensor for name, tensor in rest.items() if name not in scales | idle}
@@ -90,16 +99,6 @@ def read_quantised(checkpoint: Checkpoint, config: Mapping[str, Any], path: Path
     biases = {f"{name.removesuffix('.weight')}.bias" for name in logical} & kept.keys()
     idle_biases = {name: spare(kept[name]) for name in biases if not kept[name].load().any()}
     return checkpoint.with_tensors(kept | idle_biases | logical)
-
-
-def _check_plain(tensors: Mapping[str, StoredTensor]) -> None:
-    """Refuse codes without a scale, which would be loaded as unquantised weights of an unusual type."""
-    for name, tensor in tensors.items():
-        if name.endswith(".weight") and tensor.type_name in _CODES:
-            raise InvalidFileError(
-                f"{tensor.path}: tensor {name} is {tensor.type_name}, and the checkpoint has no scales for it: the "
-                "file is incomplete, or its format is not implemented"
-            )
 
 
 def _names(parts: LayerTensors) -> set[str]:
@@ -131,10 +130,3 @@ def _settings(config: Mapping[str, Any], path: Path, plain: bool) -> tuple[str, 
             own, method = Fields(read_json(beside), beside), reader.METHODS[0]
             return method, own.section("quantization") if method == "modelopt" else own
     return None
-
-
-def _is_idle(checkpoint: Checkpoint, name: str) -> bool:
-    """Whether a tensor is a quantisation parameter of a layer that is stored unquantised."""
-    layer, _, end = name.rpartition(".")
-    unused = end in ("weight_scale", "weight_zero_point", "weight_g_idx")
-    return unused and is_dense(checkpoint, layer)

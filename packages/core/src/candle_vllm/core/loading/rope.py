@@ -198,8 +198,8 @@ def _longrope(rope: RopeConfig, max_position: int) -> np.ndarray:
 def _check_longrope(rope: RopeConfig) -> None:
     """Check the divisors, which may have any type in a file, and the context before scaling."""
     rope.check("context before scaling", rope.original_max_position, 1, MAX_COUNT)
-    divisors: dict[str, tuple[Any, ...]] = {"short_factor": rope.short_factor, "long_factor": rope.long_factor}
-    for name, values in divisors.items():
+    for name in ("short_factor", "long_factor"):
+        values: tuple[Any, ...] = getattr(rope, name)
         if len(values) != rope.dim // 2:
             raise InvalidFileError(
                 f"the rotary {name} has {len(values)} divisors; it must have {rope.dim // 2}, one for each pair of the "
@@ -290,6 +290,7 @@ def rope_from_hf(fields: Fields, head_dim: int, max_position: int) -> RopeConfig
     else:
         # Dynamic scaling starts where the model's own context ends, as in transformers.
         context, factor = max_position if kind == "dynamic" else nested.get(original, int, max_position), 1.0
+    interleaved = nested.get("mrope_interleaved", bool, False) or _interleaves(fields.get("model_type", str, ""))
     own: dict[str, Any] = {}
     for key in row.keys:
         default: Any = factor if key == "factor" else getattr(RopeConfig, key)
@@ -305,12 +306,7 @@ def rope_from_hf(fields: Fields, head_dim: int, max_position: int) -> RopeConfig
         mscale=nested.get("mscale", float, None),
         mscale_all_dim=nested.get("mscale_all_dim", float, None),
         query_scale=nested.get("llama_4_scaling_beta", float, 0.0),
-        axes=_axes(
-            fields,
-            nested.get("mrope_section", list, []),
-            rotated,
-            interleaved=nested.get("mrope_interleaved", bool, False) or _interleaves(fields.get("model_type", str, "")),
-        ),
+        axes=_axes(fields, nested.get("mrope_section", list, []), rotated, interleaved=interleaved),
         **own,
     )
 
@@ -352,7 +348,7 @@ def rope_from_gguf(fields: Fields, head_dim: int, max_position: int) -> RopeConf
     sharpened = fields.get("rope.scaling.attn_factor", float, None)
     if sharpened is not None and kind == "yarn" and factor > 1:  # GGUF's attn_factor multiplies yarn's own scale
         sharpened *= 0.1 * math.log(factor) + 1
-    dim = fields.get("rope.dimension_count", int, head_dim)
+    dim, sections = fields.get("rope.dimension_count", int, head_dim), fields.get("rope.dimension_sections", list, [])
     return RopeConfig(
         theta=fields.get("rope.freq_base", float, 10000.0),
         dim=dim,
@@ -365,7 +361,5 @@ def rope_from_gguf(fields: Fields, head_dim: int, max_position: int) -> RopeConf
         mscale=None if multiplier is None else 1.0,
         mscale_all_dim=multiplier,
         query_scale=fields.get("attention.temperature_scale", float, 0.0),
-        axes=_axes(
-            fields, fields.get("rope.dimension_sections", list, []), dim, interleaved=_interleaves(fields.prefix)
-        ),
+        axes=_axes(fields, sections, dim, interleaved=_interleaves(fields.prefix)),
     )

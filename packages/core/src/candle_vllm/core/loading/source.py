@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import glob
 import hashlib
 import itertools
 import logging
@@ -370,7 +371,7 @@ def _download(config: EngineConfig, model: str, weight_file: str | None) -> Path
     if config.load_format != "dummy":
         wanted = wanted_files(names, choose_weights(names, weight_file, f"{model} on Hugging Face", usual=True))
     else:
-        wanted = _patterns(_companions(names))
+        wanted = list(map(glob.escape, _companions(names)))
     try:
         folder = huggingface_hub.snapshot_download(
             model,
@@ -440,7 +441,7 @@ def wanted_files(names: Sequence[str], gguf_parts: Sequence[str]) -> list[str]:
     else:  # shards may have any names
         weights = [name for name in top if name.endswith(".safetensors")]
         weights = [name for name in weights if not name.startswith(_OTHER_WEIGHTS)] or weights
-    return _patterns(_companions(names) + weights)
+    return list(map(glob.escape, _companions(names) + weights))
 
 
 def _companions(names: Sequence[str]) -> list[str]:
@@ -449,11 +450,6 @@ def _companions(names: Sequence[str]) -> list[str]:
     parts = [name for name in names if _PART.fullmatch(name)] if "modules.json" in top else []
     parts += [name for name in names if fnmatch.fnmatchcase(name, TEMPLATES)]
     return [name for name in top if any(fnmatch.fnmatchcase(name, pattern) for pattern in COMPANION_PATTERNS)] + parts
-
-
-def _patterns(names: Sequence[str]) -> list[str]:
-    """Return patterns that match exactly these names."""
-    return [name.replace("[", "[[]").replace("*", "[*]").replace("?", "[?]") for name in names]
 
 
 def hub_refusal(model: str, revision: str | None, error: Exception, cache: Path | None) -> ModelNotFoundError | None:

@@ -14,7 +14,7 @@ import math
 import mmap
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -51,11 +51,10 @@ class MappedFile:
                 self.size = stream.seek(0, 2)
                 if self.size == 0:
                     raise InvalidFileError(f"{path} is empty (0 bytes); download or convert it again")
-                self._map = (
-                    _copy(stream, self.size)
-                    if copied
-                    else mmap.mmap(stream.fileno(), self.size, access=mmap.ACCESS_READ)
-                )
+                if copied:
+                    self._map = _copy(stream, self.size)
+                else:
+                    self._map = mmap.mmap(stream.fileno(), self.size, access=mmap.ACCESS_READ)
         except (OSError, ValueError) as error:
             if isinstance(error, OSError) and error.errno == errno.ENOMEM:
                 raise MemoryError(f"{path} cannot be mapped") from error
@@ -155,7 +154,7 @@ class FileTensor(StoredTensor):
         self.file.release(self.start, self.nbytes)
 
 
-class Checkpoint:
+class Checkpoint(AbstractContextManager["Checkpoint"]):
     """The tensors of a model, from one file or several.
 
     Attributes:
@@ -186,9 +185,6 @@ class Checkpoint:
         """Unmap the files; loaded tensors stay valid."""
         for file in self._files:
             file.close()
-
-    def __enter__(self) -> Checkpoint:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()

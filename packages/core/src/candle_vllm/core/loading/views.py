@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from candle_vllm.core.errors import UnsupportedModelError, WeightsError
+from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType
 from candle_vllm.core.quantization.group_codes import Blocks
 from candle_vllm.core.quantization.plain import ELEMENTS
@@ -48,9 +48,7 @@ def spare(stored: StoredTensor) -> Spare:
 def entry(stored: StoredTensor, index: int) -> StoredTensor:
     """Select an entry of the outermost dimension: an expert's matrix [R, C] of [X, R, C], or its bias [R] of [X, R]."""
     if len(stored.shape) < 2:
-        raise WeightsError(
-            f"{stored.path}: tensor {stored.name} has shape {list(stored.shape)}; one more dimension is needed"
-        )
+        raise stored.misshapen("one more dimension is needed")
     return dataclasses.replace(stored.rows(index, index + 1), shape=stored.shape[1:])
 
 
@@ -60,9 +58,7 @@ def row_part(index: int, count: int) -> View:
     def view(stored: StoredTensor, _config: Any) -> StoredTensor:
         size = stored.shape[0] // count if stored.shape else 0
         if stored.shape and stored.shape[0] % count:
-            raise WeightsError(
-                f"{stored.path}: tensor {stored.name} has shape {list(stored.shape)}; {count} equal parts are needed"
-            )
+            raise stored.misshapen(f"{count} equal parts are needed")
         return stored.rows(index * size, (index + 1) * size)
 
     return view
@@ -82,10 +78,7 @@ def qkv_rows(part: str, *, grouped: bool = False) -> View:
             size = config.head_dims[layer] if hasattr(config, "head_dims") else size
         q, kv = heads * size, kv_heads * size
         if stored.shape[:1] != (q + 2 * kv,):
-            raise WeightsError(
-                f"{stored.path}: tensor {stored.name} has shape {list(stored.shape)}; the model's config asks for "
-                f"{q} rows of q and {kv} each of k and v"
-            )
+            raise stored.misshapen(f"the model's config asks for {q} rows of q and {kv} each of k and v")
         if grouped:
             each = heads // kv_heads
             some = {"q": slice(each), "k": slice(each, each + 1), "v": slice(each + 1, None)}[part]
@@ -155,10 +148,7 @@ class ColumnOrder:
         """Return the matrix with its columns in the order of inputs; unchanged if they are stored in this order."""
         order = self._order(config)
         if stored.shape[1:] != order.shape:
-            raise WeightsError(
-                f"{stored.path}: tensor {stored.name} has shape {list(stored.shape)}; the model's config asks for "
-                f"{order.size} columns"
-            )
+            raise stored.misshapen(f"the model's config asks for {order.size} columns")
         if np.array_equal(order, np.arange(len(order))):
             return stored
         if stored.dtype is None:
@@ -176,14 +166,22 @@ class ColumnOrder:
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class _Computed(Viewed):
-    """Unquantised tensor that a function computes from another tensor."""
+    """Unquantised tensor whose elements a function computes when they are requested."""
 
-    compute: Callable[[np.ndarray], np.ndarray]
+    compute: Callable[[], np.ndarray]
 
     def raw(self) -> np.ndarray:
-        made = self.compute(self.source.load(self.type_name))
-        assert made.shape == self.shape
-        return np.ascontiguousarray(made).view(np.uint8).reshape(max(1, math.prod(self.shape[:-1])), -1)
+        values = self.compute()
+        assert values.shape == self.shape
+        return rows_of_bytes(values, self.shape)
+
+
+def computed_by(
+    stored: StoredTensor, shape: tuple[int, ...], type_name: str, compute: Callable[[], np.ndarray]
+) -> Viewed:
+    """Make a tensor of the plain `type_name` whose elements `compute` returns; it has the name and file of `stored`."""
+    nbytes = math.prod(shape) * ELEMENTS[type_name].itemsize
+    return _Computed(stored.name, shape, type_name, nbytes, stored, compute)
 
 
 def computed(
@@ -198,7 +196,7 @@ def computed(
     is decoded, by default to F32.
     """
     name = type_name or stored.dtype or "F32"
-    return _Computed(stored.name, shape, name, math.prod(shape) * ELEMENTS[name].itemsize, stored, compute)
+    return computed_by(stored, shape, name, lambda: compute(stored.load(name)))
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -247,20 +245,10 @@ def parts_of_experts(stored: StoredTensor, count: int) -> list[StoredTensor]:
         values = stored.load(None).reshape(rows, each, count)
         return np.ascontiguousarray(values.transpose(2, 0, 1))
 
-    name = stored.dtype or "F32"
-    nbytes = rows * each * ELEMENTS[name].itemsize
-    return [_Given(stored.name, (rows, each), name, nbytes, stored, ordered, index) for index in range(count)]
+    def part(index: int) -> StoredTensor:
+        return computed_by(stored, (rows, each), stored.dtype or "F32", lambda: ordered()[index])
 
-
-@dataclasses.dataclass(frozen=True, slots=True, eq=False)
-class _Given(Viewed):
-    """Entry of an array that several tensors share."""
-
-    entries: Callable[[], np.ndarray]
-    index: int
-
-    def raw(self) -> np.ndarray:
-        return rows_of_bytes(self.entries()[self.index], self.shape)
+    return list(map(part, range(count)))
 
 
 def plus_one(stored: StoredTensor, _config: Any) -> StoredTensor:

@@ -135,7 +135,7 @@ class Line:
         """Apply the view of `name` to its stored tensor."""
         if name == self.target:
             return stored
-        written, view = next(pair for pair in self.names if self._spelled(pair) == name)
+        written, view = next(pair for pair, known in zip(self.names, self.spelled) if known == name)
         if self.expert is not None and written == name:
             stored = entry(stored, self.expert)
         return stored if view is None else view(stored, config)
@@ -143,15 +143,13 @@ class Line:
     @property
     def first(self) -> str:
         """The first name, for messages."""
-        return self._spelled(self.names[0])
+        return self.spelled[0]
 
     @property
     def spelled(self) -> tuple[str, ...]:
         """Names with layer and expert spelled out."""
-        return tuple(map(self._spelled, self.names))
-
-    def _spelled(self, name: tuple[str, View | None]) -> str:
-        return name[0] if self.expert is None else name[0].replace("{e}", str(self.expert))
+        number = "{e}" if self.expert is None else str(self.expert)
+        return tuple(name.replace("{e}", number) for name, _ in self.names)
 
 
 def beside_gguf(table: Sequence[WeightName], config: Counted) -> Iterator[tuple[Line, Line]]:
@@ -304,8 +302,7 @@ def expand(table: Iterable[WeightName], config: Counted, format: str = "safetens
 def stored_lines(table: Iterable[WeightName], config: Counted, checkpoint: Checkpoint) -> Iterator[tuple[Line, str]]:
     """Yield the expanded lines that have a tensor in the checkpoint, each with the tensor's name."""
     for line in expand(table, config, checkpoint.format):
-        name = line.find(checkpoint.tensors)
-        if name is not None:
+        if (name := line.find(checkpoint.tensors)) is not None:
             yield line, name
 
 

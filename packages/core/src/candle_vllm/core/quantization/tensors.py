@@ -175,11 +175,13 @@ class StoredTensor(ABC):
         shape = (*self.shape[:-1], last - first)
         return _Columns(self.name, shape, self.type_name, nbytes, self, first)
 
+    def misshapen(self, needed: str) -> WeightsError:
+        """Return the error for a shape that lacks what is `needed`."""
+        return WeightsError(f"{self.path}: tensor {self.name} has shape {list(self.shape)}; {needed}")
+
     def _check_cut(self, what: str, first: int, last: int, size: tuple[int, ...]) -> None:
         if not size or not 0 <= first < last <= size[0]:
-            raise WeightsError(
-                f"{self.path}: tensor {self.name} has shape {list(self.shape)}; {what} {first} to {last - 1} are needed"
-            )
+            raise self.misshapen(f"{what} {first} to {last - 1} are needed")
 
     def _check_columns(self, first: int, last: int) -> None:
         self._check_cut("columns", first, last, self.shape[-1:])
@@ -203,11 +205,7 @@ class StoredTensor(ABC):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Viewed(StoredTensor):
-    """A tensor that is derived from another one.
-
-    Attributes:
-        source: the other tensor.
-    """
+    """A tensor that is derived from another one, its `source`."""
 
     source: StoredTensor
 
