@@ -13,7 +13,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from typing import Any
 from urllib.parse import quote
 
-from fastapi import APIRouter, Request
+from fastapi import Request
 from python_multipart.exceptions import FormParserError
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
@@ -30,11 +30,10 @@ from candle_vllm.server.batches.store import PIECE, too_large
 from candle_vllm.server.http.body import READING_SECONDS, SILENCE_SECONDS, parse_request
 from candle_vllm.server.http.errors import ClientGone, HttpError
 from candle_vllm.server.http.routing import caller_of
-from candle_vllm.server.openapi.operation import KEPT, Operation, routing
+from candle_vllm.server.openapi.operation import KEPT, routing
 from candle_vllm.server.store_access import AFTER, limit_and_after, number_of, order_of, query_of
 
-router = APIRouter()
-route = routing(router, functools.partial(Operation, tag="batches", errors=KEPT))
+router, route = routing(tag="batches", errors=KEPT)
 MAX_LIST = 10_000
 DEFAULT_BATCHES, MAX_BATCHES = 20, 100  # batches in one page of a list
 MAX_BODY = 64 << 10  # maximum bytes of the body that creates a batch

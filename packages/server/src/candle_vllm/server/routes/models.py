@@ -6,13 +6,12 @@ Step 1 of a request's life.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import msgspec
-from fastapi import APIRouter, Request
+from fastapi import Request
 from starlette.responses import Response
 
 from candle_vllm.server.answering import body_of, deadline_of, in_time, json_answer
@@ -24,14 +23,13 @@ from candle_vllm.server.loop_threads import in_thread
 from candle_vllm.server.models import cards
 from candle_vllm.server.models.inventory import Inventory, take_stock
 from candle_vllm.server.models.manager import Changes, ModelManager
-from candle_vllm.server.openapi.operation import MODEL_ERRORS, Operation, routing
+from candle_vllm.server.openapi.operation import MODEL_ERRORS, routing
 from candle_vllm.server.settings.options import UsageError
 
 if TYPE_CHECKING:
     from candle_vllm.server.reloading import Reloader
 
-router = APIRouter()
-route = routing(router, functools.partial(Operation, tag="operators", manages=True))
+router, route = routing(tag="operators", manages=True)
 _CARDS = (cards.LoadedCard, cards.UnloadedCard, cards.AdapterCard)
 _NAMED: dict[str, Any] = {"body": cards.ModelRequest, "example": {"model": "default"}}
 

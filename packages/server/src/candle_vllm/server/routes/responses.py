@@ -12,7 +12,7 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import ExitStack, aclosing, asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
-from fastapi import APIRouter, Request
+from fastapi import Request
 from starlette.requests import HTTPConnection
 from starlette.responses import Response as HttpResponse
 
@@ -39,7 +39,7 @@ from candle_vllm.server.mailbox.policy import refuse_headers
 from candle_vllm.server.models.admission import RetiredError
 from candle_vllm.server.models.manager import Turn, enter, take_turn
 from candle_vllm.server.models.slot import Lease, ServedModel
-from candle_vllm.server.openapi.operation import COUNTED, KEPT, QUEUED, RESPONSES, Operation, routing
+from candle_vllm.server.openapi.operation import COUNTED, KEPT, QUEUED, RESPONSES, routing
 from candle_vllm.server.outliving import NOT_HERE
 from candle_vllm.server.settings.table import ToolOptions
 
@@ -49,8 +49,7 @@ if TYPE_CHECKING:
     from candle_vllm.responses.api.response_store import ResponseStore
     from candle_vllm.server.mcp.service import McpService
 
-router = APIRouter()
-route = routing(router, functools.partial(Operation, tag="responses", naming=RESPONSES))
+router, route = routing(tag="responses", naming=RESPONSES)
 stored_route = functools.partial(route, errors=KEPT)
 _MAX_EVENT = 999_999_999
 

@@ -8,11 +8,10 @@ valid key, they show only the status.
 from __future__ import annotations
 
 import asyncio
-import functools
 from importlib.metadata import version
 
 import msgspec
-from fastapi import APIRouter, Request
+from fastapi import Request
 from starlette.responses import Response
 
 from candle_vllm.server.answering import json_answer
@@ -22,10 +21,9 @@ from candle_vllm.server.models.manager import ModelManager
 from candle_vllm.server.models.slot import ModelState
 from candle_vllm.server.observing.metrics import render
 from candle_vllm.server.observing.request_record import UsageRow
-from candle_vllm.server.openapi.operation import Operation, routing
+from candle_vllm.server.openapi.operation import routing
 
-router = APIRouter()
-route = routing(router, functools.partial(Operation, tag="server"))
+router, route = routing(tag="server")
 
 
 class Standing(msgspec.Struct, frozen=True):
