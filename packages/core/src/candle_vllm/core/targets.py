@@ -122,8 +122,7 @@ async def resolve(target: Target, threads: Executor) -> Sequence[str]:
         OSError, TimeoutError: the name could not be resolved.
     """
     async with asyncio.timeout(RESOLVE_SECONDS):
-        asked = asyncio.get_running_loop().run_in_executor(threads, look_up, target.host, target.port)
-        addresses = await asked
+        addresses = await asyncio.get_running_loop().run_in_executor(threads, look_up, target.host, target.port)
     if not addresses:
         raise OSError("the name has no address")
     if not target.trusted and not all(is_allowed(address, target.private) for address in addresses):

@@ -489,8 +489,7 @@ def _pixels(fields: Fields, resample: int, usual: Sequence[tuple[float, ...]] = 
 
 
 def _three(fields: Fields, key: str, usual: tuple[float, ...]) -> tuple[float, ...]:
-    values = fields.get(key, list, list(usual))
-    numbers = [Fields({key: value}, fields.path).get(key, float) for value in values]
+    numbers = [Fields({key: value}, fields.path).get(key, float) for value in fields.get(key, list, list(usual))]
     if len(numbers) != 3:
         raise UnsupportedModelError(f"{fields.path}: {key} has {len(numbers)} numbers; images have 3 channels")
     return tuple(numbers)

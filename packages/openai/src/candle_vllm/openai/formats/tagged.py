@@ -215,14 +215,12 @@ class _Arguments:
         key, is_text, kind = groups["key"], groups.get("text"), groups.get("type")
         if is_text == "true" or kind:
             return key, kinds_of(kind or "string")
-        kinds = argument_kinds(self._schema, key)
-        return key, kinds._replace(marked=is_text == "false")
+        return key, argument_kinds(self._schema, key)._replace(marked=is_text == "false")
 
     def _text(self, sink: Sink) -> Need[bool]:
         """Parse a string and pass it to the sink as it arrives."""
         sink('"')
-        inner = _Inner(lambda text: sink(escaped(text)), self._shape)
-        closed = yield from self._value(inner, short=False)
+        closed = yield from self._value(_Inner(lambda text: sink(escaped(text)), self._shape), short=False)
         if closed:
             sink('"')
         return closed

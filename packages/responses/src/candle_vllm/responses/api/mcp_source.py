@@ -191,8 +191,7 @@ class McpServers:
                 await link.start()
             except CandleVllmError as failure:
                 error = str(failure)
-            tools = [] if error else [LinkTool(link, one) for one in link.tools.values()]
-            yield OpenServer(label, tools, error)
+            yield OpenServer(label, [] if error else [LinkTool(link, one) for one in link.tools.values()], error)
         finally:
             await link.aclose()
 

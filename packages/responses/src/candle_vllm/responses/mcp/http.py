@@ -189,8 +189,7 @@ class HttpNotes:
         if isinstance(stream, httpx2.AsyncByteStream):
             kind = response.headers.get("content-type", "").partition(";")[0].strip().lower()
             encoding = response.headers.get("content-encoding", "identity").strip().lower()
-            limit = None if kind == "text/event-stream" else MAX_BODY
-            response.stream = _BoundedStream(stream, limit, encoding)
+            response.stream = _BoundedStream(stream, None if kind == "text/event-stream" else MAX_BODY, encoding)
 
 
 def _limit(request: httpx2.Request, seconds: float) -> None:

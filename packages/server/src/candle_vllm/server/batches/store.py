@@ -285,8 +285,7 @@ class BatchStore:
             parts_size=options.max_bytes, spares_leased=True,
             advice="Delete files, or let the operator raise --files-max-mb.", several=self._several,
         )  # fmt: skip
-        place = Place(options.url, "batches", "store of files", SETTING)
-        return await open_backend(place, bounds, time.time)
+        return await open_backend(Place(options.url, "batches", "store of files", SETTING), bounds, time.time)
 
 
 def new_file_id() -> str:

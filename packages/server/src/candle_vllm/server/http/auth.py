@@ -198,8 +198,7 @@ class OriginMiddleware:
             f"Web pages of {given[0][:100]!r} may not call this server: open its own page at the address that it "
             "listens at, or allow the origin with --cors-origin."
         )
-        error = HttpError(403, message, "origin_not_allowed", param="Origin")
-        await refusal(scope, error)(scope, receive, send)
+        await refusal(scope, HttpError(403, message, "origin_not_allowed", param="Origin"))(scope, receive, send)
 
     def _shut_page(self, scope: Scope) -> str:
         """Return the web UI's origin if a browser could load the page, but not its scripts; otherwise ""."""
@@ -251,8 +250,7 @@ class HostMiddleware:
             "use its address (in Kubernetes SERVICE.NAMESPACE.svc works as well), allow the name with --cors-origin "
             f"{_scheme(scope)}://NAME, or set --api-key."
         )
-        error = HttpError(403, message, "host_not_allowed", param="Host")
-        await refusal(scope, error)(scope, receive, send)
+        await refusal(scope, HttpError(403, message, "host_not_allowed", param="Host"))(scope, receive, send)
 
     def _is_private(self, authority: str) -> bool:
         """Whether a Host may pass: an IP address, a private name, a name of this machine, or a host of `allowed`."""

@@ -25,8 +25,7 @@ router, route = routing(tag="conversations", naming=RESPONSES, errors=KEPT)
 async def create_conversation(request: Request) -> Response:
     """Create a conversation."""
     conversations, owner = await _conversations(request)
-    wire = await body_of(request, api.ConversationCreateRequest)
-    return json_answer(await conversations.create(owner, wire))
+    return json_answer(await conversations.create(owner, await body_of(request, api.ConversationCreateRequest)))
 
 
 @route("GET /v1/conversations/{conversation_id}", answer=api.Conversation)

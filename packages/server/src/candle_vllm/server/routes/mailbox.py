@@ -64,8 +64,7 @@ async def list_records(request: Request) -> Response:
     found = await mailbox.store.page(owner, limit + 1, after)
     if found is None:
         raise invalid("after", f"must be the request_id of one of your records, not {after!r:.80}")
-    page = RecordList(data=found[:limit], has_more=len(found) > limit)
-    return json_answer(page)
+    return json_answer(RecordList(data=found[:limit], has_more=len(found) > limit))
 
 
 @route(

@@ -65,8 +65,7 @@ async def metrics(request: Request) -> Response:
 @route("GET /v1/usage", tag="operators", answer=UsageRow, listed=True, manages=True)
 async def usage(request: Request) -> Response:
     """The requests that have ended, and their tokens, by model and API key, since the start."""
-    rows = await asyncio.to_thread(request.app.state.metrics.usage)
-    return json_answer({"object": "list", "data": rows})
+    return json_answer({"object": "list", "data": await asyncio.to_thread(request.app.state.metrics.usage)})
 
 
 @route("GET /health /v1/health", answer=Standing, statuses=(200, 503), public=True)

@@ -385,5 +385,4 @@ def _computing(device: torch.device | Device) -> Iterator[None]:
 
 @torch.inference_mode()
 def _sum_of(hidden: torch.Tensor, rows: Ints) -> NDArray[np.float64]:
-    wanted = hidden[torch.from_numpy(rows).to(hidden.device)].float()
-    return wanted.sum(-2, dtype=torch.float64).cpu().numpy()
+    return hidden[torch.from_numpy(rows).to(hidden.device)].float().sum(-2, dtype=torch.float64).cpu().numpy()

@@ -243,8 +243,7 @@ class DecoderPreparation(Preparation):
     def _bad_words(self, words: Seq[str]) -> list[list[int]]:
         """Return the token ids of each bad word at the start of a text, and after a space, and suppressed tokens."""
         texts = [text for word in words for text in (word, " " + word.lstrip())]
-        ids = self.tokenizer.encode_batch(texts, add_special_tokens=False)
-        return [*filter(None, ids), *self._suppressed]
+        return [*filter(None, self.tokenizer.encode_batch(texts, add_special_tokens=False)), *self._suppressed]
 
 
 # --- checks ---------------------------------------------------------------------------------------------------------
