@@ -212,8 +212,7 @@ class ImageSources:
             return data
         if image.source[:5].lower() == "file:":
             return await asyncio.get_running_loop().run_in_executor(self._threads, self._read, image, room)
-        loop = asyncio.get_running_loop()
-        async with self._turns.setdefault(loop, _Turns()).of(room.who):
+        async with self._turns.setdefault(asyncio.get_running_loop(), _Turns()).of(room.who):
             try:
                 data = await self._fetch(image, room)
             except RequestError:

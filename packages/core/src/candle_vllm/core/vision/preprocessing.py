@@ -514,8 +514,7 @@ def patch_rows(
     rows = np.empty(values.shape, np.float32)
     for channel, table in enumerate(normalisation.table.T):
         rows[..., channel, :, :] = table[values[..., channel, :, :]]
-    places = patch_places(height // patch, width // patch, cell)
-    return rows.reshape(-1, 3 * patch * patch), np.tile(places, (count, 1))
+    return rows.reshape(-1, 3 * patch * patch), np.tile(patch_places(height // patch, width // patch, cell), (count, 1))
 
 
 def patch_places(rows: int, columns: int, cell: int) -> NDArray[np.int64]:

@@ -76,8 +76,7 @@ def _read_inner(reader: Reader, sink: Sink) -> Need[bool]:
     """Parse the text of a string that contains arguments."""
     yield
     yield from reader.skip_space()
-    mark = yield from reader.peek()
-    if mark == "{":
+    if (yield from reader.peek()) == "{":
         closed = yield from read_value(reader, sink)
         yield from reader.until(_NOTHING, nowhere)
         return closed

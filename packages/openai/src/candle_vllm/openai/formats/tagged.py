@@ -174,8 +174,7 @@ class _Arguments:
     def _wrapped(self, key: str, kinds: Kinds) -> Need[bool]:
         """Parse a value that may be an object of the tool's arguments; False if the text was truncated inside."""
         parts: list[str] = []
-        inner = _Inner(parts.append, self._shape)
-        if (yield from self._value(inner, short=False)):
+        if (yield from self._value(_Inner(parts.append, self._shape), short=False)):
             value = to_json("".join(parts), kinds)
             found = json.loads(value)
             if isinstance(found, dict) and found.keys() <= self._schema["properties"].keys():

@@ -87,8 +87,7 @@ class ApiKeyMiddleware:
                 await self._app(scope, receive, send)
             return
         challenge = {"WWW-Authenticate": 'Basic realm="candle-vllm"' if page else "Bearer"}
-        error = HttpError(401, _refused(key, manages), "invalid_api_key", challenge)
-        await refusal(scope, error)(scope, receive, send)
+        await refusal(scope, HttpError(401, _refused(key, manages), "invalid_api_key", challenge))(scope, receive, send)
 
     @functools.cached_property
     def _most(self) -> int:

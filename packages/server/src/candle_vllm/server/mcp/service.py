@@ -139,8 +139,7 @@ class McpService:
         if self._offered_revision != self.registry.revision:
             self._offered_revision = self.registry.revision
             execute = self.options.execute
-            chosen = [one for one in self.registry.definitions() if not execute or self.auto_approves(one)]
-            self._offer = _offer(chosen)
+            self._offer = _offer([one for one in self.registry.definitions() if not execute or self.auto_approves(one)])
         return self._offer
 
     def refusal(self, name: str) -> str | None:

@@ -102,8 +102,7 @@ async def list_files(request: Request) -> Response:
     (limit, after), purpose = limit_and_after(query, MAX_LIST, MAX_LIST), query.get("purpose")
     if purpose not in (None, *_PURPOSES):
         raise InvalidParameterError(f"purpose must be {_one_of(_PURPOSES)}, not {purpose!r:.60}", "purpose")
-    found = await batches.store.files(owner, limit + 1, after, purpose, order_of(query))
-    return _page(records.FileList, found, limit)
+    return _page(records.FileList, await batches.store.files(owner, limit + 1, after, purpose, order_of(query)), limit)
 
 
 @route("GET /v1/files/{file_id}", answer=records.FileObject)

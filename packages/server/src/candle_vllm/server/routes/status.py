@@ -57,8 +57,7 @@ class Welcome(msgspec.Struct, frozen=True):
 @route("GET /metrics", tag="operators", media="text/plain", manages=True)
 async def metrics(request: Request) -> Response:
     """Every metric, in Prometheus's format."""
-    accept = request.headers.get("accept", "")
-    data, kind = await asyncio.to_thread(render, request.app.state.metrics.registry, accept)
+    data, kind = await asyncio.to_thread(render, request.app.state.metrics.registry, request.headers.get("accept", ""))
     return Response(data, headers={"content-type": kind})
 
 
