@@ -247,8 +247,7 @@ class OpenAIAdapter(ExplainedAttributes):
             raise ChatTemplateError(said, "messages")
 
         def read() -> Task:
-            task = read_chat(parse_chat_request(parsed.chat_fields()))
-            return replace(task, cut=parsed.cut("right"), reserve=0)
+            return replace(read_chat(parse_chat_request(parsed.chat_fields())), cut=parsed.cut("right"), reserve=0)
 
         ready = await self._ready(read, bounded=True)
         prompt, images = ready.prepared.prompt, ready.prepared.images

@@ -86,8 +86,7 @@ class Tagged:
             reader.drop_begun(*self.names)
             return False
         first = "" if self.name_open else self.key_open
-        ends = markers(self.name_end, first, self.call_end, "" if self.name_open else "{")
-        name, mark = yield from reader.name(ends)
+        name, mark = yield from reader.name(markers(self.name_end, first, self.call_end, "" if self.name_open else "{"))
         name = name.strip(SPACE)
         if self.name_head and (match := re.fullmatch(self.name_head, name)):
             name = match["name"]

@@ -200,8 +200,7 @@ async def _form(request: Request, limit: int, count: Callable[[int], None]) -> F
     or as `count` raises it; ClientGone if the client disconnects; InvalidBodyError if the body is not a form, or has
     too many files or fields.
     """
-    kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
-    if kind != "multipart/form-data":
+    if request.headers.get("content-type", "").split(";")[0].strip().lower() != "multipart/form-data":
         message = "The body must be a form: send it as `multipart/form-data` with the fields file and purpose."
         raise HttpError(415, message, "unsupported_media_type")
     length = request.headers.get("content-length", "0")

@@ -199,8 +199,7 @@ async def call_mcp_tool(request: Request) -> Response:
 
 async def _call(service: McpService, wire: McpCallRequest) -> ToolResult:
     text = msgspec.json.encode(wire.arguments or {}).decode()
-    call = ToolCall(id=f"call_{uuid.uuid4().hex}", name=wire.name, arguments=text)
-    checked = await check(service.registry, call)
+    checked = await check(service.registry, ToolCall(id=f"call_{uuid.uuid4().hex}", name=wire.name, arguments=text))
     return checked if isinstance(checked, ToolResult) else await run(checked)
 
 

@@ -95,8 +95,7 @@ async def server_info(request: Request) -> Response:
     """What the server was started with, without secrets."""
     settings = request.app.state.settings
     config = {option.name: shown(option, getattr(settings, option.name)) for option in OPTIONS}
-    told = ServerInfo(version("candle-vllm-server"), config)
-    return answering.json_answer(told)
+    return answering.json_answer(ServerInfo(version("candle-vllm-server"), config))
 
 
 @route("GET /tokenizer_info", tag="tokens", answer=TokenizerInfo, errors=(*MODEL_ERRORS, 504), query=WHICH)

@@ -436,8 +436,7 @@ class DraftModel:
         ids: list[int] = []
         sure: list[float] = []
         if ready:
-            controls = np.array([self._controls(each) for each in ready])
-            drawn, largest = self._runner.draw_rows(logits, controls)
+            drawn, largest = self._runner.draw_rows(logits, np.array([self._controls(each) for each in ready]))
             ids = np.where(np.isfinite(largest), drawn, -1).tolist()
             if -1 in ids:  # logits that cannot be sampled: no draft token at all
                 ids, sure = [-1] * len(ids), [0.0] * len(ids)

@@ -504,8 +504,7 @@ class _RecordedGiven:
         return total, None
 
     def _stop(self, x: Recorded) -> None:
-        rows = buffer_of(x).rows
-        self.stops.append(_Stop(len(self._recorder.plan), self._recorder.num_rows, rows))
+        self.stops.append(_Stop(len(self._recorder.plan), self._recorder.num_rows, buffer_of(x).rows))
 
 
 def _fill_entries(entries: EntryArrays, adapters: AdapterRows) -> None:

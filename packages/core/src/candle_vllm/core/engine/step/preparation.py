@@ -219,8 +219,7 @@ class DecoderPreparation(Preparation):
         return PooledText(sequence, plan)
 
     def _grammar(self, form: StructuredOutputsParams, params: SamplingParams) -> GrammarState:
-        held_back = self.eos_token_ids if params.ignore_eos else ()
-        return GrammarState(self._grammars, form, self.vocab_size, held_back)
+        return GrammarState(self._grammars, form, self.vocab_size, self.eos_token_ids if params.ignore_eos else ())
 
     def _thoughts(self, params: SamplingParams, prompt: Seq[int]) -> ThoughtCount:
         text = self.tokenizer
