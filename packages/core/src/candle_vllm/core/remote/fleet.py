@@ -398,9 +398,7 @@ class Fleet:
         if living and not self._closed.is_set():
             with ThreadPoolExecutor(len(living)) as workers:
                 answers = [workers.submit(work, replica) for replica in living]
-            for answer in answers:
-                if not isinstance(answer.exception(), EngineDeadError):
-                    said.append(answer)
+            said = [answer for answer in answers if not isinstance(answer.exception(), EngineDeadError)]
         if not said:
             raise EngineDeadError(self._dead or "the engine is closed")
         return [answer.result() for answer in said]

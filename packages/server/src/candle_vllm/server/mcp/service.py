@@ -57,7 +57,6 @@ class CountedTool:
         self.timeout = None if own is None else own + _GRACE
 
     async def run(self, arguments: Mapping[str, Any], report: Report) -> ToolOutput:
-        """See `Tool.run`."""
         status, started = "failed", time.monotonic()
         try:
             output = await self._tool.run(arguments, report)

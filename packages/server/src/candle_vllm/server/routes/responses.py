@@ -266,7 +266,6 @@ class ConfiguredServers:
         self._approved = approved
 
     def check(self, tool: McpTool, path: str) -> None:
-        """See `McpSource.check`."""
         if tool.server_url is None and not self._keys and self._approved is None:
             field = f"{path}.server_label"
             raise UnsupportedParameterError(
@@ -278,7 +277,6 @@ class ConfiguredServers:
 
     @asynccontextmanager
     async def open(self, tool: McpTool) -> AsyncGenerator[OpenServer]:
-        """See `McpSource.open`."""
         async with self._servers.open(tool) as server:
             yield self._approved_part(server) if tool.server_url is None and not self._keys else server
 
