@@ -20,7 +20,7 @@ from candle_vllm.core.errors import CandleVllmError, InvalidParameterError, Requ
 from candle_vllm.openai.fair_threads import apart, this_request
 from candle_vllm.responses.api.stored_items import ItemList, PageRequest, page_of
 from candle_vllm.responses.store import entries as stored
-from candle_vllm.responses.store.backend import MEMORY, Held, StoreOptions, Upkeep, open_backend
+from candle_vllm.responses.store.backend import MEMORY, Held, LazyStore, StoreOptions, Upkeep, open_backend
 from candle_vllm.responses.store.entries import CONVERSATION, ConversationBusyError, NotStoredError, checked_id, new_id
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ _PREVIOUS = "previous_response_id"
 logger = logging.getLogger(__name__)
 
 
-class ResponseStore:
+class ResponseStore(LazyStore):
     """A store of responses and conversations; opened, used and closed in one event loop.
 
     A store in memory is opened on first use, because importing SQLAlchemy takes time. `clock` returns seconds since
@@ -45,37 +45,15 @@ class ResponseStore:
     """
 
     def __init__(self, options: StoreOptions, clock: Callable[[], float] = time.time) -> None:
+        super().__init__()
         self.options = options
         self._queues: dict[tuple[str, str], _Queue] = {}  # of the conversations in which responses run or wait
         self._clock = clock
-        self._opening = asyncio.Lock()
-        self._store: SqlBackend | None = None
-        self._purging: Upkeep | None = None
-        self._closed = False
 
     async def start(self) -> None:
         """Open a store that is not in memory; ConfigError if it cannot be opened."""
         if self.options.url != MEMORY:
             await self.backend()
-
-    async def close(self) -> None:
-        self._closed = True
-        async with self._opening:  # `_open` may be running
-            if self._purging is not None:
-                await self._purging.close()
-            if self._store is not None:
-                await self._store.close()
-
-    async def backend(self) -> SqlBackend:
-        if self._store is None:
-            async with self._opening:
-                if self._store is None:
-                    self._store = await self._open()
-        return self._store
-
-    async def owner(self, key: str) -> str:
-        """Return the owner of an API key's data; without keys (""), all requests share one owner."""
-        return (await self.backend()).owner(key)
 
     # ---- responses ---------------------------------------------------------------------------------------------------
 

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from candle_vllm.core.targets import ip_address
+from candle_vllm.core.targets import PORTS, ip_address
 from candle_vllm.openai.fair_threads import asker
 from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.http.failures import refusal
@@ -149,7 +149,6 @@ def _authorized(header: bytes, page: bool) -> bytes | None:
 
 ANY_ORIGIN = "*"
 _LONGEST_ORIGIN = 512  # characters; a name of the DNS has 253
-_PORTS = {"http": 80, "https": 443}
 # RFC 6761, mDNS, names of ICANN and RFC 8375 for private networks, services of Kubernetes
 _PRIVATE_NAMES = (".localhost", ".local", ".internal", ".home.arpa", ".svc")
 
@@ -293,7 +292,7 @@ def _addresses(scope: Scope) -> Iterator[str]:
         names = [f"[{host}]" if address.version == 6 else host]
         if address.is_loopback:
             names += ["localhost", "127.0.0.1", "[::1]"]
-    end = "" if port == _PORTS.get(_scheme(scope)) else f":{port}"
+    end = "" if port == PORTS.get(_scheme(scope)) else f":{port}"
     yield from (f"{_scheme(scope)}://{name}{end}" for name in names)
 
 
