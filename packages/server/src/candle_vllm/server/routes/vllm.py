@@ -86,8 +86,7 @@ async def ping(request: Request) -> Response:
 async def load(request: Request) -> Response:
     """How many requests run or wait."""
     manager: ModelManager = request.app.state.manager
-    busy = sum(slot.in_flight + len(slot.waiters) for slot in manager.slots.values())
-    return answering.json_answer(Load(busy))
+    return answering.json_answer(Load(sum(slot.in_flight + len(slot.waiters) for slot in manager.slots.values())))
 
 
 @route("GET /server_info", tag="operators", answer=ServerInfo, manages=True)
