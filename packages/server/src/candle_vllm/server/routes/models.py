@@ -76,8 +76,7 @@ async def models_inventory(request: Request) -> Response:
 async def load_model(request: Request) -> Response:
     """Load a model; responds when it is ready."""
     wanted: cards.ModelRequest = await body_of(request, cards.ModelRequest)
-    manager: ModelManager = request.app.state.manager
-    return json_answer(cards.slot_status(await manager.load(wanted.name)))
+    return json_answer(cards.slot_status(await request.app.state.manager.load(wanted.name)))
 
 
 @route("POST /v1/models/unload", **_NAMED, answer=cards.SlotStatus, errors=(*MODEL_ERRORS, 409, 504))
@@ -164,8 +163,7 @@ async def list_queues(request: Request) -> Response:
 @route("GET /v1/queues/{model_id:path}", answer=cards.Queues, errors=(404,))
 async def queue_of_model(request: Request, model_id: str) -> Response:
     """The waiting requests of one model."""
-    manager: ModelManager = request.app.state.manager
-    return json_answer(cards.queues([manager.find(model_id, exact=True)]))
+    return json_answer(cards.queues([request.app.state.manager.find(model_id, exact=True)]))
 
 
 @route("GET /v1/models/{model_id:path}", tag="models", answer=_CARDS, errors=(404,), manages=False)

@@ -70,8 +70,7 @@ async def usage(request: Request) -> Response:
 @route("GET /health /v1/health", answer=Standing, statuses=(200, 503), public=True)
 async def health(request: Request) -> Response:
     """200 while every engine runs or is restarted automatically, otherwise 503."""
-    manager: ModelManager = request.app.state.manager
-    if manager.is_healthy:
+    if request.app.state.manager.is_healthy:
         return json_answer(Standing("ok"))
     return json_answer(Standing("dead"), 503)
 
