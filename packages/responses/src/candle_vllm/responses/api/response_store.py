@@ -20,7 +20,7 @@ from candle_vllm.core.errors import CandleVllmError, InvalidParameterError, Requ
 from candle_vllm.openai.fair_threads import apart, this_request
 from candle_vllm.responses.api.stored_items import ItemList, PageRequest, page_of
 from candle_vllm.responses.store import entries as stored
-from candle_vllm.responses.store.backend import MEMORY, Held, LazyStore, StoreOptions, Upkeep, open_backend
+from candle_vllm.responses.store.backend import MEMORY, Held, StoreOptions, Upkeep, open_backend
 from candle_vllm.responses.store.entries import CONVERSATION, ConversationBusyError, NotStoredError, checked_id, new_id
 
 if TYPE_CHECKING:
@@ -35,6 +35,38 @@ MAX_WAITING = 8  # responses that wait for one conversation
 _PREVIOUS = "previous_response_id"
 
 logger = logging.getLogger(__name__)
+
+
+class LazyStore:
+    """Base of stores that open their backend on first use (`_open`), because importing SQLAlchemy takes time."""
+
+    def __init__(self) -> None:
+        self._opening = asyncio.Lock()
+        self._backend: SqlBackend | None = None
+        self._purging: Upkeep | None = None
+        self._closed = False
+
+    async def close(self) -> None:
+        self._closed = True
+        async with self._opening:  # `_open` may be running
+            for each in (self._purging, self._backend):
+                if each is not None:
+                    await each.close()
+
+    async def backend(self) -> SqlBackend:
+        """Return the backend, opened."""
+        if self._backend is None:
+            async with self._opening:
+                if self._backend is None:
+                    self._backend = await self._open()
+        return self._backend
+
+    async def owner(self, key: str) -> str:
+        """Return the owner of an API key's data; without keys (""), all requests share one owner."""
+        return (await self.backend()).owner(key)
+
+    async def _open(self) -> SqlBackend:
+        raise NotImplementedError
 
 
 class ResponseStore(LazyStore):

@@ -25,12 +25,9 @@ from collections.abc import Awaitable, Callable
 from contextvars import Context
 from dataclasses import dataclass, field
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from candle_vllm.core.errors import CandleVllmError, ConfigError
-
-if TYPE_CHECKING:
-    from candle_vllm.responses.store.sql import SqlBackend
 
 SETTING = "responses_store"
 MAX_RECORDS = 100_000
@@ -217,35 +214,3 @@ class Upkeep:
         """End the work, even during a run."""
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
-
-
-class LazyStore:
-    """Base of stores that open their backend on first use (`_open`), because importing SQLAlchemy takes time."""
-
-    def __init__(self) -> None:
-        self._opening = asyncio.Lock()
-        self._backend: SqlBackend | None = None
-        self._purging: Upkeep | None = None
-        self._closed = False
-
-    async def close(self) -> None:
-        self._closed = True
-        async with self._opening:  # `_open` may be running
-            for each in (self._purging, self._backend):
-                if each is not None:
-                    await each.close()
-
-    async def backend(self) -> SqlBackend:
-        """Return the backend, opened."""
-        if self._backend is None:
-            async with self._opening:
-                if self._backend is None:
-                    self._backend = await self._open()
-        return self._backend
-
-    async def owner(self, key: str) -> str:
-        """Return the owner of an API key's data; without keys (""), all requests share one owner."""
-        return (await self.backend()).owner(key)
-
-    async def _open(self) -> SqlBackend:
-        raise NotImplementedError

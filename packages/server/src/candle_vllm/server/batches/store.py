@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from candle_vllm.responses.api.response_store import LazyStore
 from candle_vllm.responses.store import entries
-from candle_vllm.responses.store.backend import SETTING, Bounds, Held, LazyStore, Order, Place, open_backend
+from candle_vllm.responses.store.backend import SETTING, Bounds, Held, Order, Place, open_backend
 from candle_vllm.server.batches.records import BATCH, BATCH_OUTPUT, Batch, BatchRecord, FileObject
 
 if TYPE_CHECKING:
