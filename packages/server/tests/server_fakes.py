@@ -22,6 +22,7 @@ from candle_vllm.server.models.switcher import NoRoomError
 from candle_vllm.server.observing.metrics import Metrics
 from candle_vllm.server.observing.model_metrics import EngineWatcher
 from candle_vllm.server.settings.catalogue import ModelEntry
+from candle_vllm.server.settings.table import ManagerOptions
 
 
 async def whole_answer(
@@ -75,6 +76,13 @@ class PacedEngine(ScriptedEngine):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class ShortLimits(ManagerOptions):
+    """Limits of a model manager in fractions of a second, which settings cannot have."""
+
+    def __post_init__(self) -> None:
+        pass
 
 
 class FakeLoader:

@@ -27,9 +27,9 @@ from candle_vllm.server import Settings
 from candle_vllm.server.app import create_app
 from candle_vllm.server.models.manager import ModelManager
 from candle_vllm.server.models.slot import ModelState
-from candle_vllm.server.models.switcher import ManagerLimits, NoRoomError
+from candle_vllm.server.models.switcher import NoRoomError
 from candle_vllm.server.settings.catalogue import Catalogue, ModelEntry
-from packages.server.tests.server_fakes import FakeLoader
+from packages.server.tests.server_fakes import FakeLoader, ShortLimits
 from tests.trusted import trusted
 from tests.waiting import until, wait_for
 
@@ -41,7 +41,7 @@ def _manager(loader: FakeLoader, **limits: Any) -> ModelManager:
         ModelEntry("broken", Settings()),
     ]
     loader.broken["broken"] = ModelLoadError("no such tensor in /models/broken.gguf")
-    return ModelManager(Catalogue(entries), loader, ManagerLimits(**limits))
+    return ModelManager(Catalogue(entries), loader, ShortLimits(**limits))
 
 
 def _chat(client: httpx.Client, model: str | None, **fields: Any) -> httpx.Response:
@@ -228,7 +228,7 @@ def test_readiness_follows_the_default_model(start) -> None:
         assert client.get("/ready").json() == {"status": "ready"}
         loader.engines[0].alive = False
         assert (client.get("/ready").status_code, client.get("/health").status_code) == (503, 503)
-    running = start(_manager(FakeLoader(), idle_seconds=0.1))
+    running = start(_manager(FakeLoader(), idle_unload_secs=0.1))
     with running.http() as client:
         _chat(client, "small")
         running.wait_for(lambda: _states(client)["small"] == "unloaded")

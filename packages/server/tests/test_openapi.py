@@ -23,7 +23,7 @@ from candle_vllm.openai import ChatCompletion, ChatCompletionRequest
 from candle_vllm.server import Settings, create_app
 from candle_vllm.server.app import OPERATIONS, ROUTERS
 from candle_vllm.server.openapi.document import ApiDocument
-from candle_vllm.server.openapi.operation import Access, Naming, Operation, operations_of, routing
+from candle_vllm.server.openapi.operation import Access, Naming, operations_of, routing
 from packages.server.tests.server_fakes import PacedEngine
 
 FOR_PEOPLE = {"/openapi.json", "/docs", "/docs/{name}"}  # the document itself, and the pages that show it
@@ -93,8 +93,7 @@ def test_a_route_without_a_description_is_left_out() -> None:
 
 
 def test_a_route_is_described_where_it_stands() -> None:
-    router = APIRouter()
-    route = routing(router, Operation)
+    router, route = routing()
 
     @route("POST /v1/word /word", tag="tokens", manages=True)
     async def count_words() -> None:

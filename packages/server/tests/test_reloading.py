@@ -19,13 +19,13 @@ from candle_vllm.openai import ModelNotServedError
 from candle_vllm.server.http.keys import Keyring
 from candle_vllm.server.models.manager import ModelManager
 from candle_vllm.server.models.slot import ModelState
-from candle_vllm.server.models.switcher import ManagerLimits
 from candle_vllm.server.reloading import Reloader, warn_of_missing
 from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.catalogue import Catalogue, ModelEntry
 from candle_vllm.server.settings.configuration import load_configuration
 from candle_vllm.server.settings.options import UsageError
 from candle_vllm.server.settings.sources import SettingsSource
+from candle_vllm.server.settings.table import ManagerOptions
 from packages.server.tests.server_fakes import FakeLoader
 from tests.waiting import until
 
@@ -47,7 +47,7 @@ class Served:
         self.loader = loader
         given = SettingsSource("the command line", command_line, {})
         self.configuration = load_configuration(given, {}, folder=folder, home=folder)
-        self.manager = ModelManager(self.configuration.catalogue, loader, ManagerLimits(drain_seconds=5.0))
+        self.manager = ModelManager(self.configuration.catalogue, loader, ManagerOptions(model_drain_timeout=5))
         self.reloader = Reloader(self.configuration, self.manager, Keyring(self.configuration.settings))
 
     async def change(self, old: str, new: str) -> Any:
@@ -233,7 +233,7 @@ async def test_keys_of_a_dotenv_file_are_replaced(tmp_path: Path, caplog: pytest
     def loaded(environ: dict[str, str]) -> Reloader:
         given = SettingsSource("the command line", {"model": "demo"}, {})
         configuration = load_configuration(given, environ, folder=tmp_path, home=tmp_path)
-        manager = ModelManager(configuration.catalogue, FakeLoader(), ManagerLimits())
+        manager = ModelManager(configuration.catalogue, FakeLoader())
         return Reloader(configuration, manager, Keyring(configuration.settings))
 
     dotenv.write_text("CANDLE_VLLM_API_KEY=old\n")

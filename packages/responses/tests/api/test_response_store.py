@@ -109,7 +109,7 @@ async def test_what_is_not_there_is_blamed_on_the_field(kept: ResponseStore) -> 
 async def test_a_store_in_memory_is_opened_once_when_it_is_needed() -> None:
     kept = ResponseStore(StoreOptions())
     await kept.start()
-    assert kept._store is None
+    assert kept._backend is None
     owners = await asyncio.gather(*(kept.owner("key") for _ in range(5)))
     assert len(set(owners)) == 1
     await kept.close()

@@ -12,7 +12,6 @@ from typing import Any
 
 import openai
 import pytest
-from fastapi import APIRouter
 from starlette.applications import Starlette
 from starlette.routing import Match, Mount, Route
 from starlette.testclient import TestClient
@@ -25,7 +24,7 @@ from candle_vllm.server.http.auth import PAGES, ApiKeyMiddleware, HostMiddleware
 from candle_vllm.server.http.keys import Keyring
 from candle_vllm.server.http.routing import Caller, caller_of, routed_path
 from candle_vllm.server.models.slot import ModelState
-from candle_vllm.server.openapi.operation import Access, Operation, operations_of, routing
+from candle_vllm.server.openapi.operation import Access, operations_of, routing
 from candle_vllm.server.settings.options import UsageError
 from packages.server.tests.server_fakes import PacedEngine
 
@@ -360,8 +359,7 @@ def test_routes_of_operators_are_known() -> None:
         assert ACCESS.manages(method, "/lora-adapters") == (method != "GET")
 
 
-PIN = APIRouter()
-_pin = routing(PIN, functools.partial(Operation, tag="operators", manages=True))
+PIN, _pin = routing(tag="operators", manages=True)
 for _at, _manages in (
     ("GET /v1/models/status", True), ("POST /v1/models/{name}/pin", True), ("GET /v1/models/{name:path}", False),
     ("GET /v1/open/mine", False), ("POST /v1/open/mine", True), ("GET /v1/open/{name}", True),

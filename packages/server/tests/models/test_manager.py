@@ -21,12 +21,12 @@ from candle_vllm.server.http.routing import Caller, RequestContext, current_requ
 from candle_vllm.server.models.loader import serve_engine
 from candle_vllm.server.models.manager import ModelManager, take_turn
 from candle_vllm.server.models.slot import ModelState
-from candle_vllm.server.models.switcher import ManagerLimits, NoRoomError
+from candle_vllm.server.models.switcher import NoRoomError
 from candle_vllm.server.observing.metrics import Metrics
 from candle_vllm.server.settings.catalogue import Catalogue, ModelEntry
 from candle_vllm.server.settings.derived import in_flags, told_in_flags
 from candle_vllm.server.settings.options import UsageError
-from packages.server.tests.server_fakes import FakeLoader, PacedEngine
+from packages.server.tests.server_fakes import FakeLoader, PacedEngine, ShortLimits
 from tests.waiting import PATIENCE, skip, until
 
 NAMES = ("a", "b", "c")
@@ -34,7 +34,7 @@ NAMES = ("a", "b", "c")
 
 def _manager(loader: FakeLoader, **limits: float) -> ModelManager:
     entries = [ModelEntry(name, Settings(), (f"{name}-alias",)) for name in NAMES]
-    return ModelManager(Catalogue(entries), loader, ManagerLimits(**limits))  # type: ignore[arg-type]
+    return ModelManager(Catalogue(entries), loader, ShortLimits(**limits))  # type: ignore[arg-type]
 
 
 async def test_a_model_is_loaded_when_it_is_asked_for_and_the_load_is_shared() -> None:
@@ -146,7 +146,7 @@ async def test_models_stay_beside_each_other_while_there_is_room() -> None:
 
 
 async def test_at_most_so_many_are_loaded() -> None:
-    manager = _manager(FakeLoader(), max_loaded=1)
+    manager = _manager(FakeLoader(), max_loaded_models=1)
     for name in NAMES:
         (await manager.acquire(name)).release()
         assert [model.entry.name for model in manager.loaded] == [name]
@@ -173,7 +173,7 @@ async def test_a_switch_waits_for_the_requests_that_run_and_later_ones_wait_for_
 
 async def test_a_drain_has_an_end() -> None:
     loader = FakeLoader(room=1)
-    manager = _manager(loader, drain_seconds=0.05)
+    manager = _manager(loader, model_drain_timeout=0.05)
     stuck = await manager.acquire("a")
     begin = time.monotonic()
     (await manager.acquire("b")).release()
@@ -215,7 +215,7 @@ async def test_the_failure_of_one_model_leaves_the_others() -> None:
 async def test_one_key_has_half_of_the_queue_for_a_model() -> None:
     loader = FakeLoader()
     loader.gate.clear()
-    manager = _manager(loader, max_waiting=4, patience=30)
+    manager = _manager(loader, queue_size=4, model_wait_timeout=30)
 
     async def ask(label: str) -> None:
         current_request.set(RequestContext({"type": "http", "state": {"caller": Caller(label)}}))
@@ -238,7 +238,7 @@ async def test_one_key_has_half_of_the_queue_for_a_model() -> None:
 async def test_the_queue_for_a_model_is_bounded_in_length_and_time() -> None:
     loader = FakeLoader()
     loader.gate.clear()
-    manager = _manager(loader, max_waiting=2, patience=30)
+    manager = _manager(loader, queue_size=2, model_wait_timeout=30)
     waiting = [asyncio.create_task(manager.acquire("a")) for _ in range(2)]
     await asyncio.sleep(0)
     with pytest.raises(HttpError, match="2 of at most 2 requests wait") as refusal:
@@ -270,7 +270,7 @@ async def test_who_gives_up_holds_nothing() -> None:
 async def test_a_model_that_nobody_uses_is_unloaded_and_comes_back(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     loader = FakeLoader()
-    manager = _manager(loader, idle_seconds=0.05)
+    manager = _manager(loader, idle_unload_secs=0.05)
     lease = await manager.acquire("a")
     await asyncio.sleep(0.15)
     assert manager.slots["a"].state is ModelState.READY  # in use
@@ -358,7 +358,7 @@ async def test_a_lease_that_comes_as_its_request_leaves_is_given_back(monkeypatc
 async def test_a_model_that_cannot_be_had_makes_nobody_leave() -> None:
     loader = FakeLoader(room=1)
     loader.hopeless["b"] = ModelNotFoundError("too large for this machine")
-    manager = _manager(loader, max_loaded=1)
+    manager = _manager(loader, max_loaded_models=1)
     (await manager.acquire("a")).release()
     with pytest.raises(HttpError):
         await manager.acquire("b")
@@ -384,7 +384,7 @@ async def test_requests_in_the_queue_of_an_engine_that_dies_wait_for_the_next_on
 
 
 async def test_the_first_load_may_take_longer_than_requests_wait() -> None:
-    manager = _manager(FakeLoader(seconds=0.2), patience=0.05)
+    manager = _manager(FakeLoader(seconds=0.2), model_wait_timeout=0.05)
     assert (await manager.start()).state is ModelState.READY
 
 
@@ -488,7 +488,7 @@ async def test_a_choice_during_a_load_causes_no_later_load() -> None:
 
 
 async def test_there_is_one_timer_however_often_a_model_is_used() -> None:
-    manager = _manager(FakeLoader(), idle_seconds=60)
+    manager = _manager(FakeLoader(), idle_unload_secs=60)
     for _ in range(50):
         (await manager.acquire("a")).release()
     timer = manager.slots["a"].timer

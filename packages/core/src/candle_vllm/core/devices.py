@@ -44,9 +44,7 @@ def choose_device(wanted: str) -> Device:
     ConfigError if the GPU that was asked for cannot be used.
     """
     wanted = wanted.partition(",")[0]
-    if wanted == "cpu":
-        return CPU
-    if wanted == "auto" and not _driver_has_gpu():
+    if wanted == "cpu" or (wanted == "auto" and not _driver_has_gpu()):
         return CPU
     index = int(wanted.partition(":")[2] or 0)
     obstacle = gpu_obstacle(index)

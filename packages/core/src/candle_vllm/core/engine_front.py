@@ -189,8 +189,7 @@ class EngineFront(ABC):
 
     def token_names(self, token_ids: Sequence[int]) -> list[str]:
         """Return the tokens' entries in the vocabulary, as `convert_ids_to_tokens` of transformers gives them."""
-        name = self._require()[1].tokenizer.token_name
-        return [name(token) for token in token_ids]
+        return list(map(self._require()[1].tokenizer.token_name, token_ids))
 
     def token_bytes(self, token_ids: Sequence[int]) -> list[bytes]:
         """Return the bytes that each token adds to a text, of a special token its name."""
@@ -230,8 +229,7 @@ class EngineFront(ABC):
             EngineOverloadedError: images of other requests take too much memory.
         """
         template = self._require()[1].template
-        conversation = one_conversation(messages, template, sees=self._sees)
-        return await self._with_images(conversation)
+        return await self._with_images(one_conversation(messages, template, sees=self._sees))
 
     async def _with_images(self, conversation: Sequence[Message]) -> list[Message]:
         wanted = addresses_of(conversation)
@@ -479,8 +477,7 @@ class EngineFront(ABC):
             RequestAbortedError, CandleVllmError: see `generate`.
         """
         template = self._template(options.get("chat_template"))
-        sees = self._sees
-        conversations, several = as_conversations(messages, template, sees=sees)
+        conversations, several = as_conversations(messages, template, sees=self._sees)
         texts = prompt_texts("chat", conversations, template, options, _SAMPLING, self._info.image_text)
         places = [f"messages[{number}]" if several else "messages" for number in range(len(conversations))]
         prompts = [self._chat_prompt(*each) for each in zip(texts, conversations, places)]

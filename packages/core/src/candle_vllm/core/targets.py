@@ -26,7 +26,7 @@ MAX_ADDRESSES = 4  # maximum number of addresses of one name that are tried
 
 _PLAIN = re.compile(r"[!#-;=?-\[\]_a-z~]+", re.ASCII)  # no blanks, and none of "<>\^`{|}
 _PATTERN = re.compile(r"(?P<any>\*\.)?(?P<host>\[[0-9a-f:.]+\]|[a-z0-9.-]+)(?::(?P<port>[1-9][0-9]{0,4}))?", re.ASCII)
-_PORTS = {"http": 80, "https": 443}
+PORTS = {"http": 80, "https": 443}
 
 _NAME = re.compile(r"(?:(?!-)[a-z0-9-]{1,63}(?<!-)\.)*(?!-)[a-z0-9-]{1,63}(?<!-)", re.ASCII)
 _Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -76,7 +76,7 @@ def parse_target(text: str, *, trusted: bool = True) -> Target:
         url = httpx.URL(text)
     except httpx.InvalidURL:
         raise ForbiddenTarget("is not a valid URL") from None
-    if url.scheme not in _PORTS:
+    if url.scheme not in PORTS:
         raise ForbiddenTarget("must begin with https:// or http://")
     if url.userinfo or "@" in text.partition("://")[2].partition("/")[0].partition("?")[0]:
         raise ForbiddenTarget("must hold no user name and no @ before its path")
@@ -85,7 +85,7 @@ def parse_target(text: str, *, trusted: bool = True) -> Target:
     host = url.raw_host.decode("ascii")
     if not is_host(host):
         raise ForbiddenTarget("must name a host: a name in ASCII without a final dot, or an address")
-    port = _PORTS[url.scheme] if url.port is None else url.port
+    port = PORTS[url.scheme] if url.port is None else url.port
     if not 1 <= port <= 65535:
         raise ForbiddenTarget("must have a port between 1 and 65535")
     return Target(url, canonical(host), port, trusted)
@@ -122,8 +122,7 @@ async def resolve(target: Target, threads: Executor) -> Sequence[str]:
         OSError, TimeoutError: the name could not be resolved.
     """
     async with asyncio.timeout(RESOLVE_SECONDS):
-        asked = asyncio.get_running_loop().run_in_executor(threads, look_up, target.host, target.port)
-        addresses = await asked
+        addresses = await asyncio.get_running_loop().run_in_executor(threads, look_up, target.host, target.port)
     if not addresses:
         raise OSError("the name has no address")
     if not target.trusted and not all(is_allowed(address, target.private) for address in addresses):
@@ -181,7 +180,7 @@ def canonical(host: str) -> str:
 def _matches(pattern: str, target: Target) -> bool:
     match = _PATTERN.fullmatch(pattern)
     assert match is not None
-    if target.port not in ((int(match["port"]),) if match["port"] else _PORTS.values()):
+    if target.port not in ((int(match["port"]),) if match["port"] else PORTS.values()):
         return False
     host = canonical(match["host"].strip("[]"))
     return target.host.endswith("." + host) if match["any"] else target.host == host

@@ -247,8 +247,7 @@ class OpenAIAdapter(ExplainedAttributes):
             raise ChatTemplateError(said, "messages")
 
         def read() -> Task:
-            task = read_chat(parse_chat_request(parsed.chat_fields()))
-            return replace(task, cut=parsed.cut("right"), reserve=0)
+            return replace(read_chat(parse_chat_request(parsed.chat_fields())), cut=parsed.cut("right"), reserve=0)
 
         ready = await self._ready(read, bounded=True)
         prompt, images = ready.prepared.prompt, ready.prepared.images
@@ -334,8 +333,7 @@ class OpenAIAdapter(ExplainedAttributes):
             for source in sources:
                 source.close()
             raise
-        reader = AnswerReader(head, AnswerPlan(), task)
-        return AnswerStream(sources, reader, prompts[0].token_ids), prompts
+        return AnswerStream(sources, AnswerReader(head, AnswerPlan(), task), prompts[0].token_ids), prompts
 
     def _submit(
         self,
@@ -382,6 +380,5 @@ def _with_images(tokens: Sequence[int], images: Sequence[ImageInput]) -> Any:
 
 def _fingerprint(info: ModelInfo) -> str:
     """Hash of the software version and the model's description; if it changes, answers with equal seeds may differ."""
-    version = importlib.metadata.version("candle-vllm-openai")
-    configuration = msgspec.json.encode([version, info])
+    configuration = msgspec.json.encode([importlib.metadata.version("candle-vllm-openai"), info])
     return "fp_" + hashlib.blake2s(configuration, digest_size=6).hexdigest()

@@ -139,8 +139,7 @@ class ChoiceReader:
         Tokens without an event of their kind, such as those of a mark, have an empty `Text`.
         """
         events: list[Event] = []
-        pairs = itertools.groupby(zip(thoughts, logprobs, strict=True), lambda pair: pair[0])
-        for thought, group in pairs:
+        for thought, group in itertools.groupby(zip(thoughts, logprobs, strict=True), lambda pair: pair[0]):
             own = tuple(entry for _, entry in group)
             fits = bool(parsed) and (getattr(parsed[0], "kind", "") == "reasoning") is thought
             made = self._events(parsed[:1], ids, own) if fits else []

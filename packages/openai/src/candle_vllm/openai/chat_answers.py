@@ -64,8 +64,7 @@ class AnswerWriter(ABC, Generic[Chunk]):
         if isinstance(usage, Progress):
             beside = {} if self._timings is None else {"timings": wire_timings(usage.usage)}
             choice = replace(self._empty, index=usage.choice)
-            progress = wire_progress(usage)
-            return self._make(**usage.head._asdict(), choices=(choice,), prompt_progress=progress, **beside)
+            return self._make(**usage.head._asdict(), choices=(choice,), prompt_progress=wire_progress(usage), **beside)
         if self._usage_beside or (usage.final and self._usage_last):
             self._fields["usage"] = wire_usage(usage, self._told)
         if self._timings is not None:

@@ -152,8 +152,7 @@ class AnswerPlanner:
                 "start the server with --reasoning-parser and the name of its format",
                 "thinking_token_budget",
             )
-        flow = reasoning.flow
-        ends = tuple(getattr(flow, "ends", ()))
+        ends = tuple(getattr(reasoning.flow, "ends", ()))
         if called is not None and called.ends_thoughts:
             ends += tuple("\n" + mark if called.on_lines else mark for mark in called.opens)
         words = self._thinking.message if limit.message is None else limit.message

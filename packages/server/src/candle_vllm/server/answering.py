@@ -56,8 +56,7 @@ def _with_operators_form(wire: Any, settings: RequestOptions) -> Any:
         return wire
     added: dict[str, Any] = {}
     if settings.enable_force_include_usage and wire.stream:
-        options = wire.stream_options or StreamOptions()
-        added["stream_options"] = options.model_copy(update={"include_usage": True})
+        added["stream_options"] = (wire.stream_options or StreamOptions()).model_copy(update={"include_usage": True})
     if settings.return_tokens_as_token_ids and wire.return_tokens_as_token_ids is None:
         added["return_tokens_as_token_ids"] = True
     return wire.model_copy(update=added) if added else wire
@@ -118,8 +117,7 @@ async def answer_parsed(request: Request, api: GenerationApi, wire: Any, deadlin
                 turn.release()
                 large = any(getattr(wire, name, None) for name in ("logprobs", "top_logprobs", "prompt_logprobs"))
                 return Response(await apart(to_json_bytes, made) if large else to_json_bytes(made), media_type=JSON)
-            streamed = api.streamed(turn.model, wire)
-            chunks = await unless_disconnected(streamed, receive, _closing)
+            chunks = await unless_disconnected(api.streamed(turn.model, wire), receive, _closing)
         except BaseException:
             turn.release()
             raise

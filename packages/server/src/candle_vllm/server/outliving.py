@@ -93,8 +93,7 @@ class MailboxWriter:
             turn: released when the model generates nothing more.
             deadline: `time.monotonic()` at which reading ends.
         """
-        model = turn.model.entry.names[0]
-        answer = OutlivingAnswer(self._mailbox, wish, form, model, deadline)
+        answer = OutlivingAnswer(self._mailbox, wish, form, turn.model.entry.names[0], deadline)
 
         async def end(failure: Failure | None) -> None:
             turn.release()

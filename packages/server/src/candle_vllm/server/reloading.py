@@ -68,8 +68,7 @@ class Reloader:
             new = await asyncio.to_thread(_read_again, old)
             known = {entry.name for entry in old.catalogue.entries}
             others = [slot.entry for name, slot in self._manager.slots.items() if name not in known]
-            catalogue = Catalogue([*new.catalogue.entries, *others], new.catalogue.default.name)
-            changes = self._manager.adopt(catalogue)
+            changes = self._manager.adopt(Catalogue([*new.catalogue.entries, *others], new.catalogue.default.name))
             self._configuration = new
         for remark in new.remarks:
             if remark not in old.remarks:

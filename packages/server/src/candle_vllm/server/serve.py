@@ -43,7 +43,7 @@ from candle_vllm.server.interrupts import say_stopped
 from candle_vllm.server.models.loader import ModelLoader
 from candle_vllm.server.models.manager import ModelManager
 from candle_vllm.server.models.slot import ModelSlot
-from candle_vllm.server.models.switcher import Load, ManagerLimits
+from candle_vllm.server.models.switcher import Load
 from candle_vllm.server.observing import series
 from candle_vllm.server.observing.metrics import Observation
 from candle_vllm.server.observing.model_metrics import ServedEngine
@@ -168,15 +168,8 @@ def open_manager(
     count = observation.metrics.count
     adapters = open_adapters(settings, settings, functools.partial(count, series.ADAPTER_LOOKS))
     images = image_sources(settings, stored_image, functools.partial(count, series.IMAGE_FETCHES))
-    limits = ManagerLimits(
-        max_loaded=settings.max_loaded_models,
-        max_waiting=settings.queue_size,
-        patience=settings.model_wait_timeout,
-        drain_seconds=settings.model_drain_timeout,
-        idle_seconds=settings.idle_unload_secs,
-    )
     load = load or ModelLoader(observation.metrics, adapters=adapters, images=images)
-    return ModelManager(catalogue, load, limits, observation.metrics, adapters), observation
+    return ModelManager(catalogue, load, settings, observation.metrics, adapters), observation
 
 
 class Start:

@@ -247,8 +247,7 @@ STATS = forms(EngineStats)
 def combined(each: Sequence[EngineStats]) -> EngineStats:
     """Aggregate the statistics of several engines, field by field."""
     kind = type(each[0]) if each else EngineStats
-    joined = {name: stat.join([getattr(stats, name) for stats in each]) for name, stat in forms(kind).items()}
-    return kind(**joined)
+    return kind(**{name: stat.join([getattr(stats, name) for stats in each]) for name, stat in forms(kind).items()})
 
 
 def ended(stats: EngineStats) -> EngineStats:

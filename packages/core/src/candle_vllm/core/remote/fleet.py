@@ -320,8 +320,7 @@ class Fleet:
         with self._changing:
             known, loose = name in self._added or name in self._loose, self._loose.get(name)
             if loose and call.what != "remove" and not call.adapter.path:  # only replicas with a request for it know it
-                adding = AdapterCall("add", AdapterUse(name=name, path=loose))
-                self._each(lambda replica: replica.call_adapters(adding))
+                self._each(lambda replica: replica.call_adapters(AdapterCall("add", AdapterUse(name=name, path=loose))))
             try:
                 infos = _merged(self._each(lambda replica: replica.call_adapters(call)))
             except CandleVllmError:
@@ -399,9 +398,7 @@ class Fleet:
         if living and not self._closed.is_set():
             with ThreadPoolExecutor(len(living)) as workers:
                 answers = [workers.submit(work, replica) for replica in living]
-            for answer in answers:
-                if not isinstance(answer.exception(), EngineDeadError):
-                    said.append(answer)
+            said = [answer for answer in answers if not isinstance(answer.exception(), EngineDeadError)]
         if not said:
             raise EngineDeadError(self._dead or "the engine is closed")
         return [answer.result() for answer in said]

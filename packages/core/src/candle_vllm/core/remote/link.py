@@ -254,8 +254,7 @@ class RemoteThread(EngineThread):
         self._ask(lambda number: wire.encode(wire.Sleep(number, level)), "the engine", "put to sleep", None)
 
     def _engine_wake_up(self, tags: frozenset[str]) -> None:
-        each = tuple(sorted(tags))
-        self._ask(lambda number: wire.encode(wire.Sleep(number, 0, each)), "the engine", "woken", None)
+        self._ask(lambda number: wire.encode(wire.Sleep(number, 0, tuple(sorted(tags)))), "the engine", "woken", None)
 
     def _ask(
         self, write: Callable[[int], bytes], what: str, done: str, patience: float | None = CALL_TIMEOUT

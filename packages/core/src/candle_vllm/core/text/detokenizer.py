@@ -111,8 +111,7 @@ class Detokenizer:
         tail = self._decoder.decode(b"", True)
         if self._shows_all:
             return tail
-        shown = self._scanner.feed(tail, armed=self._num_tokens > self._min_tokens)
-        return shown + self._scanner.flush()
+        return self._scanner.feed(tail, armed=self._num_tokens > self._min_tokens) + self._scanner.flush()
 
     def _decode(self, data: bytes) -> str:
         if not self._begun:

@@ -126,8 +126,7 @@ def set_frame(
 
 
 def _byte_level(vocab: gguf_vocab.GgufVocab) -> Tokenizer:
-    ids = vocab.numbers
-    backend = Tokenizer(models.BPE(ids, vocab.merges, ignore_merges=vocab.pre.ignore_merges))
+    backend = Tokenizer(models.BPE(vocab.numbers, vocab.merges, ignore_merges=vocab.pre.ignore_merges))
     byte_level(backend, vocab.pre)
     return backend
 

@@ -401,8 +401,7 @@ def _chat_template(folder: Path, config: dict[str, Any]) -> str | dict[str, str]
             named[path.stem] = _read_text(path) or ""
     other = config.get("chat_template")
     if not named:
-        value = _read_json(folder / "chat_template.json").get("chat_template", other)
-        named = _named_templates(value, folder)
+        named = _named_templates(_read_json(folder / "chat_template.json").get("chat_template", other), folder)
     if isinstance(other, str) and named.get("default", other) != other:
         logger.info("%s: tokenizer_config.json has another chat template; the newer file's is used", folder)
     if len(named) > MAX_NAMED_TEMPLATES:

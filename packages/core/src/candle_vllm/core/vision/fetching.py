@@ -211,10 +211,8 @@ class ImageSources:
             room.take(len(data), image.path)
             return data
         if image.source[:5].lower() == "file:":
-            loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self._threads, self._read, image, room)
-        loop = asyncio.get_running_loop()
-        async with self._turns.setdefault(loop, _Turns()).of(room.who):
+            return await asyncio.get_running_loop().run_in_executor(self._threads, self._read, image, room)
+        async with self._turns.setdefault(asyncio.get_running_loop(), _Turns()).of(room.who):
             try:
                 data = await self._fetch(image, room)
             except RequestError:

@@ -90,8 +90,7 @@ def require_pillow() -> None:
     try:
         import PIL.Image  # noqa: F401
     except ImportError:
-        said = f"images need Pillow: {with_extra('vision')}"
-        raise ConfigError(said, "max_images") from None
+        raise ConfigError(f"images need Pillow: {with_extra('vision')}", "max_images") from None
 
 
 def decode_picture(data: bytes, limits: PictureLimits = LIMITS, name: str = "image") -> Picture:

@@ -489,8 +489,7 @@ def _pixels(fields: Fields, resample: int, usual: Sequence[tuple[float, ...]] = 
 
 
 def _three(fields: Fields, key: str, usual: tuple[float, ...]) -> tuple[float, ...]:
-    values = fields.get(key, list, list(usual))
-    numbers = [Fields({key: value}, fields.path).get(key, float) for value in values]
+    numbers = [Fields({key: value}, fields.path).get(key, float) for value in fields.get(key, list, list(usual))]
     if len(numbers) != 3:
         raise UnsupportedModelError(f"{fields.path}: {key} has {len(numbers)} numbers; images have 3 channels")
     return tuple(numbers)
@@ -515,8 +514,7 @@ def patch_rows(
     rows = np.empty(values.shape, np.float32)
     for channel, table in enumerate(normalisation.table.T):
         rows[..., channel, :, :] = table[values[..., channel, :, :]]
-    places = patch_places(height // patch, width // patch, cell)
-    return rows.reshape(-1, 3 * patch * patch), np.tile(places, (count, 1))
+    return rows.reshape(-1, 3 * patch * patch), np.tile(patch_places(height // patch, width // patch, cell), (count, 1))
 
 
 def patch_places(rows: int, columns: int, cell: int) -> NDArray[np.int64]:

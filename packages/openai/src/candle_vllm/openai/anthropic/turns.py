@@ -84,8 +84,7 @@ class _Turns:
                 self._add("user", block.image(path), source)
             elif isinstance(block, blocks.ToolResultBlock):
                 parts = tuple(_result_parts(block, path))
-                result = TaskMessage(role="tool", parts=parts, call_id=block.tool_use_id)
-                self._results.append(Turn(result, source))
+                self._results.append(Turn(TaskMessage(role="tool", parts=parts, call_id=block.tool_use_id), source))
             else:
                 self._add("user", TextPart(block.text), source)
 
@@ -145,8 +144,7 @@ class _Answer:
             elif isinstance(block, blocks.ThinkingBlock):
                 self._thoughts.append(block.thinking)
             elif isinstance(block, blocks.ToolUseBlock):
-                arguments = json.dumps(block.input, ensure_ascii=False)
-                self._calls.append(Call(block.id, block.name, arguments))
+                self._calls.append(Call(block.id, block.name, json.dumps(block.input, ensure_ascii=False)))
 
     def turn(self) -> Turn:
         if len(self._calls) > MAX_TOOL_CALLS:

@@ -178,8 +178,7 @@ class _ObjectReader:
             if mark == "{" and key == "function" and depth < _MOST_DEPTH:  # in OpenAI's form the call is one level down
                 reader.at += 1
                 return (yield from self._entries(depth + 1))
-            name = yield from read_string(reader, _MOST_KEY)
-            self._name = (name or "").strip()
+            self._name = ((yield from read_string(reader, _MOST_KEY)) or "").strip()
             return self._may_call()
         if key in ARGUMENT_KEYS and not self._begun and self._early is None:
             return (yield from self._arguments())

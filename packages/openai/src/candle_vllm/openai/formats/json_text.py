@@ -55,10 +55,8 @@ def read_text_of_string(reader: Reader, sink: Sink) -> Need[bool]:
         special = text if SPECIAL.fullmatch(text) else ""  # a special token, which is plain text here
         if special or text == '"':  # one of the outer quotes: inner ones are escaped
             whole, held = held, ""
-        elif _FIRST_HALF.fullmatch(text):
-            whole, held = held, text
         else:
-            whole, held = held + text, ""
+            whole, held = (held, text) if _FIRST_HALF.fullmatch(text) else (held + text, "")
         if whole or special:
             inner.feed(SPECIAL.sub("\ufffd", json.loads(f'"{whole}"')) + special)
             next(run)
@@ -76,8 +74,7 @@ def _read_inner(reader: Reader, sink: Sink) -> Need[bool]:
     """Parse the text of a string that contains arguments."""
     yield
     yield from reader.skip_space()
-    mark = yield from reader.peek()
-    if mark == "{":
+    if (yield from reader.peek()) == "{":
         closed = yield from read_value(reader, sink)
         yield from reader.until(_NOTHING, nowhere)
         return closed

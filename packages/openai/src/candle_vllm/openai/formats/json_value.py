@@ -38,8 +38,7 @@ def read_string(reader: Reader, most: int = 1 << 16) -> Need[str | None]:
     if quote not in ('"', "'") or not quote:
         return None
     parts: list[str] = []
-    closed = yield from read_quoted(reader, parts.append, most)
-    if not closed:
+    if not (yield from read_quoted(reader, parts.append, most)):
         return None
     try:
         value = json.loads(SPECIAL.sub("", "".join(parts)))

@@ -67,8 +67,7 @@ class NamedJson:
 
     def _head(self, reader: Reader) -> Need[tuple[str, str] | None]:
         """Return name and id if `name_end`, "{" or a closer follows; only `name_end` is consumed. Otherwise None."""
-        ends = markers(self.name_end, self.id_mark, "{", *self.closers)
-        name, mark = yield from reader.name(ends)
+        name, mark = yield from reader.name(markers(self.name_end, self.id_mark, "{", *self.closers))
         given_id = ""
         if self.id_mark and mark == self.id_mark:
             given_id, mark = yield from reader.name(markers(self.name_end, "{"))

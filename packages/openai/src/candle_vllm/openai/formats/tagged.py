@@ -86,8 +86,7 @@ class Tagged:
             reader.drop_begun(*self.names)
             return False
         first = "" if self.name_open else self.key_open
-        ends = markers(self.name_end, first, self.call_end, "" if self.name_open else "{")
-        name, mark = yield from reader.name(ends)
+        name, mark = yield from reader.name(markers(self.name_end, first, self.call_end, "" if self.name_open else "{"))
         name = name.strip(SPACE)
         if self.name_head and (match := re.fullmatch(self.name_head, name)):
             name = match["name"]
@@ -174,8 +173,7 @@ class _Arguments:
     def _wrapped(self, key: str, kinds: Kinds) -> Need[bool]:
         """Parse a value that may be an object of the tool's arguments; False if the text was truncated inside."""
         parts: list[str] = []
-        inner = _Inner(parts.append, self._shape)
-        if (yield from self._value(inner, short=False)):
+        if (yield from self._value(_Inner(parts.append, self._shape), short=False)):
             value = to_json("".join(parts), kinds)
             found = json.loads(value)
             if isinstance(found, dict) and found.keys() <= self._schema["properties"].keys():
@@ -215,14 +213,12 @@ class _Arguments:
         key, is_text, kind = groups["key"], groups.get("text"), groups.get("type")
         if is_text == "true" or kind:
             return key, kinds_of(kind or "string")
-        kinds = argument_kinds(self._schema, key)
-        return key, kinds._replace(marked=is_text == "false")
+        return key, argument_kinds(self._schema, key)._replace(marked=is_text == "false")
 
     def _text(self, sink: Sink) -> Need[bool]:
         """Parse a string and pass it to the sink as it arrives."""
         sink('"')
-        inner = _Inner(lambda text: sink(escaped(text)), self._shape)
-        closed = yield from self._value(inner, short=False)
+        closed = yield from self._value(_Inner(lambda text: sink(escaped(text)), self._shape), short=False)
         if closed:
             sink('"')
         return closed

@@ -141,8 +141,7 @@ def python_value(text: str) -> str | None:
     if len(text) > (_MOST_STRING if string else _MOST_LITERAL) or (not string and _depth(text) > 64):
         return None
     try:
-        value = ast.literal_eval(_ESCAPE.sub(_valid_escape, text))
-        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+        text = json.dumps(ast.literal_eval(_ESCAPE.sub(_valid_escape, text)), ensure_ascii=False, allow_nan=False)
         return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")  # joins surrogate pairs
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return None

@@ -105,5 +105,4 @@ def _typed(vector: array[float], kind: EmbeddingType) -> list[float] | list[int]
     if kind in ("int8", "uint8"):
         scaled = np.rint(numbers * (127 / max(np.linalg.norm(numbers), 1e-12))).astype(int)
         return (scaled + 128 * (kind == "uint8")).tolist()
-    packed = np.packbits(numbers > 0).astype(int)
-    return (packed - 128 * (kind == "binary")).tolist()
+    return (np.packbits(numbers > 0).astype(int) - 128 * (kind == "binary")).tolist()

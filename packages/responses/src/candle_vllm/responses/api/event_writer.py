@@ -108,8 +108,7 @@ class EventWriter:
             case said.TurnStarted():
                 items.begin_turn()
             case said.TurnMeasured(counts=Progress() as counts):
-                progress = wire_progress(counts)
-                self._log.emit(wire.ResponseInProgress, response=self.response, prompt_progress=progress)
+                self._log.emit(wire.ResponseInProgress, response=self.response, prompt_progress=wire_progress(counts))
             case said.TurnMeasured(counts=Usage() as counts):
                 self._log.timings = self._running.of(counts)
             case said.TurnFinished():

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 from urllib.parse import unquote, urlsplit
 
 from candle_vllm.core.errors import CandleVllmError, ConfigError, InvalidParameterError
-from candle_vllm.core.targets import canonical, is_host, is_loopback
+from candle_vllm.core.targets import PORTS, canonical, is_host, is_loopback
 from candle_vllm.openai.errors import UnsupportedParameterError
 from candle_vllm.responses.protocol.tools import McpTool
 from candle_vllm.responses.tools.names import matches
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 ANY = "*"
 SETTING = "mcp_allow_urls"
-_PORTS = {"http": "80", "https": "443"}
 
 
 class _Parts(NamedTuple):
@@ -88,10 +87,10 @@ def _parts(url: str, *, pattern: bool = False) -> _Parts | None:
         parts = urlsplit(url)
         host, port = (parts.hostname or "").lower(), parts.netloc.rpartition("]")[2].partition(":")[2]
         if not (pattern and port == ANY):
-            port = str(parts.port or _PORTS[parts.scheme])  # raises for an invalid port
+            port = str(parts.port or PORTS[parts.scheme])  # raises for an invalid port
     except (ValueError, KeyError):
         return None
-    if parts.scheme not in _PORTS or "@" in parts.netloc or not is_host(host.replace(ANY, "x") if pattern else host):
+    if parts.scheme not in PORTS or "@" in parts.netloc or not is_host(host.replace(ANY, "x") if pattern else host):
         return None
     if {".", ".."} & {each.partition(";")[0] for each in re.split(r"[/\\]", unquote(parts.path))}:
         return None
@@ -191,8 +190,7 @@ class McpServers:
                 await link.start()
             except CandleVllmError as failure:
                 error = str(failure)
-            tools = [] if error else [LinkTool(link, one) for one in link.tools.values()]
-            yield OpenServer(label, tools, error)
+            yield OpenServer(label, [] if error else [LinkTool(link, one) for one in link.tools.values()], error)
         finally:
             await link.aclose()
 

@@ -249,8 +249,7 @@ class Responder:
                 tool_timeout=limits.tool_timeout,
             )
             loop = ConversationLoop(model, plan.registry, options)
-            conversation = _conversation(loop, model, prepared, await apart(prepared.task))
-            async with aclosing(conversation) as events:
+            async with aclosing(_conversation(loop, model, prepared, await apart(prepared.task))) as events:
                 async for event in events:
                     if isinstance(event, ToolStarted):
                         stream.begun()

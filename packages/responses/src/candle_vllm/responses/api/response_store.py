@@ -37,7 +37,39 @@ _PREVIOUS = "previous_response_id"
 logger = logging.getLogger(__name__)
 
 
-class ResponseStore:
+class LazyStore:
+    """Base of stores that open their backend on first use (`_open`), because importing SQLAlchemy takes time."""
+
+    def __init__(self) -> None:
+        self._opening = asyncio.Lock()
+        self._backend: SqlBackend | None = None
+        self._purging: Upkeep | None = None
+        self._closed = False
+
+    async def close(self) -> None:
+        self._closed = True
+        async with self._opening:  # `_open` may be running
+            for each in (self._purging, self._backend):
+                if each is not None:
+                    await each.close()
+
+    async def backend(self) -> SqlBackend:
+        """Return the backend, opened."""
+        if self._backend is None:
+            async with self._opening:
+                if self._backend is None:
+                    self._backend = await self._open()
+        return self._backend
+
+    async def owner(self, key: str) -> str:
+        """Return the owner of an API key's data; without keys (""), all requests share one owner."""
+        return (await self.backend()).owner(key)
+
+    async def _open(self) -> SqlBackend:
+        raise NotImplementedError
+
+
+class ResponseStore(LazyStore):
     """A store of responses and conversations; opened, used and closed in one event loop.
 
     A store in memory is opened on first use, because importing SQLAlchemy takes time. `clock` returns seconds since
@@ -45,37 +77,15 @@ class ResponseStore:
     """
 
     def __init__(self, options: StoreOptions, clock: Callable[[], float] = time.time) -> None:
+        super().__init__()
         self.options = options
         self._queues: dict[tuple[str, str], _Queue] = {}  # of the conversations in which responses run or wait
         self._clock = clock
-        self._opening = asyncio.Lock()
-        self._store: SqlBackend | None = None
-        self._purging: Upkeep | None = None
-        self._closed = False
 
     async def start(self) -> None:
         """Open a store that is not in memory; ConfigError if it cannot be opened."""
         if self.options.url != MEMORY:
             await self.backend()
-
-    async def close(self) -> None:
-        self._closed = True
-        async with self._opening:  # `_open` may be running
-            if self._purging is not None:
-                await self._purging.close()
-            if self._store is not None:
-                await self._store.close()
-
-    async def backend(self) -> SqlBackend:
-        if self._store is None:
-            async with self._opening:
-                if self._store is None:
-                    self._store = await self._open()
-        return self._store
-
-    async def owner(self, key: str) -> str:
-        """Return the owner of an API key's data; without keys (""), all requests share one owner."""
-        return (await self.backend()).owner(key)
 
     # ---- responses ---------------------------------------------------------------------------------------------------
 

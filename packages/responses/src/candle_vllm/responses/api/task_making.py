@@ -125,10 +125,8 @@ class TaskMaker:
 
         With `check`, or if approved calls run first, check also that a task can be made.
         """
-        servers = await self._open(request, stack)
-        plan = plan_tools(request, servers)
-        shown = await self._max_images(items)
-        made = await apart(translate, items, request.instructions, plan, shown)
+        plan = plan_tools(request, await self._open(request, stack))
+        made = await apart(translate, items, request.instructions, plan, await self._max_images(items))
         defaults = self.sampling_defaults if isinstance(request, ResponsesRequest) else {}
         if request.truncation != "auto":
             _check_length(request, len(made.messages))

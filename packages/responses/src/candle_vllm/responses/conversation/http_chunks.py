@@ -101,10 +101,8 @@ class _Choice:
         the last of which may be incomplete, an unknown reason counts as LENGTH.
         """
         unknown = FinishReason.LENGTH if self._calls and self.reason else FinishReason.STOP
-        events: list[Event] = []
-        for number, call in enumerate(self._calls):
-            if not call.begun:
-                events += self._name(number, "")
+        nameless = [number for number, call in enumerate(self._calls) if not call.begun]
+        events = [event for number in nameless for event in self._name(number, "")]
         return [*events, Ended(self._number, FinishReason.read(self.reason) or unknown)]
 
     def read(self, choice: dict[str, Any]) -> list[Event]:

@@ -123,8 +123,7 @@ class ConversationLoop:
         """
         transcript = messages if isinstance(messages, ChatTranscript) else ChatTranscript(messages)
         ask = partial(transcript.request, self._options.request, client_tools)
-        names = client_names(client_tools, self._tools)
-        return self.converse(transcript, ask, names, approved=approved, denied=denied)
+        return self.converse(transcript, ask, client_names(client_tools, self._tools), approved=approved, denied=denied)
 
     async def converse(
         self,

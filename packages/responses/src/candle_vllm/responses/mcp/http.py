@@ -19,7 +19,7 @@ from mcp.client.auth import TokenStorage
 from mcp.client.auth.extensions.client_credentials import ClientCredentialsOAuthProvider
 from mcp.shared.exceptions import MCPDeprecationWarning
 
-from candle_vllm.core.targets import is_allowed, look_up
+from candle_vllm.core.targets import PORTS, is_allowed, look_up
 from candle_vllm.responses.mcp.peer import Peer
 from candle_vllm.responses.mcp.server_config import McpServerConfig
 from candle_vllm.responses.mcp.server_values import OAuthClient
@@ -30,7 +30,6 @@ _NOTICE_SECONDS = 10.0  # to accept a notification or a response; meanwhile, the
 _LEAVE_SECONDS = 3.0  # for the answer to the request that ends a session
 _RESOLVE_SECONDS = 10.0
 _MAX_ADDRESSES = 4  # addresses of one name that are tried
-_PORTS = {"http": 80, "https": 443}
 _tls = cache(httpx2.create_ssl_context)  # reading the certificate authorities blocks the event loop for tens of ms
 
 
@@ -189,8 +188,7 @@ class HttpNotes:
         if isinstance(stream, httpx2.AsyncByteStream):
             kind = response.headers.get("content-type", "").partition(";")[0].strip().lower()
             encoding = response.headers.get("content-encoding", "identity").strip().lower()
-            limit = None if kind == "text/event-stream" else MAX_BODY
-            response.stream = _BoundedStream(stream, limit, encoding)
+            response.stream = _BoundedStream(stream, None if kind == "text/event-stream" else MAX_BODY, encoding)
 
 
 def _limit(request: httpx2.Request, seconds: float) -> None:
@@ -264,7 +262,7 @@ class PublicTransport(httpx2.AsyncBaseTransport):
 
 
 async def _public_addresses(url: httpx2.URL, request: httpx2.Request) -> list[str]:
-    host, port = url.host, url.port or _PORTS.get(url.scheme, 443)
+    host, port = url.host, url.port or PORTS.get(url.scheme, 443)
     try:
         async with asyncio.timeout(_RESOLVE_SECONDS):
             found = await asyncio.to_thread(look_up, host, port)

@@ -222,9 +222,7 @@ def masked_arguments(arguments: Iterable[str]) -> list[str]:
 
 def redactor(secrets: Iterable[str]) -> Callable[[str], str]:
     """Return a function that masks the secrets, their percent-decoded forms and words, of 6 characters or more."""
-    values: set[str] = set()
-    for value in secrets:
-        values |= {value, unquote(value), *value.split()}
+    values = {part for value in secrets for part in (value, unquote(value), *value.split())}
     longest_first = sorted((value for value in values if len(value) >= _SHORTEST_SECRET), key=len, reverse=True)
     if not longest_first:
         return str

@@ -159,8 +159,7 @@ class ToolWatch:
 
     async def _sleep(self, connection: McpConnection, seconds: float) -> None:
         """Sleep, at most until the connection ends or is in doubt; `wake` is set afterwards, so no change is missed."""
-        deadline = asyncio.get_running_loop().time() + seconds
-        with anyio.move_on_at(deadline):
+        with anyio.move_on_at(asyncio.get_running_loop().time() + seconds):
             while not (connection.is_down or connection.in_doubt):
                 await self._wake.wait()
                 self._wake.clear()

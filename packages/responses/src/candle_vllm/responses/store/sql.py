@@ -319,8 +319,7 @@ class SqlBackend:
         entries = self._entries
         free = or_(entries.c.lease.is_(None), entries.c.lease <= self.now, entries.c.holder == what.holder)
         mine = and_(entries.c.number == number, free)
-        given = connection.execute(update(entries).where(mine).values(lease=until, holder=what.holder))
-        return given.rowcount > 0
+        return connection.execute(update(entries).where(mine).values(lease=until, holder=what.holder)).rowcount > 0
 
     @_transaction
     def claim_due(self, connection: Connection, until: int, busy_owners: Collection[str]) -> Entry | None:

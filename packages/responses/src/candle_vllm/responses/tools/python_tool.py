@@ -195,8 +195,7 @@ class PythonTool:
             raise InvalidParameterError(
                 f"the timeout of {label} must lie between 0 and {MAX_TIMEOUT:g} seconds, not {timeout!r:.40}", "timeout"
             )
-        documented = function.func if isinstance(function, partial) else function
-        summary, descriptions = describe(documented)
+        summary, descriptions = describe(function.func if isinstance(function, partial) else function)
         self._function = function
         called = getattr(function, "__call__", None)  # noqa: B004
         self._is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(called)

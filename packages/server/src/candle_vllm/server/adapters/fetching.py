@@ -56,7 +56,6 @@ class FetchedSource:
         return self.kind
 
     def find(self, name: AdapterName) -> Found | Fetch | None:
-        """As `Source.find`."""
         if not self._may_have(name):
             return None
         label, asked = self._label(name), name.revision or ""

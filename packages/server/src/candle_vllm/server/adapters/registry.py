@@ -275,8 +275,7 @@ class Adapters:
     def _base_of(self, found: Found) -> ModelEntry:
         """Return the base model that the adapter's configuration names, if it is served; else the first of `bases`."""
         bases = self.bases()
-        named = (entry for entry in bases if found.base in (*entry.names, entry.settings.model))
-        return next(named, bases[0])
+        return next((entry for entry in bases if found.base in (*entry.names, entry.settings.model)), bases[0])
 
     def _set(self, adapter: Adapter) -> None:
         """Register an adapter; it replaces the one of the same name."""

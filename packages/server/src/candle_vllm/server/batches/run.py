@@ -311,8 +311,7 @@ class BatchRun:
             how = {"status": "failed", "failed_at": now}
         elif cancelled:
             how = {"status": "cancelled", "cancelled_at": now}
-            seen = (await self._store.batch(owner, record.batch.id)).batch
-            how["cancelling_at"] = seen.cancelling_at or now
+            how["cancelling_at"] = (await self._store.batch(owner, record.batch.id)).batch.cancelling_at or now
         elif (self.record.batch.finalizing_at or now) >= record.batch.expires_at:
             how = {"status": "expired", "expired_at": now}
         await self._change(output_file_id=shown[0], error_file_id=shown[1], **how)

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from candle_vllm.responses.api.response_store import LazyStore
 from candle_vllm.responses.store import entries
 from candle_vllm.responses.store.backend import SETTING, Bounds, Held, Order, Place, open_backend
 from candle_vllm.server.batches.records import BATCH, BATCH_OUTPUT, Batch, BatchRecord, FileObject
@@ -57,18 +58,16 @@ class FileOptions:
     max_entries: int = 10_000
 
 
-class BatchStore:
+class BatchStore(LazyStore):
     """The store of files and batches; raises the errors of `SqlBackend`. A store in memory is opened on first use.
 
     `several` returns whether the server has several keys; if so, each may use half of the store.
     """
 
     def __init__(self, options: FileOptions, several: Callable[[], bool] = lambda: False) -> None:
+        super().__init__()
         self.options = options
         self._several = several
-        self._opening = asyncio.Lock()
-        self._backend: SqlBackend | None = None
-        self._closed = False
 
     @property
     def share(self) -> int:
@@ -79,23 +78,6 @@ class BatchStore:
     def is_open(self) -> bool:
         """Whether the store was opened; before that it is empty."""
         return self._backend is not None
-
-    async def backend(self) -> SqlBackend:
-        """Return the backend, opened."""
-        async with self._opening:
-            if self._backend is None:
-                self._backend = await self._open()
-        return self._backend
-
-    async def close(self) -> None:
-        self._closed = True
-        async with self._opening:  # `_open` may be running
-            if self._backend is not None:
-                await self._backend.close()
-
-    async def owner(self, key: str) -> str:
-        """Return the owner of the files and batches of an API key."""
-        return (await self.backend()).owner(key)
 
     # ---- files -------------------------------------------------------------------------------------------------------
 
@@ -285,8 +267,7 @@ class BatchStore:
             parts_size=options.max_bytes, spares_leased=True,
             advice="Delete files, or let the operator raise --files-max-mb.", several=self._several,
         )  # fmt: skip
-        place = Place(options.url, "batches", "store of files", SETTING)
-        return await open_backend(place, bounds, time.time)
+        return await open_backend(Place(options.url, "batches", "store of files", SETTING), bounds, time.time)
 
 
 def new_file_id() -> str:

@@ -167,8 +167,7 @@ class EventClient(AnswerClient):
         self._ended = False
 
     def received(self, data: bytes, now: float) -> None:
-        data = (self._rest + data).replace(b"\r\n", b"\n")
-        *events, self._rest = data.split(b"\n\n")
+        *events, self._rest = (self._rest + data).replace(b"\r\n", b"\n").split(b"\n\n")
         if len(self._rest) > BUFFER:
             self.fail("an event is larger than 1 MB")
         for event in events:

@@ -225,8 +225,7 @@ async def _run(load: Load, samples: Sequence[Sample], warmups: int) -> tuple[lis
         await one(samples[0], time.monotonic())
     began = time.monotonic()
     asked = [asyncio.create_task(one(sample, began)) async for sample in _arriving(load, samples)]
-    seen = await asyncio.gather(*asked)
-    return seen, time.monotonic() - began
+    return await asyncio.gather(*asked), time.monotonic() - began
 
 
 async def _arriving(load: Load, samples: Sequence[Sample]) -> AsyncIterator[Sample]:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from candle_vllm.core.targets import ip_address
+from candle_vllm.core.targets import PORTS, ip_address
 from candle_vllm.openai.fair_threads import asker
 from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.http.failures import refusal
@@ -87,8 +87,7 @@ class ApiKeyMiddleware:
                 await self._app(scope, receive, send)
             return
         challenge = {"WWW-Authenticate": 'Basic realm="candle-vllm"' if page else "Bearer"}
-        error = HttpError(401, _refused(key, manages), "invalid_api_key", challenge)
-        await refusal(scope, error)(scope, receive, send)
+        await refusal(scope, HttpError(401, _refused(key, manages), "invalid_api_key", challenge))(scope, receive, send)
 
     @functools.cached_property
     def _most(self) -> int:
@@ -150,7 +149,6 @@ def _authorized(header: bytes, page: bool) -> bytes | None:
 
 ANY_ORIGIN = "*"
 _LONGEST_ORIGIN = 512  # characters; a name of the DNS has 253
-_PORTS = {"http": 80, "https": 443}
 # RFC 6761, mDNS, names of ICANN and RFC 8375 for private networks, services of Kubernetes
 _PRIVATE_NAMES = (".localhost", ".local", ".internal", ".home.arpa", ".svc")
 
@@ -198,8 +196,7 @@ class OriginMiddleware:
             f"Web pages of {given[0][:100]!r} may not call this server: open its own page at the address that it "
             "listens at, or allow the origin with --cors-origin."
         )
-        error = HttpError(403, message, "origin_not_allowed", param="Origin")
-        await refusal(scope, error)(scope, receive, send)
+        await refusal(scope, HttpError(403, message, "origin_not_allowed", param="Origin"))(scope, receive, send)
 
     def _shut_page(self, scope: Scope) -> str:
         """Return the web UI's origin if a browser could load the page, but not its scripts; otherwise ""."""
@@ -251,8 +248,7 @@ class HostMiddleware:
             "use its address (in Kubernetes SERVICE.NAMESPACE.svc works as well), allow the name with --cors-origin "
             f"{_scheme(scope)}://NAME, or set --api-key."
         )
-        error = HttpError(403, message, "host_not_allowed", param="Host")
-        await refusal(scope, error)(scope, receive, send)
+        await refusal(scope, HttpError(403, message, "host_not_allowed", param="Host"))(scope, receive, send)
 
     def _is_private(self, authority: str) -> bool:
         """Whether a Host may pass: an IP address, a private name, a name of this machine, or a host of `allowed`."""
@@ -296,7 +292,7 @@ def _addresses(scope: Scope) -> Iterator[str]:
         names = [f"[{host}]" if address.version == 6 else host]
         if address.is_loopback:
             names += ["localhost", "127.0.0.1", "[::1]"]
-    end = "" if port == _PORTS.get(_scheme(scope)) else f":{port}"
+    end = "" if port == PORTS.get(_scheme(scope)) else f":{port}"
     yield from (f"{_scheme(scope)}://{name}{end}" for name in names)
 
 

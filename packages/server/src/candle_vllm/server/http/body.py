@@ -128,8 +128,7 @@ async def parse_request(
         ClientGone: the client disconnected before the end of the body.
     """
     headers = dict(scope["headers"])
-    media_type = headers.get(b"content-type", b"").split(b";")[0].strip().lower()
-    if typed and media_type != b"application/json":
+    if typed and headers.get(b"content-type", b"").split(b";")[0].strip().lower() != b"application/json":
         raise HttpError(415, "The body must be JSON: send the header `Content-Type: application/json`.",
                         "unsupported_media_type")  # fmt: skip
     if headers.get(b"content-encoding", b"identity").strip().lower() not in (b"identity", b""):

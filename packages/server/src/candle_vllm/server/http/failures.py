@@ -185,9 +185,8 @@ def _routing_error(request: Request, failure: HTTPException) -> HttpError:
         405: (f"{path!r} does not support {method}; it supports {' and '.join(methods)}.", "method_not_allowed"),
     }
     message, code = messages.get(failure.status_code, (failure.detail, "http_error"))
-    headers = failure.headers
-    if failure.status_code == 405:  # the router names the methods of only one route at this path
-        headers = {"allow": ", ".join(methods)}
+    # For 405, the router names the methods of only one route at this path.
+    headers = {"allow": ", ".join(methods)} if failure.status_code == 405 else failure.headers
     return HttpError(failure.status_code, message, code, headers)
 
 

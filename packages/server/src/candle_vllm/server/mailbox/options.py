@@ -231,10 +231,8 @@ def webhook_options(section: Any, variables: Mapping[str, str]) -> WebhookOption
     """
     section = given(section, "mailbox: webhook")
     known_keys(section, [each.name for each in fields(WebhookOptions)], "webhook")
-    values: dict[str, Any] = {}
-    for key, value in section.items():
-        if key in _FIELDS:
-            values[key] = checked(f"webhook {key}", _FIELDS[key].check, value)
+    known = {key: value for key, value in section.items() if key in _FIELDS}
+    values = {key: checked(f"webhook {key}", _FIELDS[key].check, value) for key, value in known.items()}
     if "${" in str(values.get("url", "")):
         raise UsageError("webhook url: ${NAME} may stand in secrets only")
     if "signing_secret" in section:

@@ -66,8 +66,7 @@ def read_policy(headers: Headers, options: MailboxOptions) -> DeliveryPolicy | N
             raise invalid(WEBHOOK_BEARER, f"is for {WEBHOOK_URL}, which is missing")
     if url is None and webhook not in (None, Mode.NEVER) and options.webhook.url is None:
         raise invalid(WEBHOOK_MODE, f"needs {WEBHOOK_URL}: this server has no webhook of its own")
-    asked = url is not None or {mailbox, webhook} - {None, Mode.NEVER}
-    if not asked:
+    if url is None and not {mailbox, webhook} - {None, Mode.NEVER}:
         return None
     if webhook is None:
         webhook = Mode.ON_DISCONNECT if url is not None else _operators_mode(options)

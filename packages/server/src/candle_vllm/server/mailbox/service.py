@@ -133,8 +133,7 @@ class Mailbox:
         if push.status is Status.STREAMING:
             raise invalid("request_id", "names an answer that is still being generated: try again later")
         with self._place(owner):
-            message = Message(push.record, push.delivery_id, push_target, bearer, headers)
-            attempt = await self._sender.send(message)
+            attempt = await self._sender.send(Message(push.record, push.delivery_id, push_target, bearer, headers))
         self.pushed(attempt.outcome is Outcome.DELIVERED)
         if attempt.outcome is Outcome.FORBIDDEN:
             raise MailboxError(400, f"The record was not pushed: {attempt.detail}.", "invalid_value", "url")

@@ -127,8 +127,7 @@ class ExecutionState:
                 self._usage += event.usage
                 for call in event.message.get("tool_calls") or ():
                     function = call["function"]
-                    asked = ToolCall(id=call["id"], name=function["name"], arguments=function["arguments"])
-                    self._note(asked, NOT_RUN)
+                    self._note(ToolCall(id=call["id"], name=function["name"], arguments=function["arguments"]), NOT_RUN)
             case conversation_events.ToolFinished():
                 result = event.result
                 self._note(result.call, result.status, result.seconds, result.server)

@@ -57,7 +57,6 @@ class CountedTool:
         self.timeout = None if own is None else own + _GRACE
 
     async def run(self, arguments: Mapping[str, Any], report: Report) -> ToolOutput:
-        """See `Tool.run`."""
         status, started = "failed", time.monotonic()
         try:
             output = await self._tool.run(arguments, report)
@@ -139,8 +138,7 @@ class McpService:
         if self._offered_revision != self.registry.revision:
             self._offered_revision = self.registry.revision
             execute = self.options.execute
-            chosen = [one for one in self.registry.definitions() if not execute or self.auto_approves(one)]
-            self._offer = _offer(chosen)
+            self._offer = _offer([one for one in self.registry.definitions() if not execute or self.auto_approves(one)])
         return self._offer
 
     def refusal(self, name: str) -> str | None:

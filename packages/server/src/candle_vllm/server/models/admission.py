@@ -131,8 +131,7 @@ class Admission:
         self._counted[key] += self._share(sequences)
         if not self._queues and self._fits(sequences):
             return self._begin(key, sequences)
-        entered = asyncio.get_running_loop().create_future()
-        waiting = _Waiting(key, sequences, entered, Queued.now(sequences, priority))
+        waiting = _Waiting(key, sequences, asyncio.get_running_loop().create_future(), Queued.now(sequences, priority))
         self._queues.setdefault((priority, key), deque()).append(waiting)
         try:
             return await waiting.entered

@@ -152,8 +152,7 @@ def fetch_archive(archive: Archive, root: Path) -> Path:
                 else:
                     unpack(file, fresh)
                 model_folder(fresh)
-                marker = {"source": archive.source, "sha256": sha256}
-                (fresh / MARKER).write_text(json.dumps(marker), encoding="utf-8")
+                (fresh / MARKER).write_text(json.dumps({"source": archive.source, "sha256": sha256}), encoding="utf-8")
             except BaseException:
                 shutil.rmtree(fresh, ignore_errors=True)
                 raise

@@ -123,8 +123,7 @@ def plan_pull(settings: HubOptions, name: str) -> Plan:
     parts = () if first is None else source.gguf_models(list(siblings))[first]
     names = [re.sub(r"\[(.)\]", r"\1", pattern) for pattern in source.wanted_files(sorted(siblings), parts)]
     files = tuple(_file(siblings[each]) for each in names if each in siblings)
-    weights = [file for file in files if file.name.endswith((".gguf", ".safetensors"))]
-    size = sum(file.size for file in weights)
+    size = sum(file.size for file in files if file.name.endswith((".gguf", ".safetensors")))
     return Plan(named=named, weight_file=first, files=files, weight_bytes=size, commit=info.sha)
 
 

@@ -69,8 +69,7 @@ class ModelLoader:
             check_model(entry.settings, beside)
 
     def __call__(self, entry: ModelEntry, beside: Sequence[ServedModel]) -> ServedModel:
-        changes = room_beside(entry.settings, beside) if beside else {}
-        config = engine_config(entry.settings, **changes)
+        config = engine_config(entry.settings, **room_beside(entry.settings, beside) if beside else {})
         start = self._start_engine or (remote_engine if entry.settings.has_own_process else local_engine)
         with told_in_flags():
             engine = start(config)

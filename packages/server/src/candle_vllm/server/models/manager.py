@@ -26,10 +26,11 @@ from candle_vllm.server.http.limits import RateLimits
 from candle_vllm.server.http.routing import NOBODY, Caller, caller_of
 from candle_vllm.server.models.admission import Place, Queued, RetiredError
 from candle_vllm.server.models.slot import Lease, ModelSlot, ModelState, ServedModel
-from candle_vllm.server.models.switcher import Load, ManagerLimits, ModelSwitcher, load_failed
+from candle_vllm.server.models.switcher import RETRY_SECONDS, Load, ModelSwitcher, load_failed
 from candle_vllm.server.observing.metrics import Metrics, Rejection
 from candle_vllm.server.observing.series import WAIT_SECONDS
 from candle_vllm.server.settings.catalogue import Catalogue, ModelEntry
+from candle_vllm.server.settings.table import ManagerOptions
 
 logger = logging.getLogger(__name__)
 
@@ -61,11 +62,11 @@ class ModelManager:
         self,
         catalogue: Catalogue,
         load: Load | None,
-        limits: ManagerLimits | None = None,
+        options: ManagerOptions | None = None,
         metrics: Metrics | None = None,
         adapters: Adapters | None = None,
     ) -> None:
-        self._limits = limits or ManagerLimits()
+        self._options = options or ManagerOptions()
         self.catalogue = catalogue
         self.metrics = metrics or Metrics()
         self.rates = RateLimits()
@@ -79,7 +80,7 @@ class ModelManager:
         self._switcher: ModelSwitcher | None = None
         if load is not None:
             slots = tuple(self.slots.values())
-            self._switcher = ModelSwitcher(slots, load, self._limits, self.metrics, self._settled, self.died)
+            self._switcher = ModelSwitcher(slots, load, self._options, self.metrics, self._settled, self.died)
 
     @classmethod
     def of_loaded(cls, model: ServedModel, metrics: Metrics, adapters: Adapters | None = None) -> ModelManager:
@@ -175,7 +176,7 @@ class ModelManager:
                 raise EngineDeadError("the engine has stopped")
             self.died(slot, slot.model)
         self._check_queue(slot)
-        return await self._wait(slot, self._limits.patience)
+        return await self._wait(slot, self._options.model_wait_timeout)
 
     async def start(self) -> ModelSlot:
         """Load the active model, without a timeout; raises the loader's error if it cannot be loaded."""
@@ -193,10 +194,10 @@ class ModelManager:
 
     def _check_queue(self, slot: ModelSlot) -> None:
         name, failed_at = slot.entry.names[0], slot.failed_at if slot.state is ModelState.FAILED else None
-        if failed_at is not None and time.monotonic() - failed_at < self._limits.retry_seconds:
+        if failed_at is not None and time.monotonic() - failed_at < RETRY_SECONDS:
             self.metrics.refused(name, Rejection.MODEL_NOT_READY)
-            raise load_failed(slot, self._limits.retry_seconds)
-        key, most, count, of_key = Queued.now().key, self._limits.max_waiting, len(slot.waiters), ""
+            raise load_failed(slot)
+        key, most, count, of_key = Queued.now().key, self._options.queue_size, len(slot.waiters), ""
         if asker.get() and count < most:
             most, of_key = max(1, most // 2), " of this API key"
             count = sum(each.key == key for each in slot.arrivals.values())
@@ -379,7 +380,7 @@ class ModelManager:
             self._warming.add(task)
             task.add_done_callback(self._warming.discard)
         if slot.dead and slot.state is ModelState.FAILED:  # proxies send no request to a server that is not ready
-            asyncio.get_running_loop().call_later(self._limits.retry_seconds, self._revive, slot)
+            asyncio.get_running_loop().call_later(RETRY_SECONDS, self._revive, slot)
         if slot.going or slot.entry.name != self._chosen:
             return
         if slot.state is ModelState.READY:

@@ -313,8 +313,7 @@ class Pulls:
 
     def find(self, name: str) -> Pull | None:
         """Return the download of a model by the model's name, or by the name in the request."""
-        asked = (pull for pull in self._pulls.values() if pull.asked == name)
-        return self._pulls.get(name) or next(asked, None)
+        return self._pulls.get(name) or next((pull for pull in self._pulls.values() if pull.asked == name), None)
 
     async def stop(self, pull: Pull, *, remove: bool) -> None:
         """Stop a download; with `remove`, wait for its end, delete its partial files and drop it from the list."""

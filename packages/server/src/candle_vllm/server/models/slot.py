@@ -82,7 +82,7 @@ class ModelSlot:
         going: whether the model left the catalogue, so that it is unloaded when its last lease is released.
         resting: number of operators' requests that wait for it to finish its requests and sleep; new ones are refused.
         described: description from the model's files, read at the first request for it.
-        keep_seconds: idle time that the latest request set; None is the manager's `idle_seconds`.
+        keep_seconds: idle time that the latest request set; None is the setting `idle_unload_secs`.
     """
 
     entry: ModelEntry

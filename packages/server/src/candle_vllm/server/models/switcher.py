@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
 """The model switcher: a single task that loads and unloads models, one after the other.
 
-Step 1 of a request's life, below the manager. A requested model is loaded beside others if memory and `max_loaded`
-allow it; if not, the least recently used model, idle ones first, finishes its requests and is unloaded.
+Step 1 of a request's life, below the manager. A requested model is loaded beside others if memory and
+`max_loaded_models` allow it; if not, the least recently used model, idle ones first, finishes its requests and is
+unloaded.
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ from candle_vllm.server.models.slot import ModelSlot, ModelState, ServedModel
 from candle_vllm.server.observing import series
 from candle_vllm.server.observing.metrics import Metrics, Outcome
 from candle_vllm.server.settings.catalogue import ModelEntry
+from candle_vllm.server.settings.table import ManagerOptions
+
+RETRY_SECONDS = 30.0  # pause after a failed load before a request tries again; an operator can try at once
 
 logger = logging.getLogger(__name__)
 
@@ -43,27 +47,6 @@ class Load(Protocol):
 
     def __call__(self, entry: ModelEntry, beside: Sequence[ServedModel]) -> ServedModel:
         """Load a model while others stay loaded; NoRoomError if it does not fit beside them."""
-
-
-@dataclass(frozen=True)
-class ManagerLimits:
-    """Limits and timeouts of the manager.
-
-    Attributes:
-        max_loaded: maximum number of models in memory; None for as many as fit.
-        max_waiting: maximum number of requests that wait for one model to be loaded.
-        patience: maximum seconds that a request waits for its model.
-        drain_seconds: seconds that a model has to finish its requests before it is unloaded; then they are aborted.
-        idle_seconds: seconds without use after which a model is unloaded; None means never.
-        retry_seconds: pause after a failed load before a request tries again; an operator can try at once.
-    """
-
-    max_loaded: int | None = None
-    max_waiting: int = 256
-    patience: float = 600.0
-    drain_seconds: float = 120.0
-    idle_seconds: float | None = None
-    retry_seconds: float = 30.0
 
 
 @dataclass(frozen=True)
@@ -90,14 +73,14 @@ class ModelSwitcher:
         self,
         slots: Sequence[ModelSlot],
         load: Load,
-        limits: ManagerLimits,
+        options: ManagerOptions,
         metrics: Metrics,
         settled: Callable[[ModelSlot], None],
         died: Callable[[ModelSlot, ServedModel], None],
     ) -> None:
         self._slots = tuple(slots)
         self._load = load
-        self._limits = limits
+        self._options = options
         self._metrics = metrics
         self._settled = settled
         self._died = died
@@ -156,11 +139,11 @@ class ModelSwitcher:
     def rest_of(self, slot: ModelSlot) -> float | None:
         """Seconds after which an unused model is unloaded; None if it stays."""
         if slot.keep_seconds is None:
-            return self._limits.idle_seconds
+            return self._options.idle_unload_secs
         return None if slot.keep_seconds == math.inf else slot.keep_seconds
 
     def keep(self, slot: ModelSlot, seconds: float | None) -> None:
-        """Set the idle time of a model; None is the manager's `idle_seconds`."""
+        """Set the idle time of a model; None is the setting `idle_unload_secs`."""
         slot.keep_seconds = seconds
         if slot.timer is not None:
             slot.timer.cancel()
@@ -233,7 +216,7 @@ class ModelSwitcher:
             if self.loaded:  # else no model would be unloaded, and loading detects the same errors
                 check = _heard(slot, lambda: self._load.check(slot.entry, self.loaded))  # may download the model
                 await in_thread(check, f"check-{slot.entry.name}")
-            while self._limits.max_loaded is not None and len(self.loaded) >= self._limits.max_loaded:
+            while self._options.max_loaded_models is not None and len(self.loaded) >= self._options.max_loaded_models:
                 await self._retire(self._least_used(), f"to make room for {slot.entry.name}")
             model = await self._load_beside(slot)
         except Exception as error:
@@ -266,7 +249,7 @@ class ModelSwitcher:
         _forget_frames(error)
         slot.state, slot.error, slot.failed_at, slot.asked = ModelState.FAILED, error, time.monotonic(), False
         self._metrics.count(series.LOADS, slot.entry.names[0], Outcome.FAILED)
-        slot.refuse(load_failed(slot, self._limits.retry_seconds))
+        slot.refuse(load_failed(slot))
         self._settled(slot)
 
     def _settle(self, slot: ModelSlot, model: ServedModel) -> None:
@@ -288,10 +271,10 @@ class ModelSwitcher:
         return min(slots, key=lambda slot: (slot.in_flight > 0, slot.last_used))
 
     async def _retire(self, slot: ModelSlot, reason: str) -> None:
-        """Unload a model after its requests, at the latest after `drain_seconds`; new ones wait for the next load."""
+        """Unload a model after its requests or `model_drain_timeout`; new requests wait for the next load."""
         slot.state = ModelState.DRAINING
         try:
-            async with asyncio.timeout(self._limits.drain_seconds):
+            async with asyncio.timeout(self._options.model_drain_timeout):
                 while slot.in_flight:
                     self._returned.clear()
                     await self._returned.wait()
@@ -333,9 +316,9 @@ def _shutting_down() -> HttpError:
     return HttpError(503, "The server is shutting down.", "shutting_down", {"retry-after": "5"})
 
 
-def load_failed(slot: ModelSlot, retry_seconds: float) -> HttpError:
-    """Return the error for requests to a model that failed to load, which is not tried again before `retry_seconds`."""
-    left = max(1, round((slot.failed_at or time.monotonic()) + retry_seconds - time.monotonic()))
+def load_failed(slot: ModelSlot) -> HttpError:
+    """Return the error for requests to a model that failed to load, which is not tried again before `RETRY_SECONDS`."""
+    left = max(1, round((slot.failed_at or time.monotonic()) + RETRY_SECONDS - time.monotonic()))
     message = f"The model {slot.entry.name!r} could not be loaded; the server's log has the reason."
     return HttpError(503, message, "model_load_failed", {"retry-after": str(left)})
 

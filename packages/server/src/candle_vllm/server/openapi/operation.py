@@ -12,7 +12,7 @@ import re
 import textwrap
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Concatenate, ParamSpec, TypeVar, get_args
+from typing import Any, TypeVar, get_args
 
 import msgspec
 from fastapi import APIRouter
@@ -140,7 +140,6 @@ def as_list(items: Schema) -> Schema:
 
 
 Key = tuple[str, str]  # method and path, as in the router
-_P = ParamSpec("_P")
 _Endpoint = TypeVar("_Endpoint", bound=Callable[..., Awaitable[Any]])
 
 _BODY_ERRORS = (400, 408, 413, 415)
@@ -224,31 +223,30 @@ class Operation:
         return {*self.errors, 403, 500, *(_BODY_ERRORS if self.body or self.form else ())} - {*self.statuses}
 
 
-def routing(
-    router: APIRouter, make: Callable[_P, Operation]
-) -> Callable[Concatenate[str, _P], Callable[[_Endpoint], _Endpoint]]:
-    """Return a decorator that adds a route to a router, with its declaration for the OpenAPI document.
+def routing(**shared: Any) -> tuple[APIRouter, Callable[..., Callable[[_Endpoint], _Endpoint]]]:
+    """Return a router, and a decorator that adds a route to it with its declaration for the OpenAPI document.
 
-    `make` is `Operation`, perhaps with arguments that the module's routes share. The decorator's arguments are the
-    method and the paths, such as `"POST /v1/score /score"`, and the arguments of `make`.
+    The decorator's arguments are the method and the paths, such as `"POST /v1/score /score"`, and arguments of
+    `Operation`; `shared` are those that the module's routes share.
     """
+    router = APIRouter()
 
-    def route(at: str, *args: _P.args, **told: _P.kwargs) -> Callable[[_Endpoint], _Endpoint]:
-        operation = make(*args, **told)
+    def route(at: str, **own: Any) -> Callable[[_Endpoint], _Endpoint]:
+        operation = Operation(**{**shared, **own})
         method, *paths = at.split()
 
         def add(function: _Endpoint) -> _Endpoint:
             name = operation.id or function.__name__
             summary = operation.summary or (function.__doc__ or "").partition("\n")[0].rstrip(".")
             for path in reversed(paths):  # the order of stacked decorators
-                own = name if path == paths[0] else name + "_" + path.strip("/").replace("/", "_")
-                said = {"operation": dataclasses.replace(operation, id=own, summary=summary)}
+                of_path = name if path == paths[0] else name + "_" + path.strip("/").replace("/", "_")
+                said = {"operation": dataclasses.replace(operation, id=of_path, summary=summary)}
                 router.add_api_route(path, function, methods=[method], openapi_extra=said)
             return function
 
         return add
 
-    return route
+    return router, route
 
 
 def operations_of(routers: Iterable[APIRouter]) -> dict[Key, Operation]:

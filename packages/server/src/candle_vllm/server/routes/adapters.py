@@ -7,14 +7,13 @@ Not a step of a request's life: the `model` of a request can name an adapter wit
 from __future__ import annotations
 
 import asyncio
-import functools
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
-from fastapi import APIRouter, Request
+from fastapi import Request
 from pydantic import Field, TypeAdapter, ValidationError
 from starlette.responses import PlainTextResponse, Response
 
@@ -30,10 +29,9 @@ from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.http.routing import caller_of
 from candle_vllm.server.models.manager import ModelManager
 from candle_vllm.server.models.slot import ModelSlot
-from candle_vllm.server.openapi.operation import MODEL_ERRORS, WHICH, Operation, routing
+from candle_vllm.server.openapi.operation import MODEL_ERRORS, WHICH, routing
 
-router = APIRouter()
-route = routing(router, functools.partial(Operation, tag="operators", manages=True))
+router, route = routing(tag="operators", manages=True)
 
 _INVALID, _NOT_FOUND = "InvalidUserInput", "NotFoundError"  # error codes of vLLM
 

@@ -3,20 +3,17 @@
 
 from __future__ import annotations
 
-from functools import partial
-
-from fastapi import APIRouter, Request
+from fastapi import Request
 from starlette.responses import Response
 
 from candle_vllm.responses.api import conversations as api
 from candle_vllm.responses.api.stored_items import AnyItem, ItemList
 from candle_vllm.server.answering import body_of, deadline_of, in_time, json_answer
 from candle_vllm.server.http.body import unless_disconnected
-from candle_vllm.server.openapi.operation import KEPT, RESPONSES, Operation, routing
+from candle_vllm.server.openapi.operation import KEPT, RESPONSES, routing
 from candle_vllm.server.store_access import INCLUDE, ITEM_PAGE, page_request, query_of, store_and_owner
 
-router = APIRouter()
-route = routing(router, partial(Operation, tag="conversations", naming=RESPONSES, errors=KEPT))
+router, route = routing(tag="conversations", naming=RESPONSES, errors=KEPT)
 
 
 @route(
@@ -28,8 +25,7 @@ route = routing(router, partial(Operation, tag="conversations", naming=RESPONSES
 async def create_conversation(request: Request) -> Response:
     """Create a conversation."""
     conversations, owner = await _conversations(request)
-    wire = await body_of(request, api.ConversationCreateRequest)
-    return json_answer(await conversations.create(owner, wire))
+    return json_answer(await conversations.create(owner, await body_of(request, api.ConversationCreateRequest)))
 
 
 @route("GET /v1/conversations/{conversation_id}", answer=api.Conversation)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 
-from fastapi import APIRouter, Request
+from fastapi import Request
 from starlette.responses import Response
 
 from candle_vllm.openai import EmbeddingList, EmbeddingRequest, Ranking, RerankRequest, ScoreList, ScoreRequest
@@ -18,10 +18,9 @@ from candle_vllm.openai.protocol import embeddings as wires
 from candle_vllm.openai.protocol.cohere import CohereEmbeddings, CohereEmbedRequest
 from candle_vllm.server.answering import answer_with
 from candle_vllm.server.models.slot import ServedModel
-from candle_vllm.server.openapi.operation import QUEUED, Operation, routing
+from candle_vllm.server.openapi.operation import QUEUED, routing
 
-router = APIRouter()
-route = routing(router, functools.partial(Operation, tag="vectors and scores", errors=QUEUED))
+router, route = routing(tag="vectors and scores", errors=QUEUED)
 
 _TEXT, _CONTENT = {"input": "The sky is blue."}, {"content": "The sky is blue."}
 _TEXTS_OR_CHAT = (EmbeddingRequest, wires.EmbeddingChatRequest)

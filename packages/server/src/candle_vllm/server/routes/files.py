@@ -13,7 +13,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from typing import Any
 from urllib.parse import quote
 
-from fastapi import APIRouter, Request
+from fastapi import Request
 from python_multipart.exceptions import FormParserError
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
@@ -30,11 +30,10 @@ from candle_vllm.server.batches.store import PIECE, too_large
 from candle_vllm.server.http.body import READING_SECONDS, SILENCE_SECONDS, parse_request
 from candle_vllm.server.http.errors import ClientGone, HttpError
 from candle_vllm.server.http.routing import caller_of
-from candle_vllm.server.openapi.operation import KEPT, Operation, routing
+from candle_vllm.server.openapi.operation import KEPT, routing
 from candle_vllm.server.store_access import AFTER, limit_and_after, number_of, order_of, query_of
 
-router = APIRouter()
-route = routing(router, functools.partial(Operation, tag="batches", errors=KEPT))
+router, route = routing(tag="batches", errors=KEPT)
 MAX_LIST = 10_000
 DEFAULT_BATCHES, MAX_BATCHES = 20, 100  # batches in one page of a list
 MAX_BODY = 64 << 10  # maximum bytes of the body that creates a batch
@@ -103,8 +102,7 @@ async def list_files(request: Request) -> Response:
     (limit, after), purpose = limit_and_after(query, MAX_LIST, MAX_LIST), query.get("purpose")
     if purpose not in (None, *_PURPOSES):
         raise InvalidParameterError(f"purpose must be {_one_of(_PURPOSES)}, not {purpose!r:.60}", "purpose")
-    found = await batches.store.files(owner, limit + 1, after, purpose, order_of(query))
-    return _page(records.FileList, found, limit)
+    return _page(records.FileList, await batches.store.files(owner, limit + 1, after, purpose, order_of(query)), limit)
 
 
 @route("GET /v1/files/{file_id}", answer=records.FileObject)
@@ -202,8 +200,7 @@ async def _form(request: Request, limit: int, count: Callable[[int], None]) -> F
     or as `count` raises it; ClientGone if the client disconnects; InvalidBodyError if the body is not a form, or has
     too many files or fields.
     """
-    kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
-    if kind != "multipart/form-data":
+    if request.headers.get("content-type", "").split(";")[0].strip().lower() != "multipart/form-data":
         message = "The body must be a form: send it as `multipart/form-data` with the fields file and purpose."
         raise HttpError(415, message, "unsupported_media_type")
     length = request.headers.get("content-length", "0")

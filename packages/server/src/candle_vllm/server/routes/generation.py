@@ -3,10 +3,9 @@
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING
 
-from fastapi import APIRouter, Request
+from fastapi import Request
 from starlette.responses import Response
 
 from candle_vllm.openai import (
@@ -25,14 +24,13 @@ from candle_vllm.openai.fim import FimRequest, fim_answer, fim_stream
 from candle_vllm.openai.json_body import parse_body
 from candle_vllm.server.answering import GenerationApi, answer
 from candle_vllm.server.mcp.chat_tools import answer_with_tools
-from candle_vllm.server.openapi.operation import QUESTION, QUEUED, Operation, routing
+from candle_vllm.server.openapi.operation import QUESTION, QUEUED, routing
 from candle_vllm.server.outliving import StoredForm
 
 if TYPE_CHECKING:
     from candle_vllm.server.mcp.service import McpService
 
-router = APIRouter()
-route = routing(router, functools.partial(Operation, tag="generation", errors=QUEUED))
+router, route = routing(tag="generation", errors=QUEUED)
 
 
 @route(

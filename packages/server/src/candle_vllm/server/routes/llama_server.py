@@ -12,7 +12,7 @@ from dataclasses import replace
 from importlib.metadata import version
 
 import msgspec
-from fastapi import APIRouter, Request
+from fastapi import Request
 from starlette.responses import Response
 
 from candle_vllm.openai import ChatCompletionRequest, ErrorEnvelope, llama_server
@@ -23,12 +23,11 @@ from candle_vllm.openai.requests import parse_chat_request
 from candle_vllm.openai.task import MEDIA_MARK
 from candle_vllm.server import answering
 from candle_vllm.server.models.slot import ServedModel
-from candle_vllm.server.openapi.operation import COUNTED, MODEL_ERRORS, QUESTION, QUEUED, WHICH, Operation, routing
+from candle_vllm.server.openapi.operation import COUNTED, MODEL_ERRORS, QUESTION, QUEUED, WHICH, routing
 from candle_vllm.server.routes.vllm import template_of
 from candle_vllm.server.settings.table import SAMPLED
 
-router = APIRouter()
-route = routing(router, Operation)
+router, route = routing()
 
 _SHOWN = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 

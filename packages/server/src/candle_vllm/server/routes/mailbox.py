@@ -10,7 +10,7 @@ import functools
 from typing import TYPE_CHECKING, Annotated
 
 import msgspec
-from fastapi import APIRouter, Request
+from fastapi import Request
 from pydantic import Field
 from starlette.responses import Response
 
@@ -21,14 +21,13 @@ from candle_vllm.server.answering import json_answer
 from candle_vllm.server.http.body import parse_request, unless_disconnected
 from candle_vllm.server.http.routing import caller_of
 from candle_vllm.server.mailbox.store import MailboxError, Record, RecordList, Status, invalid, not_found
-from candle_vllm.server.openapi.operation import KEPT, Operation, routing
+from candle_vllm.server.openapi.operation import KEPT, routing
 from candle_vllm.server.store_access import limit_and_after, query_of, switch_of
 
 if TYPE_CHECKING:
     from candle_vllm.server.mailbox.service import Mailbox
 
-router = APIRouter()
-route = routing(router, functools.partial(Operation, tag="mailbox", errors=KEPT))
+router, route = routing(tag="mailbox", errors=KEPT)
 
 MAX_LIST = 1000
 DEFAULT_LIST = 100
@@ -65,8 +64,7 @@ async def list_records(request: Request) -> Response:
     found = await mailbox.store.page(owner, limit + 1, after)
     if found is None:
         raise invalid("after", f"must be the request_id of one of your records, not {after!r:.80}")
-    page = RecordList(data=found[:limit], has_more=len(found) > limit)
-    return json_answer(page)
+    return json_answer(RecordList(data=found[:limit], has_more=len(found) > limit))
 
 
 @route(

@@ -7,13 +7,12 @@ Not a step of a request's life: no model runs here.
 from __future__ import annotations
 
 import asyncio
-import functools
 import hmac
 import uuid
 from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
-from fastapi import APIRouter, Request
+from fastapi import Request
 from pydantic import Field
 from starlette.responses import Response
 
@@ -27,7 +26,7 @@ from candle_vllm.server.answering import body_of, deadline_of, in_time, json_ans
 from candle_vllm.server.http.body import unless_disconnected
 from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.http.routing import may_manage
-from candle_vllm.server.openapi.operation import Operation, routing
+from candle_vllm.server.openapi.operation import routing
 
 if TYPE_CHECKING:
     from candle_vllm.server.mcp.service import McpService
@@ -36,8 +35,7 @@ MAX_CALLS = 32  # maximum number of calls that run at the same time, for all cli
 JSON = "application/json"
 _LINES = 50  # last lines of a server's log that are shown
 
-router = APIRouter()
-route = routing(router, functools.partial(Operation, tag="mcp"))
+router, route = routing(tag="mcp")
 
 
 class McpCallRequest(WireModel):
@@ -201,8 +199,7 @@ async def call_mcp_tool(request: Request) -> Response:
 
 async def _call(service: McpService, wire: McpCallRequest) -> ToolResult:
     text = msgspec.json.encode(wire.arguments or {}).decode()
-    call = ToolCall(id=f"call_{uuid.uuid4().hex}", name=wire.name, arguments=text)
-    checked = await check(service.registry, call)
+    checked = await check(service.registry, ToolCall(id=f"call_{uuid.uuid4().hex}", name=wire.name, arguments=text))
     return checked if isinstance(checked, ToolResult) else await run(checked)
 
 

@@ -3,10 +3,9 @@
 
 from __future__ import annotations
 
-import functools
 from typing import get_args
 
-from fastapi import APIRouter, Request
+from fastapi import Request
 from starlette.responses import Response
 
 from candle_vllm.openai import anthropic, to_json_bytes
@@ -14,10 +13,9 @@ from candle_vllm.openai.anthropic.answers import Ping
 from candle_vllm.server.answering import GenerationApi, answer, answer_with
 from candle_vllm.server.http.failures import anthropic_error_event
 from candle_vllm.server.http.sse import StreamForm, named_event
-from candle_vllm.server.openapi.operation import COUNTED, QUESTION, QUEUED, Naming, Operation, routing
+from candle_vllm.server.openapi.operation import COUNTED, QUESTION, QUEUED, Naming, routing
 
-router = APIRouter()
-route = routing(router, functools.partial(Operation, error=anthropic.ErrorBody, naming=Naming("Anthropic", "Out")))
+router, route = routing(error=anthropic.ErrorBody, naming=Naming("Anthropic", "Out"))
 
 
 @route(

@@ -6,13 +6,12 @@ Step 1 of a request's life.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import msgspec
-from fastapi import APIRouter, Request
+from fastapi import Request
 from starlette.responses import Response
 
 from candle_vllm.server.answering import body_of, deadline_of, in_time, json_answer
@@ -24,14 +23,13 @@ from candle_vllm.server.loop_threads import in_thread
 from candle_vllm.server.models import cards
 from candle_vllm.server.models.inventory import Inventory, take_stock
 from candle_vllm.server.models.manager import Changes, ModelManager
-from candle_vllm.server.openapi.operation import MODEL_ERRORS, Operation, routing
+from candle_vllm.server.openapi.operation import MODEL_ERRORS, routing
 from candle_vllm.server.settings.options import UsageError
 
 if TYPE_CHECKING:
     from candle_vllm.server.reloading import Reloader
 
-router = APIRouter()
-route = routing(router, functools.partial(Operation, tag="operators", manages=True))
+router, route = routing(tag="operators", manages=True)
 _CARDS = (cards.LoadedCard, cards.UnloadedCard, cards.AdapterCard)
 _NAMED: dict[str, Any] = {"body": cards.ModelRequest, "example": {"model": "default"}}
 
@@ -78,8 +76,7 @@ async def models_inventory(request: Request) -> Response:
 async def load_model(request: Request) -> Response:
     """Load a model; responds when it is ready."""
     wanted: cards.ModelRequest = await body_of(request, cards.ModelRequest)
-    manager: ModelManager = request.app.state.manager
-    return json_answer(cards.slot_status(await manager.load(wanted.name)))
+    return json_answer(cards.slot_status(await request.app.state.manager.load(wanted.name)))
 
 
 @route("POST /v1/models/unload", **_NAMED, answer=cards.SlotStatus, errors=(*MODEL_ERRORS, 409, 504))
@@ -166,8 +163,7 @@ async def list_queues(request: Request) -> Response:
 @route("GET /v1/queues/{model_id:path}", answer=cards.Queues, errors=(404,))
 async def queue_of_model(request: Request, model_id: str) -> Response:
     """The waiting requests of one model."""
-    manager: ModelManager = request.app.state.manager
-    return json_answer(cards.queues([manager.find(model_id, exact=True)]))
+    return json_answer(cards.queues([request.app.state.manager.find(model_id, exact=True)]))
 
 
 @route("GET /v1/models/{model_id:path}", tag="models", answer=_CARDS, errors=(404,), manages=False)

@@ -3,12 +3,11 @@
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any, Self
 
-from fastapi import APIRouter, Request
+from fastapi import Request
 from pydantic import model_validator
 from starlette.responses import Response
 
@@ -22,11 +21,9 @@ from candle_vllm.server.http.routing import caller_of, may_manage
 from candle_vllm.server.http.sse import lines_form
 from candle_vllm.server.models.manager import ModelManager
 from candle_vllm.server.models.slot import ServedModel
-from candle_vllm.server.openapi.operation import OLLAMA, QUEUED, Operation, routing
+from candle_vllm.server.openapi.operation import OLLAMA, QUEUED, routing
 
-router = APIRouter()
-route = routing(router, functools.partial(
-    Operation, tag="ollama", error=ollama.Failure, naming=OLLAMA, errors=QUEUED, untyped=True))  # fmt: skip
+router, route = routing(tag="ollama", error=ollama.Failure, naming=OLLAMA, errors=QUEUED, untyped=True)
 
 LATEST = ":latest"
 

@@ -7,13 +7,12 @@ Not a step of a request's life. The operator must allow these routes; clients ne
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import AsyncIterator, Mapping
 from contextlib import suppress
 from typing import Any, ClassVar
 
 import msgspec
-from fastapi import APIRouter, Request
+from fastapi import Request
 from msgspec import UNSET, UnsetType
 from starlette.responses import Response
 
@@ -29,16 +28,14 @@ from candle_vllm.server.loop_threads import in_thread
 from candle_vllm.server.models.downloads import Local, find_downloaded, remove
 from candle_vllm.server.models.manager import ModelManager
 from candle_vllm.server.models.pulls import Pull, Pulls, failure_code
-from candle_vllm.server.openapi.operation import OLLAMA, Operation, routing
+from candle_vllm.server.openapi.operation import OLLAMA, routing
 from candle_vllm.server.routes.ollama import LATEST, OfModel, own_name
 from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.catalogue import ModelEntry
 from candle_vllm.server.settings.model_names import PullError
 from candle_vllm.server.settings.options import UsageError
 
-router = APIRouter()
-route = routing(router, functools.partial(
-    Operation, tag="ollama", error=Failure, naming=OLLAMA, manages=True, untyped=True))  # fmt: skip
+router, route = routing(tag="ollama", error=Failure, naming=OLLAMA, manages=True, untyped=True)
 
 
 def refuse_open_changes(settings: Settings) -> None:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import hashlib
 import logging
 import time
@@ -12,7 +11,7 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 import msgspec
-from fastapi import APIRouter, Request
+from fastapi import Request
 from msgspec import UNSET, UnsetType
 from starlette.responses import Response
 
@@ -26,13 +25,12 @@ from candle_vllm.server.http.routing import Caller, caller_of
 from candle_vllm.server.models.library import Description, describe, file_bytes
 from candle_vllm.server.models.manager import ModelManager
 from candle_vllm.server.models.slot import ModelSlot
-from candle_vllm.server.openapi.operation import OLLAMA, QUEUED, Operation, routing
+from candle_vllm.server.openapi.operation import OLLAMA, QUEUED, routing
 from candle_vllm.server.routes.ollama import OfModel, ollama_body, served_name
 
 logger = logging.getLogger(__name__)
 
-router = APIRouter()
-route = routing(router, functools.partial(Operation, tag="ollama", error=Failure, naming=OLLAMA, untyped=True))
+router, route = routing(tag="ollama", error=Failure, naming=OLLAMA, untyped=True)
 
 API_VERSION = "0.12.11"
 """The version of Ollama whose API this is; clients select features by it."""

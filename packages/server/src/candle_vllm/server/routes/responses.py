@@ -12,7 +12,7 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import ExitStack, aclosing, asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
-from fastapi import APIRouter, Request
+from fastapi import Request
 from starlette.requests import HTTPConnection
 from starlette.responses import Response as HttpResponse
 
@@ -39,7 +39,7 @@ from candle_vllm.server.mailbox.policy import refuse_headers
 from candle_vllm.server.models.admission import RetiredError
 from candle_vllm.server.models.manager import Turn, enter, take_turn
 from candle_vllm.server.models.slot import Lease, ServedModel
-from candle_vllm.server.openapi.operation import COUNTED, KEPT, QUEUED, RESPONSES, Operation, routing
+from candle_vllm.server.openapi.operation import COUNTED, KEPT, QUEUED, RESPONSES, routing
 from candle_vllm.server.outliving import NOT_HERE
 from candle_vllm.server.settings.table import ToolOptions
 
@@ -49,8 +49,7 @@ if TYPE_CHECKING:
     from candle_vllm.responses.api.response_store import ResponseStore
     from candle_vllm.server.mcp.service import McpService
 
-router = APIRouter()
-route = routing(router, functools.partial(Operation, tag="responses", naming=RESPONSES))
+router, route = routing(tag="responses", naming=RESPONSES)
 stored_route = functools.partial(route, errors=KEPT)
 _MAX_EVENT = 999_999_999
 
@@ -267,7 +266,6 @@ class ConfiguredServers:
         self._approved = approved
 
     def check(self, tool: McpTool, path: str) -> None:
-        """See `McpSource.check`."""
         if tool.server_url is None and not self._keys and self._approved is None:
             field = f"{path}.server_label"
             raise UnsupportedParameterError(
@@ -279,7 +277,6 @@ class ConfiguredServers:
 
     @asynccontextmanager
     async def open(self, tool: McpTool) -> AsyncGenerator[OpenServer]:
-        """See `McpSource.open`."""
         async with self._servers.open(tool) as server:
             yield self._approved_part(server) if tool.server_url is None and not self._keys else server
 

@@ -8,11 +8,10 @@ valid key, they show only the status.
 from __future__ import annotations
 
 import asyncio
-import functools
 from importlib.metadata import version
 
 import msgspec
-from fastapi import APIRouter, Request
+from fastapi import Request
 from starlette.responses import Response
 
 from candle_vllm.server.answering import json_answer
@@ -22,10 +21,9 @@ from candle_vllm.server.models.manager import ModelManager
 from candle_vllm.server.models.slot import ModelState
 from candle_vllm.server.observing.metrics import render
 from candle_vllm.server.observing.request_record import UsageRow
-from candle_vllm.server.openapi.operation import Operation, routing
+from candle_vllm.server.openapi.operation import routing
 
-router = APIRouter()
-route = routing(router, functools.partial(Operation, tag="server"))
+router, route = routing(tag="server")
 
 
 class Standing(msgspec.Struct, frozen=True):
@@ -59,23 +57,20 @@ class Welcome(msgspec.Struct, frozen=True):
 @route("GET /metrics", tag="operators", media="text/plain", manages=True)
 async def metrics(request: Request) -> Response:
     """Every metric, in Prometheus's format."""
-    accept = request.headers.get("accept", "")
-    data, kind = await asyncio.to_thread(render, request.app.state.metrics.registry, accept)
+    data, kind = await asyncio.to_thread(render, request.app.state.metrics.registry, request.headers.get("accept", ""))
     return Response(data, headers={"content-type": kind})
 
 
 @route("GET /v1/usage", tag="operators", answer=UsageRow, listed=True, manages=True)
 async def usage(request: Request) -> Response:
     """The requests that have ended, and their tokens, by model and API key, since the start."""
-    rows = await asyncio.to_thread(request.app.state.metrics.usage)
-    return json_answer({"object": "list", "data": rows})
+    return json_answer({"object": "list", "data": await asyncio.to_thread(request.app.state.metrics.usage)})
 
 
 @route("GET /health /v1/health", answer=Standing, statuses=(200, 503), public=True)
 async def health(request: Request) -> Response:
     """200 while every engine runs or is restarted automatically, otherwise 503."""
-    manager: ModelManager = request.app.state.manager
-    if manager.is_healthy:
+    if request.app.state.manager.is_healthy:
         return json_answer(Standing("ok"))
     return json_answer(Standing("dead"), 503)
 

@@ -6,10 +6,9 @@ They use a model's tokenizer and wait in no queue, because they do not run the m
 
 from __future__ import annotations
 
-import functools
 from functools import partial
 
-from fastapi import APIRouter, Request
+from fastapi import Request
 from starlette.responses import Response
 
 from candle_vllm.openai.protocol import tokenizing
@@ -19,10 +18,9 @@ from candle_vllm.openai.tokenizing import parse_detokenize_request, parse_tokeni
 from candle_vllm.responses.protocol.response import InputTokens
 from candle_vllm.server.answering import answer_with
 from candle_vllm.server.models.slot import ServedModel
-from candle_vllm.server.openapi.operation import COUNTED, QUESTION, Operation, routing
+from candle_vllm.server.openapi.operation import COUNTED, QUESTION, routing
 
-router = APIRouter()
-route = routing(router, functools.partial(Operation, tag="tokens", errors=COUNTED))
+router, route = routing(tag="tokens", errors=COUNTED)
 
 
 @route(

@@ -13,7 +13,7 @@ from importlib.metadata import version
 from typing import Any
 
 import msgspec
-from fastapi import APIRouter, Request
+from fastapi import Request
 from starlette.responses import Response
 
 from candle_vllm.core.engine.runners.sleeping import MODES, TAGS
@@ -27,13 +27,12 @@ from candle_vllm.server.loop_threads import in_thread
 from candle_vllm.server.models.manager import ModelManager
 from candle_vllm.server.models.slot import ModelSlot, ServedModel
 from candle_vllm.server.observing.model_metrics import ServedEngine
-from candle_vllm.server.openapi.operation import MODEL_ERRORS, QUEUED, WHICH, Operation, routing
+from candle_vllm.server.openapi.operation import MODEL_ERRORS, QUEUED, WHICH, routing
 from candle_vllm.server.routes.status import Standing, health
 from candle_vllm.server.settings.options import shown
 from candle_vllm.server.settings.table import OPTIONS
 
-router = APIRouter()
-route = routing(router, Operation)
+router, route = routing()
 
 _LOOK = 0.02  # seconds between two checks whether all requests have ended
 _EACH = {"model": {"type": "string", "description": "A served name; without it every loaded model."}}
@@ -87,8 +86,7 @@ async def ping(request: Request) -> Response:
 async def load(request: Request) -> Response:
     """How many requests run or wait."""
     manager: ModelManager = request.app.state.manager
-    busy = sum(slot.in_flight + len(slot.waiters) for slot in manager.slots.values())
-    return answering.json_answer(Load(busy))
+    return answering.json_answer(Load(sum(slot.in_flight + len(slot.waiters) for slot in manager.slots.values())))
 
 
 @route("GET /server_info", tag="operators", answer=ServerInfo, manages=True)
@@ -96,8 +94,7 @@ async def server_info(request: Request) -> Response:
     """What the server was started with, without secrets."""
     settings = request.app.state.settings
     config = {option.name: shown(option, getattr(settings, option.name)) for option in OPTIONS}
-    told = ServerInfo(version("candle-vllm-server"), config)
-    return answering.json_answer(told)
+    return answering.json_answer(ServerInfo(version("candle-vllm-server"), config))
 
 
 @route("GET /tokenizer_info", tag="tokens", answer=TokenizerInfo, errors=(*MODEL_ERRORS, 504), query=WHICH)

@@ -70,8 +70,7 @@ def parse(command: str, argv: Sequence[str]) -> tuple[SettingsSource, dict[str, 
     """
     takes = COMMANDS[command]
     argv, remarks = translated(command, _in_full(command, argv), flag_commands())
-    parser = build_parser(command)
-    given, rest = parser.parse_known_args(argv)
+    given, rest = build_parser(command).parse_known_args(argv)
     arguments = vars(given)
     if command in ("serve", "config", "chat") and len(rest) == 1 and "model" not in arguments:
         text = rest[0]

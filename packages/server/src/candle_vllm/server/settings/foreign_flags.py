@@ -181,8 +181,7 @@ def translated(command: str, argv: Sequence[str], known: Known) -> tuple[list[st
     last: list[str] = []  # the translation of --uds, which overrides --host at any position
     parts: dict[str, dict[str, Any]] = {}  # members of object values, by flag
     while left:
-        text = left.pop(0)
-        flag, equals, value = text.partition("=")
+        flag, equals, value = left.pop(0).partition("=")
         flag = _spelled(flag, known)
         base, _, name = flag.partition(".")
         if name and base in _OBJECTS:

@@ -642,8 +642,7 @@ def _store(
     config: EngineConfig, loaded: LoadedModel, size: int, drafts: bool, rank: int, fit: str = "", what: str = ""
 ) -> BlockStore | None:
     """Return the store of a rank's parts of blocks, `size` bytes each, or None; `what` is added to its fingerprint."""
-    placement = loaded.placement
-    if config.kv_offloading_size and placement.device.type == "cpu":
+    if config.kv_offloading_size and loaded.placement.device.type == "cpu":
         raise ConfigError(
             "kv_offloading_size is for GPUs: on the CPU the KV cache is in main memory already; set kv_cache_memory "
             "to make it larger",

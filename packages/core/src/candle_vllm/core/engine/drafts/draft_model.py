@@ -239,8 +239,7 @@ class DraftModel:
             most = min(wanted, room, sequence.max_length - length - 1, self._longest - length)
             if most < max(1, self._config.draft_min) or length < own.until:
                 continue
-            typical = self._typical(own, live)
-            saved, cost, gain = _best(1.0, typical, prices[:most], 1.0)
+            saved, cost, gain = _best(1.0, self._typical(own, live), prices[:most], 1.0)
             free = 0.0 if offer is None else sum(offer[1]) - rate * (target(lives + len(offer[1])) - target(lives))
             if gain <= max(free, 0.0):
                 own.idle = own.idle + 1 if gain <= 0 else 0
@@ -437,8 +436,7 @@ class DraftModel:
         ids: list[int] = []
         sure: list[float] = []
         if ready:
-            controls = np.array([self._controls(each) for each in ready])
-            drawn, largest = self._runner.draw_rows(logits, controls)
+            drawn, largest = self._runner.draw_rows(logits, np.array([self._controls(each) for each in ready]))
             ids = np.where(np.isfinite(largest), drawn, -1).tolist()
             if -1 in ids:  # logits that cannot be sampled: no draft token at all
                 ids, sure = [-1] * len(ids), [0.0] * len(ids)

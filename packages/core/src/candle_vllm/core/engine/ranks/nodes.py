@@ -272,8 +272,7 @@ def join(given: IO[bytes]) -> tuple[Line, Line, Invitation]:
     """
     invitation = msgspec.json.decode(given.readline(), type=Invitation)
     threading.Thread(target=_end_with, args=(given,), name="candle-vllm-node", daemon=True).start()
-    line = _connect(invitation, side=False)
-    return line, _connect(invitation, side=True), invitation
+    return _connect(invitation, side=False), _connect(invitation, side=True), invitation
 
 
 def _end_with(given: IO[bytes]) -> None:

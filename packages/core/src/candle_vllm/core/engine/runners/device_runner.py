@@ -242,8 +242,7 @@ class DeviceRunner(CacheParts):
         """Sample for runs with drafts; the host decides which draft tokens are accepted."""
         with self._over_if_it_fails(), self._here():
             self._stream.mark().wait()
-            rows = self._logits[: sum(1 + len(own) for own in drafts)]
-            drawn = self._run_sampler.sample_runs(rows, states, drafts)
+            drawn = self._run_sampler.sample_runs(self._logits[: sum(1 + len(own) for own in drafts)], states, drafts)
         self._sampler.forget_counts(states)
         return SampledStep(drawn)
 

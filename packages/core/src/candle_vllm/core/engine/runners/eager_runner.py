@@ -112,8 +112,7 @@ class EagerRunner(CacheParts, StepwiseRunner):
         starts, contexts, windowed = tuple(batch.query_start.tolist()), tuple(batch.context_lens.tolist()), ()
         rows = AttentionRows(starts, contexts, tables, ahead)
         if len(self.page_of):
-            pages = in_pages(batch, self.page_of, self._block_size)
-            there = (torch.from_numpy(each).to(self.device) for each in pages)
+            there = (torch.from_numpy(each).to(self.device) for each in in_pages(batch, self.page_of, self._block_size))
             windowed = [(each, AttentionRows(starts, contexts, table, ahead)) for each, table in zip(*there)]
         if self.adapters is not None:
             self._adapter_rows = batch.adapters
@@ -126,8 +125,7 @@ class EagerRunner(CacheParts, StepwiseRunner):
             given = GivenTensors(places, vectors)
         states = None
         if batch.states is not None:
-            arrays = batch.states.tables.values()
-            states = StateRows(*(torch.from_numpy(each).to(self.device) for each in arrays))
+            states = StateRows(*(torch.from_numpy(each).to(self.device) for each in batch.states.tables.values()))
         how: dict[str, Any] = {"taps": self._kept, "given": given, "may_divide": batch.adapters is None}
         return token_ids, StepInput(positions, slots, rows, self.caches, states=states, windowed=windowed, **how)
 
@@ -385,5 +383,4 @@ def _computing(device: torch.device | Device) -> Iterator[None]:
 
 @torch.inference_mode()
 def _sum_of(hidden: torch.Tensor, rows: Ints) -> NDArray[np.float64]:
-    wanted = hidden[torch.from_numpy(rows).to(hidden.device)].float()
-    return wanted.sum(-2, dtype=torch.float64).cpu().numpy()
+    return hidden[torch.from_numpy(rows).to(hidden.device)].float().sum(-2, dtype=torch.float64).cpu().numpy()

@@ -504,8 +504,7 @@ class _RecordedGiven:
         return total, None
 
     def _stop(self, x: Recorded) -> None:
-        rows = buffer_of(x).rows
-        self.stops.append(_Stop(len(self._recorder.plan), self._recorder.num_rows, rows))
+        self.stops.append(_Stop(len(self._recorder.plan), self._recorder.num_rows, buffer_of(x).rows))
 
 
 def _fill_entries(entries: EntryArrays, adapters: AdapterRows) -> None:
@@ -581,8 +580,7 @@ class RecordedEncoderRunner(EncoderRunner):
         """Return the layers' output, the plan and its number of operations; record it when it is first needed."""
         if adapted not in self._plans:
             recorder = self._recorder
-            hidden = self._record(recorder, adapted)
-            self._plans[adapted] = hidden, np.array(recorder.plan, np.int64), recorder.num_rows
+            self._plans[adapted] = self._record(recorder, adapted), np.array(recorder.plan, np.int64), recorder.num_rows
         return self._plans[adapted]
 
     def encode(

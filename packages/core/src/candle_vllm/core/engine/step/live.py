@@ -210,8 +210,7 @@ class LiveSequence(Live):
 
     def end(self, reason: FinishReason, failure: RequestError | str | None = None) -> TokenOutput:
         """See `Live`; the output includes the text that was held back."""
-        piece = self._piece(self.detokenizer.finish(), (), reason)
-        return msgspec.structs.replace(piece, **_error_fields(failure))
+        return msgspec.structs.replace(self._piece(self.detokenizer.finish(), (), reason), **_error_fields(failure))
 
     def _metrics(self) -> RequestMetrics:
         times = super()._metrics()

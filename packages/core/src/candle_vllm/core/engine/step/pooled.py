@@ -80,8 +80,7 @@ class PooledText(Live):
         if plan.by_token:
             pooled, sparse = np.concatenate(self._rows), plan.method.gives == "weights"
             if head is not None:
-                token_ids = self.request.prompt_token_ids
-                pooled = head.by_token(pooled, token_ids, activate=plan.activate, sparse=sparse)
+                pooled = head.by_token(pooled, self.request.prompt_token_ids, activate=plan.activate, sparse=sparse)
         else:
             assert self._sum is not None
             pooled = self._sum / plan.method.divisor(self.sequence.num_prompt_tokens)

@@ -219,8 +219,7 @@ class DecoderPreparation(Preparation):
         return PooledText(sequence, plan)
 
     def _grammar(self, form: StructuredOutputsParams, params: SamplingParams) -> GrammarState:
-        held_back = self.eos_token_ids if params.ignore_eos else ()
-        return GrammarState(self._grammars, form, self.vocab_size, held_back)
+        return GrammarState(self._grammars, form, self.vocab_size, self.eos_token_ids if params.ignore_eos else ())
 
     def _thoughts(self, params: SamplingParams, prompt: Seq[int]) -> ThoughtCount:
         text = self.tokenizer
@@ -243,8 +242,7 @@ class DecoderPreparation(Preparation):
     def _bad_words(self, words: Seq[str]) -> list[list[int]]:
         """Return the token ids of each bad word at the start of a text, and after a space, and suppressed tokens."""
         texts = [text for word in words for text in (word, " " + word.lstrip())]
-        ids = self.tokenizer.encode_batch(texts, add_special_tokens=False)
-        return [*filter(None, ids), *self._suppressed]
+        return [*filter(None, self.tokenizer.encode_batch(texts, add_special_tokens=False)), *self._suppressed]
 
 
 # --- checks ---------------------------------------------------------------------------------------------------------

@@ -238,8 +238,7 @@ class _NestedCall(_Call[Nested]):
             end = writer.until(closer, writer.without(terminal, [self._body.tag + "<"]))
             return writer.rule(f"{end} | {writer.mark(closer)}") if branch.values and "" in branch.values else end
         if branch.values is None and branch.type == "object":
-            inside = self._entries({"type": "object", **branch.schema})
-            return sequence(inside, SPACE, self._close(key))
+            return sequence(self._entries({"type": "object", **branch.schema}), SPACE, self._close(key))
         if branch.values is None and branch.type == "array":
             return sequence(self._items(branch.schema), SPACE, self._close(key))
         return sequence(json_value(writer, self._root, branch), self._close(key))
@@ -295,8 +294,7 @@ def _object(body: JsonCalls, context: Context) -> str:
         if body.keyed:
             parts.append(sequence(quoted(f'"{tool.name}":'), SPACE, context.json(tool)))
         else:
-            key = quoted(f'"{body.arguments_key}":')
-            parts.append(sequence(name, '","', SPACE, key, SPACE, context.json(tool)))
+            parts.append(sequence(name, '","', SPACE, quoted(f'"{body.arguments_key}":'), SPACE, context.json(tool)))
     call = writer.rule(" | ".join(parts))
     if not body.keyed:
         call = sequence(quoted(f'"{body.name_key}":'), SPACE, call)

@@ -73,11 +73,8 @@ def text_terminals(definition: str, prefix: str) -> tuple[str, list[str]]:
     kinds = _tokens(definition)
     if _is_recursive(kinds):
         raise _refused("it is recursive, and so cannot exclude the mark that ends the text of a call")
-
-    def string(text: str) -> str:
-        return quoted(_decoded(text)) + ("i" if text.endswith("i") else "")
-
-    return _renamed(kinds, _Names(prefix, single=True), string, str)
+    names = _Names(prefix, single=True)
+    return _renamed(kinds, names, lambda text: quoted(_decoded(text)) + "i" * text.endswith("i"), str)
 
 
 _Spell = Callable[[str], str]

@@ -109,8 +109,7 @@ class Values:
         if branch.type == "array":
             return self._array(branch.schema)
         if branch.type == "object":
-            schema = {"type": "object", **branch.schema}
-            inside = self.items(schema, self._notation.key, self._notation.free_key)
+            inside = self.items({"type": "object", **branch.schema}, self._notation.key, self._notation.free_key)
             return self._writer.rule(sequence('"{"', inside, '"}"'))
         if branch.type in ("null", "boolean"):
             values = (None,) if branch.type == "null" else (False, True)

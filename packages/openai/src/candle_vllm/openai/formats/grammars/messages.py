@@ -122,8 +122,7 @@ def headed_answer(flow: Headed, context: Context, _write: _Write, *, in_reasonin
 def _headed_calls(flow: Headed, context: Context) -> str:
     named = [f'{quoted(tool.name)} "\\n" {context.json(tool)}' for tool in context.tools]
     call = context.writer.rule(" | ".join(named))
-    again = f"({SPACE} {context.writer.mark(flow.mark)} {call})*" if context.many else ""
-    return sequence(call, again)
+    return sequence(call, f"({SPACE} {context.writer.mark(flow.mark)} {call})*" if context.many else "")
 
 
 def blocks(flow: Blocks, context: Context, write: _Write, *, required: bool, in_reasoning: bool = False) -> str:

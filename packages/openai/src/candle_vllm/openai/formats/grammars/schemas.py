@@ -235,8 +235,7 @@ def entries(root: Root, schema: Schema) -> tuple[Sequence[tuple[str, Any, bool]]
     schema = root.resolved(schema)
     for keyword in ("patternProperties", "minProperties", "maxProperties", *sorted(_asserted(schema) - _OBJECT)):
         if keyword in schema and schema[keyword] not in ({}, 0 if keyword == "minProperties" else None):
-            named = schema.get(CASES, keyword)
-            raise root.refused(named, "it constrains several arguments together; leave it out")
+            raise root.refused(schema.get(CASES, keyword), "it constrains several arguments together; leave it out")
     properties = schema.get("properties", {})
     required = schema.get("required", [])
     others = schema.get("additionalProperties", None if "properties" in schema else True)
