@@ -34,7 +34,9 @@ def counting() -> Any:
     return module
 
 
-@pytest.mark.parametrize(("kind", "level", "most"), [("Q4_1", "avx2", 0.1), ("Q4_K", "avx512-vnni", 0.04), ("BF16", "avx512-bf16", 0.06)])
+@pytest.mark.parametrize(
+    ("kind", "level", "most"), [("Q4_1", "avx2", 0.1), ("Q4_K", "avx512-vnni", 0.04), ("BF16", "avx512-bf16", 0.06)]
+)
 def test_products_of_eight_rows_take_few_instructions(counting: Any, kind: str, level: str, most: float) -> None:
     assert 1 / 64 < counting.per_weight(kind, LEVEL[level], 8) < most
 
