@@ -504,7 +504,8 @@ class _RecordedGiven:
         return total, None
 
     def _stop(self, x: Recorded) -> None:
-        self.stops.append(_Stop(len(self._recorder.plan), self._recorder.num_rows, buffer_of(x).rows))
+        rows = buffer_of(x).rows  # may record the operation that computes x, before the length of the plan is read
+        self.stops.append(_Stop(len(self._recorder.plan), self._recorder.num_rows, rows))
 
 
 def _fill_entries(entries: EntryArrays, adapters: AdapterRows) -> None:
