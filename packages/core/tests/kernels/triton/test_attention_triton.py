@@ -168,8 +168,10 @@ def test_relative_logits(device: torch.device, kind: str | None, dtype: torch.dt
     relative = random(73, 6, 5, dtype=dtype, seed=1).to(device), random(5, 70, seed=2).to(device)
     check(step, relative=relative, **options)
     check(step, decodes=0, relative=relative, **options)
-    some = relative_logits(relative[0][40:43], relative[1])
-    assert torch.equal(some, relative_logits(*relative)[40:43]), "they depend on their own token alone"
+    some, whole = relative_logits(relative[0][40:43], relative[1]), relative_logits(*relative)[40:43]
+    if device.type == "cuda":
+        assert torch.equal(some, whole), "they depend on their own token alone"
+    torch.testing.assert_close(some, whole, rtol=1e-5, atol=1e-5)  # numpy's products depend on the tile
 
 
 def test_a_single_token_as_a_prompt(device: torch.device) -> None:
